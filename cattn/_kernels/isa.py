@@ -1,0 +1,31 @@
+"""The instruction sets that cattn is compiled for: the one table that both setup.py and the importer read.
+
+Each row is one pair of extension modules (`<name>` computes in float32, `<name>_f64` in float64) made from the same
+sources. A row may be used when the machine matches and the CPU has every listed feature; the compiler gets exactly
+these features as `-m` flags, so what is asked for and what is compiled cannot drift apart.
+"""
+
+from typing import NamedTuple
+
+
+class Isa(NamedTuple):
+    name: str
+    machines: tuple[str, ...]  # platform.machine() values; empty: any
+    features: tuple[str, ...]  # names that both `gcc -m<name>` and `__builtin_cpu_supports("<name>")` know
+    flags: tuple[str, ...] = ()  # further compiler flags
+
+
+X86_64 = ("x86_64", "AMD64")
+
+# Best first. -mtune=haswell: with the tuning of newer AMD cores gcc 12 folds the query vectors into memory operands
+# of the FMAs and loses a quarter of the speed.
+ISAS = (
+    Isa("avx512", X86_64, ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"), ("-mtune=haswell",)),
+    Isa("avx2", X86_64, ("avx2", "fma", "f16c"), ("-mtune=haswell",)),
+    Isa("baseline", (), ()),
+)
+
+
+def compiled_for(machine: str) -> tuple[Isa, ...]:
+    """The rows that are built on `machine` (a value of platform.machine()), best first."""
+    return tuple(isa for isa in ISAS if not isa.machines or machine in isa.machines)

@@ -1,0 +1,70 @@
+"""The kernels of one instruction set and one precision (`real`: float, or double in the _f64 modules).
+
+Read in this order:
+    tensor.pxi     arrays of any stride and dtype; a row of one is loaded into reals, or stored from them
+    dropout.pxi    the counter-based generator
+    modify.pxi     what changes a tile of scores: softcap, ALiBi, masks, the causal / window / length limits
+    prefill.pxi    the attention kernel
+    attend.pxi     its entry from Python: typed memoryviews in, one OpenMP loop over tasks
+    sinusoid.pxi   the table of positional encodings
+    measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force
+
+Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Python but the entries (plain `def`).
+"""
+from cython.parallel cimport parallel, prange, threadid
+from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, tanh
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+
+cdef extern from *:
+    """
+    #include <float.h>
+    #define LOG2_E 1.4426950408889634
+    /* What a score or a mask entry may be at most: the sum of two stays finite, also after * log2(e). */
+    #define BIAS_LIMIT (IS_DOUBLE ? DBL_MAX / 4 : FLT_MAX / 4)
+    /* Below every score but -inf, and s - LOWEST does not overflow for s = -inf + ... : see update_reference. */
+    #define LOWEST (IS_DOUBLE ? -DBL_MAX : -FLT_MAX)
+    """
+    const double LOG2_E, BIAS_LIMIT, LOWEST, FLT_MAX
+
+
+cdef extern from "simd.h" nogil:
+    # Cython is told that vectors are scalars: it then passes arithmetic through to C, where it is vector arithmetic.
+    ctypedef float real
+    ctypedef int lane_int
+    ctypedef float vf
+    ctypedef int vi
+    const int LANES, REGISTERS, IS_DOUBLE, HAS_FMA
+    vf vload(const real*)
+    vi vload_int(const lane_int*)
+    void vstore(real*, vf)
+    vf vset1(real)
+    vi vset1_int(lane_int)
+    vf vfma(vf, vf, vf)
+    vf vmax(vf, vf)
+    vf vselect(vi, vf, vf)
+    vi vless(vf, vf)
+    vi vequal(vf, vf)
+    vi vwithin(vi, vi, vi)
+    vf vabs(vf)
+    vf vcopysign(vf, vf)
+    int vany(vi)
+    vf vexp2(vf)
+    void vtranspose(vf*)
+    vf vload_f16(const uint16_t*)
+    vf vload_bf16(const uint16_t*)
+    float widen_f16(uint16_t)
+    float widen_bf16(uint16_t)
+    uint16_t narrow_f16(float)
+    uint16_t narrow_bf16(float)
+
+
+include "tensor.pxi"
+include "dropout.pxi"
+include "modify.pxi"
+include "prefill.pxi"
+include "attend.pxi"
+include "sinusoid.pxi"
+include "measure.pxi"

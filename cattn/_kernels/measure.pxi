@@ -1,0 +1,62 @@
+# What this machine can do at most, measured with the same build flags as the kernels: the benchmark divides by it, and
+# a test fails when the kernels fall far below it (then the build has lost -O3 or its inlining).
+
+cdef real spin_fma(Py_ssize_t iterations) noexcept nogil:
+    """12 independent chains of vector FMAs, entirely in registers."""
+    cdef vf acc[12]
+    cdef vf a = vset1(<real> 0.999999), b = vset1(<real> 1e-6)
+    cdef real lanes[16]
+    cdef Py_ssize_t i
+    cdef int r
+    for r in range(12):
+        acc[r] = vset1(<real> r)
+    for i in range(iterations):
+        for r in range(12):
+            acc[r] = vfma(acc[r], a, b)
+    for r in range(1, 12):
+        acc[0] = acc[0] + acc[r]
+    vstore(lanes, acc[0])
+    return lanes[0]
+
+
+def fma_flops(Py_ssize_t iterations, int num_threads=1):
+    """Runs `iterations` rounds of 12 vector FMAs in each thread; returns the floating-point operations done."""
+    cdef int thread
+    cdef real total = 0.0
+    with nogil:
+        for thread in prange(num_threads, schedule="static", num_threads=num_threads):
+            total += spin_fma(iterations)
+    return 0.0 if total != total else 24.0 * LANES * iterations * num_threads
+
+
+cdef extern from *:
+    void prefetch "__builtin_prefetch"(const void*) noexcept nogil
+
+
+cdef real sum_chunk(const real* a, Py_ssize_t n) noexcept nogil:
+    cdef vf total[4]
+    cdef real lanes[16]
+    cdef Py_ssize_t i
+    cdef int r
+    for r in range(4):
+        total[r] = vset1(<real> 0.0)
+    for i in range(n // (4 * LANES)):
+        prefetch(a + 4096 // <Py_ssize_t> sizeof(real))
+        if LANES * sizeof(real) > 16:
+            prefetch(a + 4160 // <Py_ssize_t> sizeof(real))
+        for r in range(4):
+            total[r] = total[r] + vload(a + r * LANES)
+        a += 4 * LANES
+    vstore(lanes, total[0] + total[1] + total[2] + total[3])
+    return lanes[0]
+
+
+def read_bytes(const real[::1] a, int num_threads=1):
+    """Reads the array once, cut in equal parts over the threads; returns the bytes read."""
+    cdef Py_ssize_t part = a.shape[0] // num_threads
+    cdef int thread
+    cdef real total = 0.0
+    with nogil:
+        for thread in prange(num_threads, schedule="static", num_threads=num_threads):
+            total += sum_chunk(&a[0] + thread * part, part)
+    return 0 if total != total else num_threads * part * sizeof(real)

@@ -1,0 +1,241 @@
+/* The vector type `vf` and its primitives. Nothing here knows a shape or an algorithm.
+ *
+ * `real` is float, or double when CATTN_DOUBLE is defined; `vf` is a vector of LANES reals whose width follows the
+ * compiler's flags (64 bytes with AVX-512, 32 with AVX2, else 16), `vi` the signed integers of the same lane width;
+ * comparisons give vi masks of 0 and -1. GCC and Clang vector extensions, intrinsics only where those have no word:
+ * max, any, float16. Never compile with -ffast-math: vexp2 rounds by adding and subtracting a constant.
+ */
+#ifndef CATTN_SIMD_H
+#define CATTN_SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define REGISTERS 32
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#define REGISTERS 16
+#elif defined(__aarch64__)
+#define VECTOR_BYTES 16
+#define REGISTERS 32
+#else
+#define VECTOR_BYTES 16
+#define REGISTERS 16
+#endif
+
+#if defined(__FMA__) || defined(__aarch64__)
+#define HAS_FMA 1
+#else
+#define HAS_FMA 0
+#endif
+
+#ifdef CATTN_DOUBLE
+typedef double real;
+typedef int64_t lane_int;
+#define IS_DOUBLE 1
+#else
+typedef float real;
+typedef int32_t lane_int;
+#define IS_DOUBLE 0
+#endif
+
+#define LANES ((int)(VECTOR_BYTES / sizeof(real)))
+#define SIMD static inline __attribute__((always_inline))
+
+typedef real vf __attribute__((vector_size(VECTOR_BYTES)));
+typedef lane_int vi __attribute__((vector_size(VECTOR_BYTES)));
+typedef real vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef lane_int vi_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+
+SIMD vf vload(const real *p) { return *(const vf_unaligned *)p; }
+SIMD vi vload_int(const lane_int *p) { return *(const vi_unaligned *)p; }
+SIMD void vstore(real *p, vf x) { *(vf_unaligned *)p = x; }
+SIMD vf vset1(real x) { return x - (vf){0}; }        /* x - 0, not x + 0: keeps the sign of a zero */
+SIMD vi vset1_int(lane_int x) { return x - (vi){0}; }
+SIMD vf vfma(vf a, vf b, vf c) { return a * b + c; } /* one instruction under -ffp-contract=fast where there is FMA */
+SIMD vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+SIMD vi vless(vf a, vf b) { return a < b; }
+SIMD vi vequal(vf a, vf b) { return a == b; }
+SIMD vi vwithin(vi low, vi x, vi high) { return (low <= x) & (x < high); }
+SIMD vf vabs(vf x) { return (vf)((vi)x & ~(vi)vset1((real)-0.0)); }
+SIMD vf vcopysign(vf magnitude, vf sign) { vi s = (vi)vset1((real)-0.0); return (vf)(((vi)magnitude & ~s) | ((vi)sign & s)); }
+
+/* max(a, b); where a is NaN the result is b, where b is NaN it is NaN (x86) or NaN in both cases (NEON). */
+#if defined(__AVX512F__) && IS_DOUBLE
+SIMD vf vmax(vf a, vf b) { return (vf)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif defined(__AVX512F__)
+SIMD vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__) && IS_DOUBLE
+SIMD vf vmax(vf a, vf b) { return (vf)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#elif defined(__AVX2__)
+SIMD vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+#elif defined(__x86_64__) && IS_DOUBLE
+SIMD vf vmax(vf a, vf b) { return (vf)_mm_max_pd((__m128d)a, (__m128d)b); }
+#elif defined(__x86_64__)
+SIMD vf vmax(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+#elif defined(__aarch64__) && IS_DOUBLE
+SIMD vf vmax(vf a, vf b) { return (vf)vmaxq_f64((float64x2_t)a, (float64x2_t)b); }
+#elif defined(__aarch64__)
+SIMD vf vmax(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+#else
+SIMD vf vmax(vf a, vf b) { return vselect(a > b, a, b); }
+#endif
+
+/* True when any lane of a comparison's mask is set. */
+SIMD int vany(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8((__m256i)mask) != 0;
+#elif defined(__x86_64__)
+    return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+    lane_int any = 0;
+    for (int i = 0; i < LANES; i++) any |= mask[i];
+    return any != 0;
+#endif
+}
+
+/* 2**x for x <= 127 (1023 in double). x = n + r with integer n and |r| <= 1/2; p(r) = 1 + r * (minimax polynomial of
+ * (2**r - 1) / r); n goes into the exponent bits. Exact at 0; exactly 0 from -127 (-1023) down, hence at -inf; a NaN,
+ * whatever its payload, stays a NaN (the integer addition alone could turn it into a number).
+ * Relative error below 1.5e-7 in float, 2.5e-16 in double, swept by tests/test_kernels.py.
+ */
+SIMD vf vexp2(vf x) {
+#if IS_DOUBLE
+    const real lowest = -1023.0, magic = 6755399441055744.0; /* 1.5 * 2**52 */
+    const int shift = 52;
+#else
+    const real lowest = -127.0f, magic = 12582912.0f; /* 1.5 * 2**23 */
+    const int shift = 23;
+#endif
+    vf t = vmax(vset1(lowest), x);
+    vf n = t + vset1(magic);
+    vf r = t - (n - vset1(magic));
+#if IS_DOUBLE
+    vf p = vset1(4.4549605981865183938e-10);
+    p = vfma(p, r, vset1(7.0725859492692236999e-9));
+    p = vfma(p, r, vset1(1.0178062445845773521e-7));
+    p = vfma(p, r, vset1(1.3215442587921689653e-6));
+    p = vfma(p, r, vset1(1.5252733829836118394e-5));
+    p = vfma(p, r, vset1(1.5403530441736050155e-4));
+    p = vfma(p, r, vset1(1.333355814641693531e-3));
+    p = vfma(p, r, vset1(9.6181291076068885273e-3));
+    p = vfma(p, r, vset1(5.5504108664821594339e-2));
+    p = vfma(p, r, vset1(2.402265069591009822e-1));
+    p = vfma(p, r, vset1(6.9314718055994530942e-1));
+#else
+    /* Degree 5: degree 6 is no more exact after rounding, degree 4 costs 2.6e-6. */
+    vf p = vset1(1.32745581e-3f);
+    p = vfma(p, r, vset1(9.67195807e-3f));
+    p = vfma(p, r, vset1(5.55067863e-2f));
+    p = vfma(p, r, vset1(2.40222354e-1f));
+    p = vfma(p, r, vset1(6.93147061e-1f));
+#endif
+    p = vfma(p, r, vset1(1));
+    return (vf)(((vi)p + ((vi)n << shift)) | (vi)(x != x));
+}
+
+/* Transposes the LANES x LANES matrix whose rows are r[0..LANES): log2(LANES) rounds in which rows i and i + s swap
+ * the lanes that differ in bit s. */
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+#define LOW(e, s) ((e) & (s) ? LANE_COUNT + (e) - (s) : (e))
+#define HIGH(e, s) ((e) & (s) ? LANE_COUNT + (e) : (e) + (s))
+#if VECTOR_BYTES == 64 && !IS_DOUBLE
+#define LANE_COUNT 16
+#define EACH(F, s) F(0, s), F(1, s), F(2, s), F(3, s), F(4, s), F(5, s), F(6, s), F(7, s), \
+                   F(8, s), F(9, s), F(10, s), F(11, s), F(12, s), F(13, s), F(14, s), F(15, s)
+#elif VECTOR_BYTES == 64 || (VECTOR_BYTES == 32 && !IS_DOUBLE)
+#define LANE_COUNT 8
+#define EACH(F, s) F(0, s), F(1, s), F(2, s), F(3, s), F(4, s), F(5, s), F(6, s), F(7, s)
+#elif VECTOR_BYTES == 32 || !IS_DOUBLE
+#define LANE_COUNT 4
+#define EACH(F, s) F(0, s), F(1, s), F(2, s), F(3, s)
+#else
+#define LANE_COUNT 2
+#define EACH(F, s) F(0, s), F(1, s)
+#endif
+#define TRANSPOSE_ROUND(s)                                   \
+    for (int i = 0; i < LANE_COUNT; i++)                     \
+        if (!(i & (s))) {                                    \
+            vf low = SHUFFLE(r[i], r[i + (s)], EACH(LOW, s)); \
+            r[i + (s)] = SHUFFLE(r[i], r[i + (s)], EACH(HIGH, s)); \
+            r[i] = low;                                      \
+        }
+SIMD void vtranspose(vf *r) {
+#if LANE_COUNT >= 16
+    TRANSPOSE_ROUND(8)
+#endif
+#if LANE_COUNT >= 8
+    TRANSPOSE_ROUND(4)
+#endif
+#if LANE_COUNT >= 4
+    TRANSPOSE_ROUND(2)
+#endif
+    TRANSPOSE_ROUND(1)
+}
+
+/* The 16-bit formats, one number at a time. Widening is exact; narrowing rounds to nearest even and keeps NaN. */
+SIMD float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+SIMD uint32_t float_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+SIMD float widen_bf16(uint16_t h) { return bits_float((uint32_t)h << 16); }
+SIMD uint16_t narrow_bf16(float f) {
+    uint32_t u = float_bits(f);
+    return f != f ? (uint16_t)(u >> 16 | 64) : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+SIMD float widen_f16(uint16_t h) {
+    float f = bits_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f; /* re-biases the exponent; subnormals come out normal */
+    uint32_t u = float_bits(f);
+    if ((h & 0x7c00) == 0x7c00) u |= 0x7f800000;                 /* infinity or NaN */
+    return bits_float(u | (uint32_t)(h & 0x8000) << 16);
+}
+SIMD uint16_t narrow_f16(float f) {
+    uint32_t u = float_bits(f), sign = u >> 16 & 0x8000;
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (u >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* from 65520 up rounds to infinity */
+    if (u < 0x38800000)                                    /* below 2**-14: adding 1/2 rounds at 2**-24 */
+        return (uint16_t)(sign | (float_bits(bits_float(u) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | ((u + 0xfff + (u >> 13 & 1) - 0x38000000) >> 13));
+}
+
+/* LANES consecutive 16-bit numbers, widened inside the load where the instruction set can. */
+SIMD vf vload_bf16(const uint16_t *p) {
+#if !IS_DOUBLE && defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif !IS_DOUBLE && defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
+    real r[LANES];
+    for (int i = 0; i < LANES; i++) r[i] = widen_bf16(p[i]);
+    return vload(r);
+#endif
+}
+SIMD vf vload_f16(const uint16_t *p) {
+#if !IS_DOUBLE && defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif !IS_DOUBLE && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif !IS_DOUBLE && defined(__aarch64__)
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    real r[LANES];
+    for (int i = 0; i < LANES; i++) r[i] = widen_f16(p[i]);
+    return vload(r);
+#endif
+}
+
+#endif

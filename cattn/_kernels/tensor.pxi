@@ -1,0 +1,104 @@
+# Arrays as a pointer and byte strides, of any dtype the contract knows. Kernels compute on contiguous `real` rows: a
+# row either already is one and is used in place, or is loaded into scratch. This is the only part that knows dtypes.
+
+ctypedef enum Kind:  # the same numbers as in cattn/attention.py
+    F32, F64, F16, BF16, BOOL
+
+cdef struct Tensor:
+    char* data            # NULL: the array was not given
+    Py_ssize_t stride[4]  # in bytes: batch, head, row, column; 0 where the array is broadcast
+    Kind kind
+
+cdef inline Kind real_kind() noexcept nogil:
+    return F64 if IS_DOUBLE else F32
+
+
+cdef inline char* row_of(const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t row) noexcept nogil:
+    return t.data + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2]
+
+
+cdef inline bint rows_are_real(const Tensor* t) noexcept nogil:
+    """True when a row of `t` can be used in place: contiguous, aligned reals."""
+    return (t.kind == real_kind() and t.stride[3] == sizeof(real) and t.stride[2] % <Py_ssize_t> sizeof(real) == 0
+            and t.stride[1] % <Py_ssize_t> sizeof(real) == 0 and t.stride[0] % <Py_ssize_t> sizeof(real) == 0
+            and <uintptr_t> t.data % sizeof(real) == 0)
+
+
+cdef inline real load_one(const char* p, Kind kind) noexcept nogil:
+    """One number of any kind and any alignment. A bool is what it adds to a score: 0, or -inf where it is False."""
+    cdef float single
+    cdef double wide
+    cdef uint16_t half
+    if kind == F32:
+        memcpy(&single, p, 4)
+        return <real> single
+    elif kind == F64:
+        memcpy(&wide, p, 8)
+        if not IS_DOUBLE and -INFINITY < wide < INFINITY:  # a mask wider than the scores: finite stays finite
+            wide = min(max(wide, -FLT_MAX), FLT_MAX)
+        return <real> wide
+    elif kind == BOOL:
+        return <real> 0.0 if p[0] else <real> -INFINITY
+    memcpy(&half, p, 2)
+    return <real> (widen_f16(half) if kind == F16 else widen_bf16(half))
+
+
+cdef void load_row(real* row, const char* p, Py_ssize_t stride, Py_ssize_t n, Kind kind) noexcept nogil:
+    """row[0..n) (OUT) = the n numbers at p, p + stride, ..., widened to real."""
+    cdef Py_ssize_t i = 0
+    if kind == real_kind() and stride == sizeof(real):
+        memcpy(row, p, n * sizeof(real))
+        return
+    if not IS_DOUBLE and stride == 2:
+        while i + LANES <= n:
+            vstore(row + i, vload_f16(<const uint16_t*> (p + 2 * i)) if kind == F16
+                   else vload_bf16(<const uint16_t*> (p + 2 * i)))
+            i += LANES
+    if kind == BOOL and stride == 1:
+        for i in range(n):  # a loop of its own, for the compiler to vectorise: dense bool masks pass through here
+            row[i] = <real> 0.0 if p[i] else <real> -INFINITY
+        return
+    while i < n:
+        row[i] = load_one(p + i * stride, kind)
+        i += 1
+
+
+cdef void store_row(char* p, Py_ssize_t stride, const real* row, Py_ssize_t n, Kind kind) noexcept nogil:
+    """The n numbers at p, p + stride, ... (OUT) = row[0..n), narrowed to nearest even where `kind` is a 16-bit one."""
+    cdef Py_ssize_t i
+    cdef uint16_t half
+    if kind == real_kind() and stride == sizeof(real):
+        memcpy(p, row, n * sizeof(real))
+        return
+    for i in range(n):
+        if kind == real_kind():
+            memcpy(p + i * stride, &row[i], sizeof(real))
+        else:
+            half = narrow_f16(<float> row[i]) if kind == F16 else narrow_bf16(<float> row[i])
+            memcpy(p + i * stride, &half, 2)
+
+
+cdef void transpose(real* out, Py_ssize_t out_stride, const real* a, Py_ssize_t a_stride, Py_ssize_t rows,
+                    Py_ssize_t columns) noexcept nogil:
+    """out[c * out_stride + r] (OUT) = a[r * a_stride + c] for r < rows, c < columns: by LANES x LANES squares through
+    registers, the edges one by one."""
+    cdef vf square[16]
+    cdef Py_ssize_t r = 0, c, i
+    while r + LANES <= rows:
+        c = 0
+        while c + LANES <= columns:
+            for i in range(LANES):
+                square[i] = vload(a + (r + i) * a_stride + c)
+            vtranspose(square)
+            for i in range(LANES):
+                vstore(out + (c + i) * out_stride + r, square[i])
+            c += LANES
+        while c < columns:
+            for i in range(LANES):
+                out[c * out_stride + r + i] = a[(r + i) * a_stride + c]
+            c += 1
+        r += LANES
+    while r < rows:
+        for c in range(columns):
+            out[c * out_stride + r] = a[r * a_stride + c]
+        r += 1

@@ -1,0 +1,98 @@
+"""One pair of extension modules per line of the ISA table (cattn/_kernels/isa.py), all from the same sources.
+
+Switches, from the environment:
+    CATTN_SANITIZE=address,undefined    build with these sanitizers
+    CATTN_ANNOTATE=1                    write Cython's annotated HTML beside the sources
+"""
+
+import os
+import platform
+import runpy
+import tempfile
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = Path("cattn/_kernels")
+ISAS = runpy.run_path(str(KERNELS / "isa.py"))["compiled_for"](platform.machine())
+
+FLAGS = [
+    # -O3 and forced inlining make the register tiles: without either the kernels are 5 to 8 times slower, and
+    # tests/test_build.py fails.
+    "-O3",
+    "-DCYTHON_INLINE=__attribute__((always_inline)) inline",
+    "-ffp-contract=fast",  # a * b + c is one FMA, in clang as well
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    # Never -ffast-math (it folds the rounding of exp2 away: errors of 0.25), never -march=native (25 % slower).
+]
+SANITIZE = os.environ.get("CATTN_SANITIZE")
+
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "initializedcheck": False,
+    "cdivision": True,
+    "freethreading_compatible": True,
+}
+
+
+class BuildExt(build_ext):
+    """Asks the compiler at hand whether it has OpenMP; without, the loops over tasks are serial."""
+
+    def build_extensions(self):
+        openmp = ["-fopenmp"] if self._compiles("-fopenmp") else []
+        if not openmp:
+            self.warn("the compiler has no OpenMP: cattn will use one thread")
+        for extension in self.extensions:
+            extension.extra_compile_args += openmp
+            extension.extra_link_args += openmp
+        self.parallel = self.parallel or os.cpu_count()
+        super().build_extensions()
+
+    def _compiles(self, flag):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "openmp.c")
+            source.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() == 0; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
+                self.compiler.link_executable(objects, str(Path(folder, "openmp")), extra_postargs=[flag])
+            except Exception:  # distutils raises CompileError or LinkError, from whichever distutils is in use
+                return False
+        return True
+
+
+def extension(name, flags, macros=()):
+    sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-g"] if SANITIZE else []
+    return Extension(
+        f"cattn._kernels.{name}",
+        [str(KERNELS / f"{name}.pyx")],
+        include_dirs=[str(KERNELS)],
+        depends=[str(KERNELS / "simd.h")],
+        define_macros=list(macros),
+        extra_compile_args=[*FLAGS, *flags, *sanitize],
+        extra_link_args=sanitize,
+    )
+
+
+def extensions():
+    yield extension("cpu", [])
+    for isa in ISAS:
+        flags = [*(f"-m{feature}" for feature in isa.features), *isa.flags]
+        yield extension(isa.name, flags)
+        yield extension(f"{isa.name}_f64", flags, [("CATTN_DOUBLE", None)])
+
+
+setup(
+    ext_modules=cythonize(
+        list(extensions()),
+        compiler_directives=DIRECTIVES,
+        annotate=bool(os.environ.get("CATTN_ANNOTATE")),
+        build_dir="build/cython",
+        nthreads=0,
+    ),
+    cmdclass={"build_ext": BuildExt},
+)
