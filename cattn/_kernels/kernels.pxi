@@ -7,6 +7,7 @@ Read in this order:
     prefill.pxi    the attention kernel
     attend.pxi     its entry from Python: typed memoryviews in, one OpenMP loop over tasks
     sinusoid.pxi   the table of positional encodings
+    build_info.pxi compiler and OpenMP runtime, for show_config
     measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force
 
 Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Python but the entries (plain `def`).
@@ -68,3 +69,4 @@ include "prefill.pxi"
 include "attend.pxi"
 include "sinusoid.pxi"
 include "measure.pxi"
+include "build_info.pxi"

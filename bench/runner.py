@@ -1,0 +1,159 @@
+"""Runs workloads: a process for each implementation and number of threads, each result checked, then timed in turns."""
+
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import cattn
+
+from .peers import PEERS, Numpy
+from .worker import max_error
+
+ROOT = Path(__file__).parent.parent
+ROUNDS = 4  # turns at each workload: what disturbs the machine for a while then disturbs every implementation
+THREAD_VARIABLES = (
+    "CATTN_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+class PeerError(Exception):
+    """An implementation failed."""
+
+
+def command(module, *arguments, num_threads):
+    """The arguments that start `python -m module` in its own process, with every thread pool that may be in it pinned."""
+    return {
+        "args": [sys.executable, "-m", module, *map(str, arguments)],
+        "cwd": ROOT,
+        "env": os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads)),
+        "text": True,
+    }
+
+
+class Process:
+    """A worker, asked through pipes."""
+
+    def __init__(self, peer, num_threads):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(**command("bench.worker", peer, num_threads, num_threads=num_threads), **pipes)
+
+    def ask(self, method, *arguments):
+        try:
+            print(json.dumps({"method": method, "arguments": arguments}), file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # the answer is then empty, too
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise PeerError(f"its process ended with status {self.process.wait()}")
+        answer = json.loads(answer)
+        if "failed" in answer:
+            raise PeerError(answer["failed"])
+        return answer
+
+    def close(self):
+        self.process.communicate()
+
+
+def installed(peer):
+    return all(importlib.util.find_spec(module) for module in PEERS[peer].modules)
+
+
+def float64_answer(work):
+    """(answer in float64, error that is still right): ten times the error of NumPy in the dtype of the workload.
+
+    A wrong mask or a lost key is thousands of times off; how accurate each implementation is, is a column of the table.
+    """
+    arrays = work.arrays()
+    expected = work.expected(arrays)
+    run, to_array = getattr(Numpy(), work.kind)(work, arrays)
+    rounding = EPSILON[work.dtype] * float(np.abs(expected).max())
+    return expected, 10 * max_error(to_array(run()), expected) + rounding
+
+
+def measure(work, processes, expected, tolerance, seconds):
+    """{peer: result} of a workload. What is wrong is not timed."""
+    results, samples = {}, {}
+    for peer, process in processes.items():
+        try:
+            answer = process.ask("load", work.name, str(expected))
+            if "unsupported" in answer:
+                results[peer] = answer
+                continue
+            error = answer["result"]
+            results[peer] = {"error": error if np.isfinite(error) else None, "correct": error <= tolerance}
+            if error <= tolerance:
+                samples[peer] = []
+        except PeerError as failure:
+            results[peer] = {"failed": str(failure)}
+    for _ in range(ROUNDS):
+        for peer in list(samples):
+            try:
+                samples[peer].append(processes[peer].ask("measure", seconds / ROUNDS)["result"])
+            except PeerError as failure:
+                results[peer] = {"failed": str(failure)}
+                del samples[peer]
+    for peer, rounds in samples.items():
+        results[peer] |= {
+            "best": min(sample["best"] for sample in rounds),
+            "median": statistics.median(sample["median"] for sample in rounds),
+            "calls": sum(sample["calls"] for sample in rounds),
+        }
+    return results
+
+
+def run(works, peers, thread_counts, seconds, progress=lambda message: None):
+    """Measure the workloads; returns all that the reports need, as JSON has it."""
+    limits = {str(num_threads): {"fma": 0.0, "read": 0.0} for num_threads in thread_counts}
+    rows = []
+    processes = {n: {peer: Process(peer, n) for peer in peers} for n in thread_counts}
+    try:
+        versions = {peer: process.ask("version")["result"] for peer, process in processes[thread_counts[0]].items()}
+        with tempfile.TemporaryDirectory() as scratch:
+            answer_file = Path(scratch) / "expected.npy"
+            for number, work in enumerate(works, 1):
+                progress(f"{number}/{len(works)} {work.name}")
+                expected, tolerance = float64_answer(work)
+                np.save(answer_file, expected)
+                for n in thread_counts:
+                    found = processes[n]["cattn"].ask("limits")["result"]
+                    limits[str(n)] = {name: max(found[name], best) for name, best in limits[str(n)].items()}
+                    results = measure(work, processes[n], answer_file, tolerance, seconds)
+                    rows.append(describe(work) | {"threads": n, "tolerance": tolerance, "results": results})
+    finally:
+        for process in [process for group in processes.values() for process in group.values()]:
+            process.close()
+    return {
+        "machine": {"cpu": cpu_model(), "isa": cattn.isa, "system": platform.platform()},
+        "versions": {"python": platform.python_version()} | versions,
+        "limits": limits,
+        "rows": rows,
+    }
+
+
+def describe(work):
+    """The workload's part of a row."""
+    names = "reason", "kind", "shape", "dtype", "limit", "flops", "nbytes"
+    return {"workload": work.name} | {name: getattr(work, name) for name in names}
+
+
+def cpu_model():
+    """The CPU's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,123 @@
+"""The process of one implementation at one number of threads: `python -m bench.worker PEER THREADS`.
+
+It answers JSON requests, one a line, and sleeps on the pipe in between. Two pools of threads that spin on the same cores slow
+each other down several times over: so no two implementations share a process, and none answers before its threads rest.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from functools import cached_property
+
+import numpy as np
+
+from .peers import PEERS, Unsupported
+from .workloads import WORKLOADS
+
+SLICE = 1 << 20  # elements compared at a time
+CLOCK = 20e-6  # seconds; shorter calls are timed in groups that take at least this long
+
+
+def max_error(result, expected):
+    """Largest absolute difference, NaN where either has one."""
+    if result.shape != expected.shape:
+        raise ValueError(f"result: expected shape {expected.shape}, got {result.shape}")
+    result, expected = result.reshape(-1), expected.reshape(-1)
+    starts = range(0, expected.size, SLICE)
+    return float(np.max([np.abs(result[i : i + SLICE] - expected[i : i + SLICE]).max() for i in starts]))
+
+
+def time_calls(run, seconds):
+    """Seconds for each call, best and median, and how many calls; one to warm up is not counted."""
+    run()
+    times, group = [], 1
+    deadline = time.perf_counter() + seconds
+    while not times or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        for _ in range(group):
+            run()
+        elapsed = time.perf_counter() - start
+        if elapsed < CLOCK:
+            group *= 2
+        else:
+            times.append(elapsed / group)
+    return {"best": min(times), "median": statistics.median(times), "calls": group * len(times)}
+
+
+def rate(function, work, num_threads):
+    """Best of three: what `function` says it has done, a second."""
+    rates = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = function(work, num_threads)
+        rates.append(done / (time.perf_counter() - start))
+    return max(rates)
+
+
+def rest():
+    """Wait until the threads of this process use no more time, one second at most."""
+    for _ in range(100):
+        used = time.process_time()
+        time.sleep(0.01)
+        if time.process_time() - used < 0.001:
+            return
+
+
+class Worker:
+    """What can be asked of the process, one method each."""
+
+    def __init__(self, peer, num_threads):
+        self.peer = PEERS[peer](num_threads)
+        self.num_threads = num_threads
+        self.run = None
+
+    def version(self):
+        return self.peer.version
+
+    def load(self, name, expected):
+        """Prepare the workload, run it once, return the largest error against the array in the file `expected`."""
+        self.run = None  # drops the arrays of the workload before
+        work = next(work for work in WORKLOADS if work.name == name)
+        prepare = getattr(self.peer, work.kind, None)
+        if prepare is None:
+            raise Unsupported(f"no {work.kind}")
+        self.run, to_array = prepare(work, work.arrays())
+        return max_error(to_array(self.run()), np.load(expected, mmap_mode="r"))
+
+    def measure(self, seconds):
+        return time_calls(self.run, seconds)
+
+    def limits(self):
+        """What the machine can do: float32 operations and bytes read a second."""
+        from cattn import _kernels
+
+        return {
+            "fma": rate(_kernels.fma_flops, 1_000_000, self.num_threads),
+            "read": rate(_kernels.read_bytes, self.beyond_caches, self.num_threads),
+        }
+
+    @cached_property
+    def beyond_caches(self):
+        return np.ones(1 << 26, np.float32)  # 256 MiB
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    worker = Worker(sys.argv[1], int(sys.argv[2]))
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"result": getattr(worker, request["method"])(*request["arguments"])}
+        except Unsupported as error:
+            answer = {"unsupported": str(error)}
+        except Exception as error:
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        rest()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

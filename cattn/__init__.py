@@ -1,0 +1,34 @@
+"""Attention for servers without a GPU: NumPy arrays in, NumPy arrays out, fused kernels between.
+
+    scaled_dot_product_attention    softmax(Q K^T) V with masks, windows, GQA, dropout: PyTorch's names and order
+    MultiHeadAttention              the same between learned projections; loads the usual state dicts
+    sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
+    reference                       all of it in plain NumPy: the specification
+
+How a call goes:  attention.py, multihead.py, positional.py (checks, allocation)  ->  _kernels (one module per
+instruction set, chosen at import: isa, available_isas)  ->  tiles.  threads.py says how many threads.
+"""
+
+from cattn import reference
+from cattn._kernels import available_isas, isa
+from cattn.attention import scaled_dot_product_attention
+from cattn.config import show_config
+from cattn.multihead import MultiHeadAttention
+from cattn.positional import PositionalEncoding, relative_shift, sinusoidal_encoding
+from cattn.threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MultiHeadAttention",
+    "PositionalEncoding",
+    "available_isas",
+    "get_num_threads",
+    "isa",
+    "reference",
+    "relative_shift",
+    "scaled_dot_product_attention",
+    "set_num_threads",
+    "show_config",
+    "sinusoidal_encoding",
+]

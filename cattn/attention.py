@@ -1,0 +1,278 @@
+"""The door to the attention kernel: checks, broadcasting and allocation, then one call.
+
+What comes in may have any strides and several leading axes; the kernel takes 4 axes (batch, heads, seq, dim). Views
+alone get it there, nothing is copied as a whole.
+"""
+
+import itertools
+import math
+import numbers
+import sys
+
+import numpy as np
+
+from cattn import _kernels, reference, threads
+from cattn.reference import _check_dropout, _check_int, _check_seed
+
+__all__ = ["scaled_dot_product_attention"]
+
+F32, F64, F16, BF16, BOOL = range(5)  # as in _kernels/tensor.pxi
+_KINDS = {np.dtype(np.float32): F32, np.dtype(np.float64): F64, np.dtype(np.float16): F16}
+# The buffer protocol has no name for bfloat16 and Cython none for float16: they travel as uint16, bools as uint8.
+_CARRIERS = {F16: np.uint16, BF16: np.uint16, BOOL: np.uint8}
+_UNBOUNDED = -1
+_FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64
+_MAX_HEAD_DIM = 2**31 - 1
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
+    q_offset=0, window=None, softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None,
+    return_weights=False, return_logsumexp=False, out=None, num_threads=None, seed=None,
+):
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    q_kind, kv_kind = _kind("query", query), _kind("key", key)
+    if value.dtype != key.dtype:
+        raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}")
+    if q_kind != kv_kind and not (q_kind == F32 and kv_kind in (F16, BF16)):
+        raise TypeError(f"key: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 query), "
+                        f"got {key.dtype}")
+    leading = _check_shapes(query, key, value)
+    one_head = query.ndim < 4
+    num_heads, seq_len_q, head_dim = (1, *query.shape[-2:]) if one_head else query.shape[-3:]
+    seq_len_kv, head_dim_v = value.shape[-2:]
+    rows_shape = (*leading, seq_len_q) if one_head else (*leading, num_heads, seq_len_q)
+    if math.prod(rows_shape) * max(head_dim_v, seq_len_kv if return_weights else 1) > sys.maxsize // 8:
+        raise ValueError(f"query: expected a result that fits in memory, got rows {rows_shape} of {head_dim_v}")
+
+    right = left = _UNBOUNDED
+    if window is not None:
+        left, right = _check_window(window)
+    if is_causal:
+        right = 0
+    scale = 1 / math.sqrt(head_dim) if scale is None else _check_number("scale", scale, -math.inf)
+    softcap = _check_number("softcap", softcap, 0.0) if softcap else 0.0
+    dropout_p = _check_dropout("dropout_p", dropout_p) if dropout_p != 0 else 0.0
+    seed = _check_seed(seed) if dropout_p or seed is not None else 0
+    num_threads = threads.get_num_threads() if num_threads is None else threads.checked(num_threads)
+    q_offsets = None
+    if type(q_offset) is not int:
+        q_offsets = _check_lengths("q_offset", q_offset, leading)
+        q_offset = 0
+    if kv_lens is not None:
+        kv_lens = _check_lengths("kv_lens", kv_lens, leading)
+        if kv_lens.size and not 0 <= kv_lens.min() <= kv_lens.max() <= seq_len_kv:
+            raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, got {kv_lens.tolist()}")
+    compute_dtype = np.float64 if q_kind == F64 else np.float32
+    if alibi_slopes is not None:
+        alibi_slopes = _check_vector("alibi_slopes", alibi_slopes, ((num_heads,), (*leading, num_heads)), compute_dtype)
+        alibi_slopes = alibi_slopes.reshape(-1, num_heads)
+    if sinks is not None:
+        sinks = _check_vector("sinks", sinks, ((num_heads,),), compute_dtype)
+    mask_kind = BOOL
+    if attn_mask is not None:
+        attn_mask, mask_kind = _check_mask(attn_mask, (*rows_shape, seq_len_kv))
+    if out is None:
+        out = np.empty((*rows_shape, head_dim_v), query.dtype)
+    else:
+        inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+        _check_out(out, (*rows_shape, head_dim_v), query.dtype, inputs)
+    weights = np.empty((*rows_shape, seq_len_kv), compute_dtype) if return_weights else None
+    logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
+
+    module = _kernels.f64() if q_kind == F64 else _kernels.f32
+    arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (out, q_kind)]
+    views = [_four_axes(array, kind, leading, one_head) for array, kind in arrays]
+    for batch_offset, (q, k, v, mask, result) in _batches(views, leading):
+        batch = slice(batch_offset, batch_offset + q.shape[0])
+        rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
+        module.attend(
+            q, k, v, mask, result,
+            None if weights is None else weights.reshape(-1, seq_len_kv)[rows].reshape(-1),
+            None if logsumexp is None else logsumexp.reshape(-1)[rows],
+            q_kind, kv_kind, mask_kind, scale, softcap, left, right,
+            max(-_FAR, min(_FAR, q_offset)),
+            None if q_offsets is None else q_offsets[batch],
+            None if kv_lens is None else kv_lens[batch],
+            alibi_slopes if alibi_slopes is None or len(alibi_slopes) == 1 else alibi_slopes[batch],
+            sinks, dropout_p, seed, batch_offset, num_threads,
+        )
+    if not (return_weights or return_logsumexp):
+        return out
+    results = [out]
+    if return_weights:
+        results.append(weights.astype(query.dtype, copy=False))
+    if return_logsumexp:
+        results.append(logsumexp)
+    return tuple(results)
+
+
+scaled_dot_product_attention.__doc__ = reference.scaled_dot_product_attention.__doc__
+
+
+def _kind(name, array):
+    kind = _KINDS.get(array.dtype)
+    if kind is None:
+        if array.dtype.name != "bfloat16":
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16 in native byte order, "
+                            f"got dtype {array.dtype}")
+        kind = _KINDS[array.dtype] = BF16
+    return kind
+
+
+def _check_shapes(query, key, value):
+    """The leading axes of the result, broadcast."""
+    if query.ndim < 2:
+        raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}")
+    for name, array in (("key", key), ("value", value)):
+        if array.ndim != query.ndim and min(array.ndim, query.ndim) < 4:
+            raise ValueError(f"{name}: expected {query.ndim} axes, as query has, got shape {array.shape}")
+    core = 2 if query.ndim < 4 else 3
+    leading = query.shape[:-core]
+    for name, array in (("key", key), ("value", value)):
+        try:
+            leading = np.broadcast_shapes(leading, array.shape[:-core])
+        except ValueError:
+            raise ValueError(f"{name}: expected {_shape_text(leading, core, name, query, key)}, "
+                             f"got shape {array.shape}") from None
+    head_dim = query.shape[-1]
+    if not 1 <= head_dim <= _MAX_HEAD_DIM:
+        raise ValueError(f"query: expected a head_dim from 1 to {_MAX_HEAD_DIM}, got shape {query.shape}")
+    if key.shape[-1] != head_dim:
+        raise ValueError(f"key: expected {_shape_text(leading, core, 'key', query, key)}, got shape {key.shape}")
+    if core == 3 and (key.shape[-3] == 0 or query.shape[-3] % key.shape[-3]):
+        raise ValueError(f"key: expected a num_kv_heads that divides query's {query.shape[-3]} heads, "
+                         f"got shape {key.shape}")
+    if value.shape[-core:-1] != key.shape[-core:-1] or not 1 <= value.shape[-1] <= _MAX_HEAD_DIM:
+        raise ValueError(f"value: expected {_shape_text(leading, core, 'value', query, key)}, got shape {value.shape}")
+    return leading
+
+
+def _shape_text(leading, core, name, query, key):
+    heads = () if core == 2 else ("num_kv_heads",) if name == "key" else (str(key.shape[-3]),)
+    last = ("seq_len_kv", str(query.shape[-1])) if name == "key" else (str(key.shape[-2]), "head_dim_v")
+    return f"({', '.join([*map(str, leading), *heads, *last])})"
+
+
+def _check_number(name, value, least):
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (least <= value < math.inf) or value == -math.inf:
+        raise ValueError(f"{name}: expected a finite number{'' if least < 0 else ' >= 0'}, got {value}")
+    return float(value)
+
+
+def _check_window(window):
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window: expected None or (left, right), got {window!r}")
+    sides = [_UNBOUNDED if side is None else _check_int("window", side) for side in window]
+    if min(sides) < _UNBOUNDED:
+        raise ValueError(f"window: expected keys to the left and right >= 0, or -1 or None for all, got {window!r}")
+    return (min(side, _FAR) for side in sides)
+
+
+def _check_lengths(name, lengths, leading):
+    """A flat int64 array, one number per batch row; far-away ones clipped."""
+    lengths = np.asarray(lengths)
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {lengths.dtype}")
+    if lengths.shape != leading and not (name == "q_offset" and lengths.ndim == 0):
+        raise ValueError(f"{name}: expected shape {leading}, one per batch row, got shape {lengths.shape}")
+    flat = [max(-_FAR, min(_FAR, length)) for length in np.broadcast_to(lengths, leading).ravel().tolist()]
+    return np.array(flat, np.int64)
+
+
+def _check_vector(name, vector, shapes, dtype):
+    vector = np.asarray(vector)
+    if vector.dtype.kind not in "fiu" and vector.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: expected a float array, got dtype {vector.dtype}")
+    if vector.shape not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got shape {vector.shape}")
+    return np.ascontiguousarray(vector, dtype)
+
+
+def _check_mask(attn_mask, shape):
+    attn_mask = np.asarray(attn_mask)
+    if attn_mask.dtype == bool:
+        kind = BOOL
+    elif attn_mask.dtype in _KINDS or attn_mask.dtype.name == "bfloat16":
+        kind = _kind("attn_mask", attn_mask)
+    else:
+        raise TypeError(f"attn_mask: expected bool (True = attend) or a float dtype (added), got {attn_mask.dtype}")
+    try:
+        return np.broadcast_to(attn_mask, shape), kind
+    except ValueError:
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {shape}, "
+                         f"got shape {attn_mask.shape}") from None
+
+
+def _check_out(out, shape, dtype, inputs):
+    if not isinstance(out, np.ndarray) or out.dtype != dtype:
+        raise TypeError(f"out: expected an array of query's dtype {dtype}, got {getattr(out, 'dtype', type(out))}")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got shape {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected a writeable array, got a read-only one")
+    end = 0
+    for stride, length in sorted((abs(stride), length) for stride, length in zip(out.strides, shape, strict=True)):
+        if length > 1 and stride < max(end, out.itemsize):
+            raise ValueError(f"out: expected elements that do not overlap each other, got strides {out.strides}")
+        end = stride * length
+    for name, array in inputs.items():
+        if array is not None and _overlap(out, array):
+            raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")
+
+
+def _overlap(a, b):
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _four_axes(array, kind, leading, one_head):
+    """A view of `array` as (*leading, heads, seq, dim), broadcast, in the dtype its kind travels in; None for None."""
+    if array is None:
+        return None
+    if kind in _CARRIERS:
+        array = array.view(_CARRIERS[kind])
+    if one_head:
+        array = array[..., None, :, :]
+    if not leading:
+        array = array[None]
+        leading = (1,)
+    if array.shape[:-3] != leading:
+        array = np.broadcast_to(array, leading + array.shape[-3:])
+    return array
+
+
+def _batches(views, leading):
+    """(index of the first batch row, views of 4 axes): all at once where the leading axes of every view are one axis
+    by their strides, else a call for each element of the outer ones."""
+    if len(leading) <= 1:
+        yield 0, views
+        return
+    merged = [None if view is None else _merge_leading(view) for view in views]
+    if all(new is not None or old is None for new, old in zip(merged, views, strict=True)):
+        yield 0, merged
+        return
+    for number, index in enumerate(itertools.product(*map(range, leading[:-1]))):
+        yield number * leading[-1], [None if view is None else view[index] for view in views]
+
+
+def _merge_leading(view):
+    """`view` with all axes before the last three as one, by strides; None where they do not allow it."""
+    length, stride = 1, 0
+    for next_length, next_stride in zip(view.shape[-4::-1], view.strides[-4::-1], strict=True):
+        if next_length == 1:
+            continue
+        if length == 1:
+            length, stride = next_length, next_stride
+        elif next_stride == length * stride:
+            length *= next_length
+        else:
+            return None
+    shape, strides = (length, *view.shape[-3:]), (stride, *view.strides[-3:])
+    return np.lib.stride_tricks.as_strided(view, shape, strides, writeable=view.flags.writeable)

@@ -1,0 +1,49 @@
+"""Multi-head attention with learned projections, specified by `cattn.reference.MultiHeadAttention`."""
+
+import numpy as np
+
+from cattn import reference
+from cattn.attention import scaled_dot_product_attention
+
+__all__ = ["MultiHeadAttention"]
+
+
+class MultiHeadAttention(reference.MultiHeadAttention):
+    __doc__ = reference.MultiHeadAttention.__doc__
+    _dtypes = ("float16", "bfloat16", "float32", "float64")
+
+    def __call__(
+        self, query, key=None, value=None, *, attn_mask=None, is_causal=False, q_offset=0, window=None,
+        softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None, return_weights=False, training=False,
+        seed=None, num_threads=None,
+    ):
+        return self._forward(
+            query, key, value, attn_mask, return_weights,
+            is_causal=is_causal, q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+            sinks=sinks, kv_lens=kv_lens, dropout_p=self.dropout if training else 0.0, seed=seed,
+            num_threads=num_threads,
+        )
+
+    __call__.__doc__ = reference.MultiHeadAttention.__call__.__doc__
+
+    def _project(self, query, key, value):
+        if value is not key:
+            return super()._project(query, key, value)
+        if key is not query:
+            kv = self._in_proj(key, slice(self._k_rows.start, None))
+            return self._in_proj(query, self._q_rows), *np.split(kv, 2, axis=-1)
+        qkv = self._in_proj(query, slice(None))
+        return qkv[..., self._q_rows], qkv[..., self._k_rows], qkv[..., self._v_rows]
+
+    def _attend(self, q, k, v, attn_mask, return_weights, **options):
+        # The heads are written side by side, so that the output projection reads contiguous memory.
+        batch, num_heads, seq_len_q, head_dim = q.shape
+        out = np.empty((batch, seq_len_q, num_heads, head_dim), q.dtype)
+        result = scaled_dot_product_attention(
+            q, k, v, attn_mask, out=out.swapaxes(1, 2), return_weights=return_weights, **options
+        )
+        return out.reshape(batch, seq_len_q, self.embed_dim), result[1] if return_weights else None
+
+    def _linear(self, x, weight, bias):
+        # One product of two matrices: numpy would run one per batch element, and read the weight each time.
+        return super()._linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], len(weight))

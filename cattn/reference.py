@@ -1,0 +1,850 @@
+"""What cattn computes, in plain NumPy: obvious, slow, for every float dtype.
+
+Each public function and class of `cattn` has a counterpart here with the same name and the same arguments
+(`out` and `num_threads` aside). The fast ones are tested against these; a new behaviour starts here.
+`scaled_dot_product_attention` does not check its arguments: `cattn.scaled_dot_product_attention` does. The
+classes here are also the base of the fast ones, which do the costly steps in their own way.
+"""
+
+import math
+import numbers
+import operator
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
+__all__ = [
+    "MultiHeadAttention",
+    "PositionalEncoding",
+    "dropout_keep",
+    "philox4x32",
+    "relative_shift",
+    "scaled_dot_product_attention",
+    "sinusoidal_encoding",
+]
+
+
+@np.errstate(all="ignore")
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
+    q_offset=0, window=None, softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None,
+    return_weights=False, return_logsumexp=False, seed=None,
+):
+    """softmax(scale * query @ key^T + mask) @ value, for each head.
+
+    In this order: scale, softcap (c * tanh(x / c)), ALiBi and mask, softmax with the sinks in its
+    denominator, dropout, weights @ value. Everything combines with everything.
+
+    Parameters
+    ----------
+    query : float array (..., num_heads, seq_len_q, head_dim)
+        Also (batch, seq_len_q, head_dim) or (seq_len_q, head_dim), one head; key and value then have as many
+        axes.
+    key : float array (..., num_kv_heads, seq_len_kv, head_dim)
+        num_heads is a multiple of num_kv_heads; consecutive query heads share a key head. Leading axes
+        broadcast, missing ones count as 1. Computed in float32, or in the query's dtype where that is wider.
+    value : float array (..., num_kv_heads, seq_len_kv, head_dim_v)
+    attn_mask : bool or float array, broadcastable to the weights
+        bool: True = attend. float: added to the scores; -inf = masked, every finite value is a bias (clipped
+        to the range of the dtype computed in).
+    dropout_p : float in [0, 1)
+        Weights are zeroed where `dropout_keep(seed, ...)` is False, the others divided by 1 - dropout_p. The
+        batch index is the flat index over the leading axes.
+    is_causal : bool
+        Query i sees key j when j <= i + q_offset. With 3 queries, 5 keys and q_offset 0 and 2::
+
+            1 0 0 0 0        1 1 1 0 0
+            1 1 0 0 0        1 1 1 1 0
+            1 1 1 0 0        1 1 1 1 1
+    scale : float, optional
+        1 / sqrt(head_dim) when None.
+    enable_gqa : bool
+        Accepted so that calls written for PyTorch work; the shapes say it all.
+    q_offset : int or int array (batch,)
+        Position of query 0 among the keys (those already in a cache). May be negative. "batch" is the shape
+        of the leading axes where there are several.
+    window : (left, right), optional
+        Query i sees keys i + q_offset - left to i + q_offset + right, both included; None or -1 = unbounded.
+    softcap : float
+        0 = off.
+    alibi_slopes : float array (num_heads,) or (batch, num_heads), optional
+        Adds -slope * abs(i + q_offset - j).
+    sinks : float array (num_heads,), optional
+        One more logit per head: exp(sink) joins the denominator, no value goes with it.
+    kv_lens : int array (batch,), optional
+        Keys at and past the length do not exist.
+    return_weights, return_logsumexp : bool
+    seed : int in [0, 2**64), optional
+        Of the dropout; fresh for each call when None.
+
+    Returns
+    -------
+    out : array (..., num_heads, seq_len_q, head_dim_v), dtype of the query
+        A row that sees no key is 0 (where tutorials that fill with -1e6 or -9e15 give the mean of all
+        values). The value row of a masked key is not read: NaN there changes nothing. A score that is NaN or
+        +inf makes its row NaN, and NaN in a value row that is seen goes through, with weight 0 as well.
+    weights : array (..., num_heads, seq_len_q, seq_len_kv), dtype of the query; with return_weights
+        What multiplies the values, after sinks and dropout. Exactly 0 for masked keys.
+    logsumexp : array (..., num_heads, seq_len_q), dtype computed in; with return_logsumexp
+        log(sum(exp(scores))), without the sinks; -inf for a row that sees no key.
+
+    Raises
+    ------
+    ValueError, TypeError
+        From `cattn.scaled_dot_product_attention`, for arguments other than these.
+
+    Notes
+    -----
+    Vaswani et al. 2017, "Attention is all you need"; ALiBi: Press et al. 2022; sinks: Xiao et al. 2024. Names
+    and order of the arguments: torch.nn.functional.scaled_dot_product_attention; window: FlashAttention.
+
+    Examples
+    --------
+    >>> query = np.array([[1., 0.], [0., 1.]])
+    >>> key = np.array([[2., 0.], [0., 2.], [1., 1.]])
+    >>> value = np.array([[1., 0.], [0., 1.], [5., 5.]])
+    >>> out, weights = scaled_dot_product_attention(query, key, value, is_causal=True, return_weights=True)
+    >>> weights.round(3)
+    array([[1.   , 0.   , 0.   ],
+           [0.196, 0.804, 0.   ]])
+    >>> out.round(3)
+    array([[1.   , 0.   ],
+           [0.196, 0.804]])
+    """
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    result_dtype = query.dtype
+    dtype = _compute_dtype(query)
+    one_head = query.ndim < 4
+    if one_head:
+        query, key, value = (np.expand_dims(x, -3) for x in (query, key, value))
+    query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
+
+    leading = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    num_heads, seq_len_q, head_dim = query.shape[-3:]
+    num_kv_heads, seq_len_kv = key.shape[-3:-1]
+    query = np.broadcast_to(query, (*leading, num_heads, seq_len_q, head_dim))
+    if num_kv_heads != num_heads:
+        key, value = (np.repeat(x, num_heads // num_kv_heads, axis=-3) for x in (key, value))
+
+    scores = query @ key.swapaxes(-1, -2) * dtype.type(1 / math.sqrt(head_dim) if scale is None else scale)
+    if softcap:
+        scores = dtype.type(softcap) * np.tanh(scores / dtype.type(softcap))
+
+    key_index = np.arange(seq_len_kv)
+    position = np.arange(seq_len_q)[:, None] + np.asarray(q_offset, np.int64)[..., None, None, None]
+    distance = key_index - position  # (batch, 1, seq_len_q, seq_len_kv)
+    if alibi_slopes is not None:
+        slopes = np.asarray(alibi_slopes).astype(dtype)[..., None, None]
+        scores = scores - slopes * np.abs(distance).astype(dtype)
+
+    visible = np.bool_(True)
+    if is_causal:
+        visible = visible & (distance <= 0)
+    left, right = window or (None, None)
+    if left not in (None, -1):
+        visible = visible & (distance >= -left)
+    if right not in (None, -1):
+        visible = visible & (distance <= right)
+    if kv_lens is not None:
+        visible = visible & (key_index < np.asarray(kv_lens)[..., None, None, None])
+    if attn_mask is not None:
+        attn_mask = np.asarray(attn_mask)
+        if one_head and attn_mask.ndim > 2:
+            attn_mask = np.expand_dims(attn_mask, -3)
+        if attn_mask.dtype == bool:
+            visible = visible & attn_mask
+        else:
+            bias = attn_mask.astype(_compute_dtype(attn_mask))
+            largest = np.finfo(dtype).max
+            bias = np.where(np.isinf(bias), bias, np.clip(bias, -largest, largest)).astype(dtype)
+            visible = visible & (bias != -np.inf)
+            scores = scores + bias
+    scores = np.where(visible, scores, dtype.type(-np.inf))
+    visible = scores != -np.inf  # a score can also come out as -inf by itself
+
+    row_max = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    row_max = np.where(row_max == -np.inf, dtype.type(0), row_max)
+    exps = np.exp(scores - row_max)
+    row_sum = exps.sum(axis=-1, keepdims=True)
+    logsumexp = (row_max + np.log(row_sum))[..., 0]
+    if sinks is not None:
+        row_sum = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
+    weights = np.where(visible, exps / row_sum, dtype.type(0))
+    if dropout_p:
+        keep = dropout_keep(seed, dropout_p, math.prod(leading), num_heads, seq_len_q, seq_len_kv)
+        weights = weights * keep.reshape(weights.shape) / dtype.type(1 - dropout_p)
+
+    out = _weighted_sum(weights, value, visible)
+    if one_head:
+        out, weights, logsumexp = out.squeeze(-3), weights.squeeze(-3), logsumexp.squeeze(-2)
+    results = [out.astype(result_dtype)]
+    if return_weights:
+        results.append(weights.astype(result_dtype))
+    if return_logsumexp:
+        results.append(logsumexp)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _weighted_sum(weights, value, visible):
+    """weights @ value, where NaN and inf of a value row reach the queries that see it and no other."""
+    finite = np.isfinite(value)
+    out = weights @ np.where(finite, value, value.dtype.type(0))
+    other_axes = tuple(axis for axis in range(value.ndim) if axis != value.ndim - 2)
+    for j in np.flatnonzero(~finite.all(axis=other_axes)):
+        row = np.where(finite[..., j, None, :], 0, value[..., j, None, :])
+        out += np.where(visible[..., j, None], weights[..., j, None] * row, 0)
+    return out
+
+
+def philox4x32(counter, key):
+    """Philox4x32-10: four counter words and two key words to four random words.
+
+    Parameters
+    ----------
+    counter : four ints or int arrays that broadcast, each taken modulo 2**32
+    key : two ints below 2**32
+
+    Returns
+    -------
+    words : four uint64 arrays with values below 2**32
+
+    Notes
+    -----
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+
+    Examples
+    --------
+    >>> [f"{word:08x}" for word in philox4x32((0, 0, 0, 0), (0, 0))]
+    ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0, c1, c2, c3 = (np.asarray(word).astype(np.uint64) & low for word in counter)
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (product1 >> shift) ^ c1 ^ np.uint64(k0),
+            product1 & low,
+            (product0 >> shift) ^ c3 ^ np.uint64(k1),
+            product0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+def dropout_keep(seed, dropout_p, batch, num_heads, seq_len_q, seq_len_kv):
+    """Which weights dropout keeps: philox(seed, batch, head, query, key) >= int(dropout_p * 2**32).
+
+    A function of the indices alone: the same for any shape, batch mates and number of threads. Key j of query
+    i takes word j % 4 of `philox4x32((j // 4, i, head_index, batch_index), (seed % 2**32, seed // 2**32))`.
+
+    Parameters
+    ----------
+    seed : int in [0, 2**64), or None for a fresh one
+    dropout_p : float in [0, 1)
+    batch, num_heads, seq_len_q, seq_len_kv : int
+
+    Returns
+    -------
+    keep : bool array (batch, num_heads, seq_len_q, seq_len_kv)
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the seed is not such an int.
+
+    Examples
+    --------
+    >>> dropout_keep(7, 0.5, 1, 1, 2, 6).astype(int)
+    array([[[[1, 1, 0, 0, 0, 1],
+             [0, 0, 1, 1, 0, 0]]]])
+    """
+    return _keep(seed, dropout_p, np.arange(batch), np.arange(num_heads), seq_len_q, seq_len_kv)
+
+
+def _keep(seed, dropout_p, batch_index, head_index, rows, columns):
+    seed = _check_seed(seed)
+    counter = (
+        np.arange(-(-columns // 4)),
+        np.arange(rows)[:, None],
+        head_index[:, None, None],
+        batch_index[:, None, None, None],
+    )
+    words = np.stack(philox4x32(counter, (seed % 2**32, seed // 2**32)), axis=-1)
+    words = words.reshape(len(batch_index), len(head_index), rows, 4 * len(counter[0]))[..., :columns]
+    return words >= np.uint64(int(dropout_p * 2**32))
+
+
+class MultiHeadAttention:
+    """Multi-head attention: concat_h(attention(x_q W_q,h^T, x_k W_k,h^T, x_v W_v,h^T)) @ W_o^T + b_o.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Size of the result; a multiple of num_heads. head_dim = embed_dim / num_heads.
+    num_heads : int
+    num_kv_heads : int, optional
+        Heads of keys and values, a divisor of num_heads (the default); fewer is grouped-query attention.
+    input_dim : int, optional
+        Size of the inputs; embed_dim when None.
+    bias : bool
+        Whether the projections have one.
+    dropout : float in [0, 1)
+        Of the attention weights, in calls with training=True.
+    dtype : dtype
+        Of parameters, inputs and results.
+    seed : int or numpy.random.Generator, optional
+        Of the initial weights.
+
+    Attributes
+    ----------
+    in_proj_weight : array (embed_dim + 2 * num_kv_heads * head_dim, input_dim)
+        Rows of all query heads, then of all key heads, then of all value heads.
+    in_proj_bias : array (embed_dim + 2 * num_kv_heads * head_dim,), or None
+    out_proj_weight : array (embed_dim, embed_dim)
+    out_proj_bias : array (embed_dim,), or None
+
+    Weights start Xavier-uniform, U(-b, b) with b = sqrt(6 / (fan_in + fan_out)): fan_in = input_dim and
+    fan_out = all rows of in_proj_weight together, as for one Linear(input_dim, 3 * embed_dim). Biases start
+    at 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Notes
+    -----
+    Vaswani et al. 2017, "Attention is all you need", section 3.2.2; grouped queries: Ainslie et al. 2023.
+
+    Examples
+    --------
+    >>> layer = MultiHeadAttention(16, 4, seed=0)
+    >>> x = np.ones((2, 3, 16), np.float32)
+    >>> out, weights = layer(x, is_causal=True, return_weights=True)
+    >>> out.shape, weights.shape
+    ((2, 3, 16), (2, 4, 3, 3))
+    >>> sorted(layer.state_dict("huggingface"))[:2]
+    ['k_proj.bias', 'k_proj.weight']
+    """
+
+    _dtypes = None  # names of the dtypes allowed; None: every float dtype
+
+    def __init__(
+        self, embed_dim, num_heads, *, num_kv_heads=None, input_dim=None, bias=True, dropout=0.0,
+        dtype=np.float32, seed=None,
+    ):
+        self.embed_dim = _check_int("embed_dim", embed_dim, 1)
+        self.num_heads = _check_int("num_heads", num_heads, 1)
+        num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
+        self.num_kv_heads = _check_int("num_kv_heads", num_kv_heads, 1)
+        self.input_dim = _check_int("input_dim", embed_dim if input_dim is None else input_dim, 1)
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+            )
+        self.head_dim = self.embed_dim // self.num_heads
+        self.dropout = _check_dropout("dropout", dropout)
+        self.dtype = _check_dtype(dtype, self._dtypes)
+
+        try:
+            rng = np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"seed: expected an int >= 0 or a Generator, got {seed!r}") from None
+        kv_dim = self.num_kv_heads * self.head_dim
+        # Rows of in_proj_weight that make q, k and v.
+        self._q_rows = slice(0, self.embed_dim)
+        self._k_rows = slice(self.embed_dim, self.embed_dim + kv_dim)
+        self._v_rows = slice(self.embed_dim + kv_dim, self.embed_dim + 2 * kv_dim)
+        self.in_proj_weight = _xavier_uniform(rng, self._v_rows.stop, self.input_dim, self.dtype)
+        self.in_proj_bias = np.zeros(self._v_rows.stop, self.dtype) if bias else None
+        self.out_proj_weight = _xavier_uniform(rng, self.embed_dim, self.embed_dim, self.dtype)
+        self.out_proj_bias = np.zeros(self.embed_dim, self.dtype) if bias else None
+
+    def __call__(
+        self, query, key=None, value=None, *, attn_mask=None, is_causal=False, q_offset=0, window=None,
+        softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None, return_weights=False, training=False,
+        seed=None,
+    ):
+        """Project, attend, project back.
+
+        Parameters
+        ----------
+        query : array (batch, seq_len_q, input_dim) or (seq_len_q, input_dim)
+        key : array (batch, seq_len_kv, input_dim) or (seq_len_kv, input_dim), optional
+            The query when None: self-attention.
+        value : array of the key's shape, optional
+            The key when None.
+        attn_mask : bool or float array, optional
+            (seq_len_q, seq_len_kv), (batch, seq_len_q, seq_len_kv) or (batch, num_heads, seq_len_q,
+            seq_len_kv); axes of length 1 broadcast. True = attend, as in scaled_dot_product_attention and the
+            opposite of torch.nn.MultiheadAttention, where True = ignore.
+        is_causal, q_offset, window, softcap, alibi_slopes, sinks, kv_lens
+            As in `scaled_dot_product_attention`.
+        return_weights : bool
+        training : bool
+            Dropout happens only when True.
+        seed : int in [0, 2**64), optional
+            Of the dropout.
+
+        Returns
+        -------
+        out : array (batch, seq_len_q, embed_dim) or (seq_len_q, embed_dim)
+            out_proj_bias for a query that sees no key.
+        weights : array (batch, num_heads, seq_len_q, seq_len_kv), no batch axis without one; with
+        return_weights
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, the rule and what came.
+        """
+        return self._forward(
+            query, key, value, attn_mask, return_weights,
+            is_causal=is_causal, q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+            sinks=sinks, kv_lens=kv_lens, dropout_p=self.dropout if training else 0.0, seed=seed,
+        )
+
+    def _forward(self, query, key, value, attn_mask, return_weights, *, kv_lens, **options):
+        query, key, value = self._check_inputs(query, key, value)
+        if attn_mask is not None:
+            attn_mask = self._check_mask(attn_mask, query, key)
+        batched = query.ndim == 3
+        if not batched and kv_lens is not None and np.ndim(kv_lens) == 0:
+            kv_lens = np.asarray(kv_lens)[None]
+
+        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        heads, weights = self._attend(q, k, v, attn_mask, return_weights, kv_lens=kv_lens, **options)
+        out = self._linear(heads, self.out_proj_weight, self.out_proj_bias)
+        if not batched:
+            out, weights = out[0], weights[0] if return_weights else None
+        return (out, weights) if return_weights else out
+
+    # The steps that cattn.MultiHeadAttention does in its own way.
+
+    def _project(self, query, key, value):
+        """(..., seq, input_dim) each to (..., seq, heads * head_dim) each."""
+        rows = (self._q_rows, self._k_rows, self._v_rows)
+        return [self._in_proj(x, part) for x, part in zip((query, key, value), rows, strict=True)]
+
+    def _attend(self, q, k, v, attn_mask, return_weights, **options):
+        """(batch, heads, seq, head_dim) each to (batch, seq_len_q, embed_dim), and the weights if wanted."""
+        out, weights = scaled_dot_product_attention(q, k, v, attn_mask, return_weights=True, **options)
+        return out.swapaxes(1, 2).reshape(len(q), q.shape[2], self.embed_dim), weights
+
+    @np.errstate(all="ignore")
+    def _linear(self, x, weight, bias):
+        """x @ weight^T + bias, rounded once to the dtype of x."""
+        dtype = _compute_dtype(x)
+        out = x.astype(dtype, copy=False) @ weight.astype(dtype, copy=False).T
+        if bias is not None:
+            out += bias
+        return out.astype(x.dtype, copy=False)
+
+    # The steps that both share.
+
+    def _in_proj(self, x, rows):
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+        return self._linear(x, self.in_proj_weight[rows], bias)
+
+    def _split_heads(self, x):
+        """(batch, seq, heads * head_dim), batch optional, to a view (batch, heads, seq, head_dim)."""
+        x = x.reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim).swapaxes(-3, -2)
+        return x if x.ndim == 4 else x[None]
+
+    def _check_inputs(self, query, key, value):
+        query = np.asarray(query)
+        key = query if key is None else np.asarray(key)
+        value = key if value is None else np.asarray(value)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dtype != self.dtype:
+                raise TypeError(f"{name}: expected the dtype of the layer, {self.dtype}, got {x.dtype}")
+        dim = self.input_dim
+        if query.ndim not in (2, 3) or query.shape[-1] != dim:
+            raise ValueError(
+                f"query: expected (batch, seq_len_q, {dim}) or (seq_len_q, {dim}), got shape {query.shape}"
+            )
+        if key.ndim != query.ndim or key.shape[:-2] != query.shape[:-2] or key.shape[-1] != dim:
+            expected = ", ".join(str(size) for size in (*query.shape[:-2], "seq_len_kv", dim))
+            raise ValueError(f"key: expected ({expected}), got shape {key.shape}")
+        if value.shape != key.shape:
+            raise ValueError(f"value: expected the shape of key, {key.shape}, got shape {value.shape}")
+        return query, key, value
+
+    def _check_mask(self, attn_mask, query, key):
+        attn_mask = np.asarray(attn_mask)
+        full = (*query.shape[:-2], self.num_heads, query.shape[-2], key.shape[-2])[-4:]
+        full = full if query.ndim == 3 else (1, *full)
+        allowed = {2: full[2:], 3: (full[0], *full[2:]), 4: full}
+        expected = allowed.get(attn_mask.ndim)
+        if expected is None or any(n not in (1, m) for n, m in zip(attn_mask.shape, expected, strict=True)):
+            raise ValueError(
+                f"attn_mask: expected {allowed[2]}, {allowed[3]} or {allowed[4]} (axes of 1 broadcast), "
+                f"got shape {attn_mask.shape}"
+            )
+        return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
+
+    # State dicts.
+
+    def state_dict(self, layout="torch"):
+        """A copy of the parameters, under the names and in the row order of another library.
+
+        Parameters
+        ----------
+        layout : str
+            - "torch": in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias
+            (torch.nn.MultiheadAttention) - "torch_split": q_proj_weight, k_proj_weight, v_proj_weight in
+            place of in_proj_weight, as there when
+              kdim or vdim differ
+            - "tutorial": qkv_proj.* and o_proj.*, rows of qkv_proj in the order [head][q, k, v][head_dim];
+            only
+              where num_kv_heads == num_heads
+            - "d2l": W_q.*, W_k.*, W_v.*, W_o.*
+            - "huggingface": q_proj.*, k_proj.*, v_proj.*, o_proj.*
+
+        Returns
+        -------
+        state : dict of str to array
+
+        Raises
+        ------
+        ValueError
+            If there is no such layout, or not for this layer.
+        """
+        entries = self._layout(layout)
+        return {key: np.array(getattr(self, parameter)[rows]) for key, (parameter, rows) in entries.items()}
+
+    def load_state_dict(self, state, layout=None):
+        """Take all parameters from a state dict; change nothing if anything is wrong with it.
+
+        Parameters
+        ----------
+        state : mapping of str to float array
+            Anything that numpy.asarray reads; cast to the dtype of the layer.
+        layout : str, optional
+            As in `state_dict`; from the names in `state` when None.
+
+        Raises
+        ------
+        ValueError
+            If keys are missing or unknown (both are listed), or a shape is wrong (key and both shapes are
+            named).
+        TypeError
+            If `state` is not a mapping of names to float arrays.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
+        if layout is None:
+            shared = {name: len(entries.keys() & set(state)) for name, entries in self._layouts().items()}
+            layout = max(shared, key=shared.get)
+        entries = self._layout(layout)
+        missing, unknown = [k for k in entries if k not in state], [k for k in state if k not in entries]
+        if missing or unknown:
+            raise ValueError(
+                f"state: expected the keys {list(entries)} (layout {layout!r}), got {list(state)}: "
+                f"missing {missing}, unknown {unknown}"
+            )
+
+        parameters = {name: np.empty_like(getattr(self, name)) for name, _ in entries.values()}
+        for key, (name, rows) in entries.items():
+            array, target = np.asarray(state[key]), parameters[name][rows]
+            if not _is_float(array.dtype):
+                raise TypeError(f"state: expected a float array for {key!r}, got dtype {array.dtype}")
+            if array.shape != target.shape:
+                raise ValueError(f"state: expected shape {target.shape} for {key!r}, got shape {array.shape}")
+            parameters[name][rows] = array
+        for name, array in parameters.items():
+            setattr(self, name, array)
+
+    def _layout(self, name):
+        layouts = self._layouts()
+        if name not in list(layouts):
+            raise ValueError(f"layout: expected one of {list(layouts)}, got {name!r}")
+        if name == "tutorial" and self.num_kv_heads != self.num_heads:
+            raise ValueError(
+                f"layout: expected num_kv_heads = num_heads = {self.num_heads} for 'tutorial', "
+                f"got num_kv_heads = {self.num_kv_heads}"
+            )
+        return layouts[name]
+
+    def _layouts(self):
+        """{layout: {key: (parameter, rows)}}: entry `key` of a state dict is these rows of that parameter."""
+        kinds = ("weight",) if self.in_proj_bias is None else ("weight", "bias")
+        every = slice(None)
+        split = {"q": self._q_rows, "k": self._k_rows, "v": self._v_rows}
+        by_head = np.arange(3 * self.embed_dim).reshape(3, self.num_heads, self.head_dim).swapaxes(0, 1)
+
+        def entries(out_prefix, in_prefixes):
+            parts = [("in_proj", *part) for part in in_prefixes] + [("out_proj", out_prefix, every)]
+            return {prefix + kind: (f"{name}_{kind}", rows) for name, prefix, rows in parts for kind in kinds}
+
+        torch = entries("out_proj.", [("in_proj_", every)])
+        torch_split = {f"{x}_proj_weight": ("in_proj_weight", rows) for x, rows in split.items()} | torch
+        del torch_split["in_proj_weight"]
+        return {
+            "torch": torch,
+            "torch_split": torch_split,
+            "tutorial": entries("o_proj.", [("qkv_proj.", by_head.ravel())]),
+            "d2l": entries("W_o.", [(f"W_{x}.", rows) for x, rows in split.items()]),
+            "huggingface": entries("o_proj.", [(f"{x}_proj.", rows) for x, rows in split.items()]),
+        }
+
+
+def sinusoidal_encoding(length, dim, *, base=10000.0, offset=0, layout="interleaved", dtype=np.float32):
+    """P[r, 2i] = sin(pos / base^(2i / dim)), P[r, 2i + 1] = cos(same), with pos = offset + r.
+
+    The angles are computed in float64 (in `dtype` where that is wider), so that the float32 table is within
+    half a float32 ulp of 1.0, 2**-24, for every position up to 1e8.
+
+    Parameters
+    ----------
+    length : int >= 0
+        Number of positions.
+    dim : int >= 1
+        Number of columns. An odd dim has one sine more than cosines.
+    base : float >= 1
+    offset : int
+        First position; may be negative.
+    layout : str
+        "interleaved": sin, cos, sin, cos, ...; "concatenated": all sines, then all cosines.
+    dtype : float dtype
+        The public function knows float16, float32 and float64.
+
+    Returns
+    -------
+    table : array (length, dim)
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Notes
+    -----
+    Vaswani et al. 2017, "Attention is all you need", section 3.5 (interleaved); "concatenated" is
+    tensor2tensor's.
+
+    Examples
+    --------
+    >>> sinusoidal_encoding(3, 4).round(3)
+    array([[ 0.   ,  1.   ,  0.   ,  1.   ],
+           [ 0.841,  0.54 ,  0.01 ,  1.   ],
+           [ 0.909, -0.416,  0.02 ,  1.   ]], dtype=float32)
+    """
+    length, dim, base, offset = _check_table(length, dim, base, offset, layout)
+    dtype = _check_dtype(dtype)
+    wide = np.result_type(dtype, np.float64)
+    sines, cosines = _columns(dim, layout)
+    position = np.arange(offset, offset + length).astype(wide)[:, None]
+    angle = position / wide.type(base) ** (2 * np.arange(len(sines)).astype(wide) / dim)
+    table = np.empty((length, dim), dtype)
+    table[:, sines] = np.sin(angle)
+    table[:, cosines] = np.cos(angle[:, : len(cosines)])
+    return table
+
+
+def relative_shift(delta, dim, *, base=10000.0, layout="interleaved", dtype=np.float64):
+    """R with P[pos + delta] = P[pos] @ R for every pos: it turns pair i by the angle delta / base^(2i / dim).
+
+    Parameters
+    ----------
+    delta : int
+        May be negative.
+    dim : int >= 2, even
+        The last sine of an odd dim has no cosine to turn with.
+    base, layout
+        As in `sinusoidal_encoding`.
+    dtype : float dtype
+
+    Returns
+    -------
+    R : array (dim, dim)
+        Orthogonal; relative_shift(-delta, dim) is its transpose.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Notes
+    -----
+    Vaswani et al. 2017, "Attention is all you need", section 3.5.
+
+    Examples
+    --------
+    >>> table = sinusoidal_encoding(60, 32, dtype=np.float64)
+    >>> bool(np.allclose(table[:50] @ relative_shift(10, 32), table[10:]))
+    True
+    """
+    delta = _check_int("delta", delta)
+    _, dim, base, _ = _check_table(0, dim, base, 0, layout)
+    if dim % 2:
+        raise ValueError(f"dim: expected an even number (an unpaired sine cannot be rotated), got {dim}")
+    dtype = _check_dtype(dtype)
+    wide = np.result_type(dtype, np.float64)
+    sines, cosines = _columns(dim, layout)
+    angle = wide.type(delta) / wide.type(base) ** (2 * np.arange(dim // 2).astype(wide) / dim)
+    matrix = np.zeros((dim, dim), dtype)
+    matrix[sines, sines] = matrix[cosines, cosines] = np.cos(angle)
+    matrix[cosines, sines] = np.sin(angle)
+    matrix[sines, cosines] = -np.sin(angle)
+    return matrix
+
+
+class PositionalEncoding:
+    """dropout(x + P[:, :seq]), with P the table of `sinusoidal_encoding`.
+
+    Parameters
+    ----------
+    dim : int >= 1
+    dropout : float in [0, 1)
+        In calls with training=True.
+    max_len : int >= 0
+        Rows of the table to begin with; it grows when a longer input comes.
+    base, layout, dtype
+        As in `sinusoidal_encoding`; inputs have this dtype.
+
+    Attributes
+    ----------
+    P : array (1, max_len, dim)
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Notes
+    -----
+    The layer of Vaswani et al. 2017, section 3.5, and of d2l.ai, section 11.6.
+
+    Examples
+    --------
+    >>> layer = PositionalEncoding(32)
+    >>> out = layer(np.zeros((1, 60, 32), np.float32))
+    >>> bool((out == layer.P[:, :60]).all())
+    True
+    """
+
+    _table = staticmethod(sinusoidal_encoding)
+
+    def __init__(
+        self, dim, dropout=0.0, max_len=1000, *, base=10000.0, layout="interleaved", dtype=np.float32
+    ):
+        self.dim = _check_int("dim", dim, 1)
+        self.dropout = _check_dropout("dropout", dropout)
+        self._options = {"base": base, "layout": layout, "dtype": dtype}
+        self.P = self._table(_check_int("max_len", max_len, 0), self.dim, **self._options)[None]
+
+    def __call__(self, x, *, training=False, seed=None):
+        """Add the positions 0 to seq - 1.
+
+        Parameters
+        ----------
+        x : array (..., seq, dim)
+        training : bool
+            Dropout happens only when True.
+        seed : int in [0, 2**64), optional
+            Of the dropout, fresh for each call when None. It is the generator of `dropout_keep`, with the
+            column as key, the position as query, the flat index over the leading axes as batch, and head
+            2**32 - 1, which no attention uses: a seed may serve both.
+
+        Returns
+        -------
+        out : array (..., seq, dim)
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, the rule and what came.
+        """
+        x = np.asarray(x)
+        if x.dtype != self.P.dtype:
+            raise TypeError(f"x: expected the dtype of the layer, {self.P.dtype}, got {x.dtype}")
+        if x.ndim < 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected (..., seq, {self.dim}), got shape {x.shape}")
+        *leading, seq, _ = x.shape
+        if seq > self.P.shape[1]:
+            self.P = self._table(max(seq, 2 * self.P.shape[1]), self.dim, **self._options)[None]
+        out = x + self.P[0, :seq]
+        if training and self.dropout:
+            batch_index = np.arange(math.prod(leading))
+            keep = _keep(seed, self.dropout, batch_index, np.array([2**32 - 1]), seq, self.dim)
+            out = np.where(keep.reshape(x.shape), out / out.dtype.type(1 - self.dropout), out.dtype.type(0))
+        return out
+
+
+def _columns(dim, layout):
+    """The columns of the sines and those of the cosines."""
+    columns = np.arange(dim)
+    half = (dim + 1) // 2
+    return (columns[0::2], columns[1::2]) if layout == "interleaved" else (columns[:half], columns[half:])
+
+
+def _xavier_uniform(rng, fan_out, fan_in, dtype):
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return rng.uniform(-bound, bound, (fan_out, fan_in)).astype(dtype)
+
+
+def _compute_dtype(x):
+    return np.result_type(x.dtype, np.float32)
+
+
+def _is_float(dtype):
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+def _check_int(name, value, minimum=None):
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
+    return value
+
+
+def _check_dropout(name, value):
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a float in [0, 1), got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a float in [0, 1), got {value}")
+    return float(value)
+
+
+def _check_seed(seed):
+    seed = int.from_bytes(os.urandom(8), "little") if seed is None else _check_int("seed", seed, 0)
+    if seed >= 2**64:
+        raise ValueError(f"seed: expected an int below 2**64, got {seed}")
+    return seed
+
+
+def _check_dtype(dtype, names=None):
+    """numpy.dtype(dtype), if it is a float dtype and one of these names."""
+    expected = "a float dtype" if names is None else "one of " + ", ".join(names)
+    try:
+        result = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype: expected {expected}, got {dtype!r}") from None
+    allowed = _is_float(result) if names is None else result.name in names
+    if dtype is None or not allowed or not result.isnative:
+        raise TypeError(f"dtype: expected {expected}, got {dtype!r}")
+    return result
+
+
+def _check_table(length, dim, base, offset, layout):
+    length, dim = _check_int("length", length, 0), _check_int("dim", dim, 1)
+    offset = _check_int("offset", offset)
+    if length * dim > 2**58:
+        raise ValueError(f"length: expected at most 2**58 elements in the table, got {length} * {dim}")
+    if not -(2**53) <= offset <= 2**53 - length:
+        raise ValueError(f"offset: expected positions within +-2**53, got {offset} and length {length}")
+    if not isinstance(base, numbers.Real):
+        raise TypeError(f"base: expected a finite float >= 1, got {base!r}")
+    if not 1 <= base < math.inf:  # below 1, angles and their errors would outgrow the positions
+        raise ValueError(f"base: expected a finite float >= 1, got {base}")
+    if layout not in ("interleaved", "concatenated"):
+        raise ValueError(f"layout: expected 'interleaved' or 'concatenated', got {layout!r}")
+    return length, dim, base, offset
