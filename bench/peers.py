@@ -1,8 +1,9 @@
-"""The implementations that are compared, a class each, named after the module they import.
+"""The implementations that are compared: a class each, named after what it imports.
 
-Constructed with the number of threads; `version` says what runs. The methods attention, layer and table take a workload and
-its arrays and return (run, to_array): run() is what is timed, with everything that can be prepared (tensors in the library's
-own layout, compiled graphs, boolean masks) prepared before; to_array(result) turns the result into a NumPy array for the check.
+A peer is made with the number of threads; `version` says what runs. Its methods attention, layer and table
+take a workload and its arrays and return (run, to_array). run() is what is timed: whatever can be prepared
+(the library's own tensors and layouts, compiled graphs, causal masks) is prepared before. to_array(result) is
+for the check.
 """
 
 import math
@@ -84,17 +85,16 @@ class Numpy:
 
     def layer(self, work, arrays):
         state = arrays["state"]
-        weights = [state[name].T for name in ("in_proj_weight", "out_proj.weight")]
-        return partial(self._layer, arrays["x"], *weights, state["in_proj_bias"], state["out_proj.bias"], work), identity
+        return partial(self._layer, arrays["x"], state, work.num_heads), identity
 
-    def _layer(self, x, in_weight, out_weight, in_bias, out_bias, work):
+    def _layer(self, x, state, num_heads):
         batch, seq_len, width = x.shape
-        qkv = x.reshape(-1, width) @ in_weight
-        qkv += in_bias
-        query, key, value = qkv.reshape(batch, seq_len, 3, work.num_heads, -1).transpose(2, 0, 3, 1, 4)
+        qkv = x.reshape(-1, width) @ state["in_proj_weight"].T
+        qkv += state["in_proj_bias"]
+        query, key, value = qkv.reshape(batch, seq_len, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
         heads = self._attend(query, key, value, None).swapaxes(1, 2).reshape(-1, width)
-        out = heads @ out_weight
-        out += out_bias
+        out = heads @ state["out_proj.weight"].T
+        out += state["out_proj.bias"]
         return out.reshape(x.shape)
 
     def table(self, work, arrays):
@@ -155,7 +155,7 @@ class Torch:
 
 
 class Onnxruntime:
-    """The faster of ONNX `Attention` (opset 23) and `com.microsoft.MultiHeadAttention` where both can do the work."""
+    """ONNX `Attention` (opset 23) or `com.microsoft.MultiHeadAttention`: the faster, where both can do it."""
 
     modules = ("onnxruntime", "onnx")
 
@@ -179,16 +179,16 @@ class Onnxruntime:
         return min(candidates, key=lambda candidate: _seconds_per_call(candidate[0]))
 
     def _standard(self, work, arrays):
-        """ONNX Attention on (batch, heads, seq, dim), or on (batch, seq, heads * dim) for strided views of that layout."""
-        inputs = {name: _tokens_first(array) if work.strided and array.ndim == 4 else array for name, array in arrays.items()}
-        attributes = {"is_causal": int(work.is_causal)}
+        """On (batch, heads, seq, dim), or on (batch, seq, heads * dim) where the views are of that layout."""
+        inputs, attributes, to_array = dict(arrays), {"is_causal": int(work.is_causal)}, _first_output
         if work.strided:
-            attributes.update(q_num_heads=work.shape[1], kv_num_heads=work.shape[2])
-        run = self._session("Attention", "", inputs, list(inputs), attributes)
-        return run, partial(_heads_first, work) if work.strided else _ort_array
+            inputs |= {name: _tokens_first(arrays[name]) for name in ("query", "key", "value")}
+            attributes |= {"q_num_heads": work.shape[1], "kv_num_heads": work.shape[2]}
+            to_array = partial(_heads_first, work)
+        return self._session("Attention", "", inputs, list(inputs), attributes), to_array
 
     def _contrib(self, work, arrays):
-        inputs = {name: _tokens_first(array) for name, array in arrays.items() if name != "attn_mask"}
+        inputs = {name: _tokens_first(arrays[name]) for name in ("query", "key", "value")}
         names = list(inputs)
         if "attn_mask" in arrays:
             inputs["attention_bias"] = arrays["attn_mask"][None, None]
@@ -232,19 +232,17 @@ def _tokens_first(array):
     return np.ascontiguousarray(array.swapaxes(1, 2)).reshape(batch, seq_len, -1)
 
 
-def _ort_array(result):
+def _first_output(result):
     return result[0].numpy()
 
 
 def _heads_first(work, result):
     batch, num_heads, _, seq_len_q, _, _ = work.shape
-    return _ort_array(result).reshape(batch, seq_len_q, num_heads, -1).swapaxes(1, 2)
+    return _first_output(result).reshape(batch, seq_len_q, num_heads, -1).swapaxes(1, 2)
 
 
 class Openvino:
     modules = ("openvino",)
-
-    module = "openvino"
 
     def __init__(self, num_threads):
         import openvino
@@ -252,7 +250,7 @@ class Openvino:
 
         self.ov, self.ops = openvino, opset13
         self.core = openvino.Core()
-        self.version = openvino.__version__
+        self.version = openvino.__version__.partition("-")[0]
         self.properties = {
             "INFERENCE_NUM_THREADS": num_threads,
             "NUM_STREAMS": 1,
@@ -264,23 +262,22 @@ class Openvino:
         if work.dtype not in ("float32", "float16"):
             raise Unsupported(f"no {work.dtype} kernel")
         _, num_heads, num_kv_heads, seq_len_q, _, _ = work.shape
-        stacked = num_heads != num_kv_heads  # no GQA: the rows of one key head become its queries
-        if stacked and seq_len_q > 1:
+        if num_heads != num_kv_heads and seq_len_q > 1:
             raise Unsupported("no grouped query heads")
-        parameters, nodes = [], []
-        tensors = []
+        parameters, nodes, tensors = [], [], []
         for name, array in arrays.items():
-            if work.strided and array.ndim == 4:
-                array = array.swapaxes(1, 2)
-            elif stacked and name == "query":
+            swapped = work.strided and name != "attn_mask"
+            if name == "query":  # the heads of a group become the rows of their key head
                 array = array.reshape(array.shape[0], num_kv_heads, -1, array.shape[-1])
+            if swapped:
+                array = array.swapaxes(1, 2)
             tensors.append(self.ov.Tensor(array, shared_memory=True))
             parameters.append(self.ops.parameter(array.shape, array.dtype))
-            nodes.append(parameters[-1])
-            if work.strided and array.ndim == 4:
-                nodes[-1] = self.ops.transpose(nodes[-1], np.array([0, 2, 1, 3]))
+            order = np.array([0, 2, 1, 3])
+            nodes.append(self.ops.transpose(parameters[-1], order) if swapped else parameters[-1])
         out = self.ops.scaled_dot_product_attention(*nodes, causal=work.is_causal)
         compiled = self.core.compile_model(self.ov.Model([out], parameters), "CPU", self.properties)
+        self.inputs = tensors, arrays  # OpenVINO does not keep what it borrows
         request = compiled.create_infer_request()
         for i, tensor in enumerate(tensors):
             request.set_input_tensor(i, tensor)

@@ -1,4 +1,4 @@
-"""Turns the JSON of a run into text, a Markdown table, a picture. Every number shown is derived here from that JSON."""
+"""Turns the JSON of a run into text, Markdown or a picture: every number shown is derived here."""
 
 from itertools import groupby
 from statistics import geometric_mean
@@ -29,7 +29,11 @@ def ratio(row, peer):
 
 def best_peer(row):
     """The fastest of cattn's peers, None where none has a time."""
-    medians = {peer: result["median"] for peer, result in row["results"].items() if peer != "cattn" and "best" in result}
+    medians = {
+        peer: result["median"]
+        for peer, result in row["results"].items()
+        if peer != "cattn" and "best" in result
+    }
     return min(medians, key=medians.get, default=None)
 
 
@@ -37,6 +41,11 @@ def is_right(data):
     """Nothing was wrong and nothing failed."""
     results = [result for row in data["rows"] for result in row["results"].values()]
     return all("best" in result or "unsupported" in result for result in results)
+
+
+def peers_of(data):
+    """What cattn was measured against."""
+    return [name for name in data["versions"] if name not in ("python", "cattn")]
 
 
 def threads(count):
@@ -69,15 +78,22 @@ def summary(data):
     """Geometric means over the workloads, and the workloads at which cattn is behind."""
     for count in data["limits"]:
         rows = [row for row in data["rows"] if str(row["threads"]) == count]
-        peers = dict.fromkeys(peer for row in rows for peer in row["results"] if peer != "cattn")
-        ratios = {peer: [ratio(row, peer) for row in rows] for peer in peers}
-        ratios["the best of them"] = [ratio(row, best_peer(row)) for row in rows]
+        ratios = {peer: [ratio(row, peer) for row in rows] for peer in peers_of(data)}
+        best = [ratio(row, best_peer(row)) for row in rows]
+        if len(ratios) > 1:
+            ratios["the best of them"] = best
         means = {peer: [value for value in values if value] for peer, values in ratios.items()}
         parts = [f"{geometric_mean(values):.2f}x {peer}" for peer, values in means.items() if values]
         yield f"{threads(count)}, geometric mean over the workloads: " + ", ".join(parts)
-        for row, value in zip(rows, ratios["the best of them"], strict=True):
+        for row, value in zip(rows, best, strict=True):
             if value and value < 1:
                 yield f"  behind at {row['workload']}: {best_peer(row)} takes {value:.2f} of cattn's time"
+
+
+LEGEND = """
+Columns: threads; ms, best and median; speed of the best, and its part of the machine's limit; largest error
+against float64; time in units of cattn's (medians).
+"""
 
 
 def text(data):
@@ -86,35 +102,33 @@ def text(data):
     for name, rows in groupby(data["rows"], key=lambda row: row["workload"]):
         rows = list(rows)
         lines += ["", f"{name} {tuple(rows[0]['shape'])} {rows[0]['dtype']}: {rows[0]['reason']}"]
-        for row in rows:
-            for peer, result in row["results"].items():
-                lines.append(f"{row['threads']:>4} {peer:12}{_columns(row, peer, data['limits'])}")
-    lines += ["", "Columns: threads; ms, best and median; speed of the best, and how much of the machine's limit that is;"]
-    lines += ["largest error against float64; time in units of cattn's (medians).", "", *summary(data)]
-    return "\n".join(lines + [probe["text"] for probe in data["probes"].values()])
+        lines += [line for row in rows for line in _result_lines(row, data["limits"])]
+    lines += [LEGEND, *summary(data), *(probe["text"] for probe in data["probes"].values())]
+    return "\n".join(lines)
 
 
-def _columns(row, peer, limits):
-    result = row["results"][peer]
-    if "best" not in result:
-        return verdict(result)
-    value, unit = speed(row, result)
-    share = percent(row, result, limits)
-    of_limit = "" if share is None else f"{share:.1f} %"
-    times = ratio(row, peer)
-    in_cattns = "" if peer == "cattn" or times is None else f"{times:.2f}x"
-    return (
-        f"{milliseconds(result['best']):>9}{milliseconds(result['median']):>9}{value:9.1f} {unit:8}{of_limit:>8}"
-        f"{result['error']:10.1e}{in_cattns:>9}"
-    )
+def _result_lines(row, limits):
+    for peer, result in row["results"].items():
+        line = f"{row['threads']:>4} {peer:12}"
+        if "best" not in result:
+            yield line + verdict(result)
+            continue
+        value, unit = speed(row, result)
+        share = percent(row, result, limits)
+        times = ratio(row, peer)
+        line += f"{milliseconds(result['best']):>9}{milliseconds(result['median']):>9}{value:9.4g} {unit:8}"
+        line += " " * 8 if share is None else f"{share:6.1f} %"
+        line += f"{result['error']:10.1e}"
+        yield line if peer == "cattn" or times is None else f"{line}{times:8.2f}x"
 
 
 def markdown(data):
     """The report for README: a line for each workload."""
     counts = list(data["limits"])
-    peers = [peer for peer in data["versions"] if peer not in ("python", "cattn")]
-    head = ["workload", *(cell for count in counts for cell in (f"ms, {threads(count)}", "of limit")), "error", *peers]
-    table = [head, ["---", *["---:"] * (len(head) - 1)]]
+    peers = peers_of(data)
+    times = [cell for count in counts for cell in (f"ms, {threads(count)}", "of limit")]
+    table = [["workload", *times, "error", *peers]]
+    table.append(["---", *["---:"] * (len(table[0]) - 1)])
     for name, rows in groupby(data["rows"], key=lambda row: row["workload"]):
         cells = [name]
         for row in rows:
@@ -123,45 +137,52 @@ def markdown(data):
             cells.append(milliseconds(result["median"]) if "best" in result else verdict(result))
             cells.append("" if share is None else f"{share:.0f} %")
         cells.append(f"{result['error']:.0e}" if "best" in result else "")
-        times = [ratio(row, peer) for peer in peers]
-        cells += ["" if value is None else f"{value:.2f}x" for value in times]
+        ratios = [ratio(row, peer) for peer in peers]
+        cells += ["" if value is None else f"{value:.2f}x" for value in ratios]
         table.append(cells)
-    lines = [f"{line}  " for line in machine(data)]  # two spaces: a line break
-    lines += ["", *(f"| {' | '.join(cells)} |" for cells in table), ""]
-    lines += [
-        f"ms: median. Of limit: the best call as a part of the FMA peak (decode: of the read bandwidth) measured in the same run. "
-        f"Error: the largest against float64. Peers: their time in units of cattn's, {threads(counts[-1])}.",
-        "",
-        *(f"* {line.strip()}" for line in summary(data)),
-        *(f"* {probe['text']}" for probe in data["probes"].values()),
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *(f"{line}  " for line in machine(data)),  # two spaces: a line break
+            "",
+            *(f"| {' | '.join(cells)} |" for cells in table),
+            "",
+            "ms: median. Of limit: best call against the FMA peak (decode: read bandwidth) of the same run.",
+            "Error: the largest against float64.",
+            f"Peers: their median in units of cattn's, {threads(counts[-1])}.",
+            "",
+            *(f"* {line.strip()}" for line in summary(data)),
+            *(f"* {probe['text']}" for probe in data["probes"].values()),
+        ]
+    )
 
 
 def plot(data, path):
     """Draw how much of the machine's limit each implementation reaches; the right edge is the limit."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in data["rows"] if row["limit"]]
-    names = list(dict.fromkeys(row["workload"] for row in rows))
-    figure = Figure(figsize=(5 * len(data["limits"]) + 2, 0.3 * len(names) + 1.5), layout="constrained")
+    places = {
+        name: y
+        for y, name in enumerate(dict.fromkeys(row["workload"] for row in data["rows"] if row["limit"]))
+    }
+    figure = Figure(figsize=(5 * len(data["limits"]) + 2, 0.25 * len(places) + 1.5), layout="constrained")
     panels = figure.subplots(1, len(data["limits"]), sharey=True, squeeze=False)[0]
     for panel, count in zip(panels, data["limits"], strict=True):
-        peers = [peer for peer in data["versions"] if peer not in ("python", "cattn")]
-        shares = {
-            peer: {
-                row["workload"]: percent(row, row["results"].get(peer, {}), data["limits"])
-                for row in rows
-                if str(row["threads"]) == count
-            }
-            for peer in ("cattn", *peers)
-        }
-        panel.barh(names, [shares["cattn"].get(name) or 0 for name in names], color="lightsteelblue", label="cattn")
-        for peer, marker in zip(peers, "osD^", strict=False):
-            points = [(share, name) for name, share in shares[peer].items() if share is not None]
-            panel.plot(*zip(*points, strict=True), marker, markersize=4, label=peer)
-        panel.set(xlim=(0, 100), title=threads(count), xlabel="% of the FMA peak (decode: of the read bandwidth)")
-        panel.invert_yaxis()
-    panels[0].legend(loc="lower right")
+        for peer in ("cattn", *peers_of(data)):
+            points = [
+                (places[row["workload"]], percent(row, row["results"][peer], data["limits"]))
+                for row in data["rows"]
+                if str(row["threads"]) == count and row["limit"] and "best" in row["results"][peer]
+            ]
+            y, share = zip(*points, strict=True) if points else ((), ())
+            if peer == "cattn":
+                panel.barh(y, share, color="lightsteelblue", label=peer)
+            else:
+                panel.plot(share, y, "o", markersize=4, label=peer)
+        panel.set(
+            xlim=(0, 100), title=threads(count), xlabel="% of the FMA peak (decode: of the read bandwidth)"
+        )
+        panel.set_yticks(list(places.values()), list(places))
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(f"{data['machine']['cpu']}, {data['machine']['isa']}")
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Runs workloads: a process for each implementation and number of threads, each result checked, then timed in turns."""
+"""Runs workloads: a process for each implementation and number of threads, checked, then timed in turns."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 import cattn
 
 from .peers import PEERS, Numpy
-from .worker import max_error
+from .worker import max_error, rest
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 4  # turns at each workload: what disturbs the machine for a while then disturbs every implementation
@@ -35,7 +36,7 @@ class PeerError(Exception):
 
 
 def command(module, *arguments, num_threads):
-    """The arguments that start `python -m module` in its own process, with every thread pool that may be in it pinned."""
+    """Arguments to start `python -m module` with the size of every thread pool that may be in it set."""
     return {
         "args": [sys.executable, "-m", module, *map(str, arguments)],
         "cwd": ROOT,
@@ -49,13 +50,13 @@ class Process:
 
     def __init__(self, peer, num_threads):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(**command("bench.worker", peer, num_threads, num_threads=num_threads), **pipes)
+        self.process = subprocess.Popen(
+            **command("bench.worker", peer, num_threads, num_threads=num_threads), **pipes
+        )
 
     def ask(self, method, *arguments):
-        try:
+        with suppress(BrokenPipeError):  # then there is no answer either
             print(json.dumps({"method": method, "arguments": arguments}), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # the answer is then empty, too
         answer = self.process.stdout.readline()
         if not answer:
             raise PeerError(f"its process ended with status {self.process.wait()}")
@@ -65,7 +66,7 @@ class Process:
         return answer
 
     def close(self):
-        self.process.communicate()
+        self.process.communicate()  # the end of its input is the end of the process
 
 
 def installed(peer):
@@ -73,9 +74,9 @@ def installed(peer):
 
 
 def float64_answer(work):
-    """(answer in float64, error that is still right): ten times the error of NumPy in the dtype of the workload.
+    """(answer in float64, error that is still right): ten times that of NumPy in the dtype of the workload.
 
-    A wrong mask or a lost key is thousands of times off; how accurate each implementation is, is a column of the table.
+    A wrong mask or a lost key is thousands of times off. How accurate a right result is, the report shows.
     """
     arrays = work.arrays()
     expected = work.expected(arrays)
@@ -115,26 +116,38 @@ def measure(work, processes, expected, tolerance, seconds):
     return results
 
 
+def start(peers, num_threads, progress):
+    """{peer: process}, without those that cannot start."""
+    processes = {peer: Process(peer, num_threads) for peer in peers}
+    for peer, process in list(processes.items()):
+        try:
+            process.version = process.ask("version")["result"]
+        except PeerError as failure:
+            progress(f"skipped: {peer} ({failure})")
+            del processes[peer]
+    return processes
+
+
 def run(works, peers, thread_counts, seconds, progress=lambda message: None):
     """Measure the workloads; returns all that the reports need, as JSON has it."""
-    limits = {str(num_threads): {"fma": 0.0, "read": 0.0} for num_threads in thread_counts}
+    limits = {str(n): {"fma": 0.0, "read": 0.0} for n in thread_counts}
     rows = []
-    processes = {n: {peer: Process(peer, n) for peer in peers} for n in thread_counts}
-    try:
-        versions = {peer: process.ask("version")["result"] for peer, process in processes[thread_counts[0]].items()}
-        with tempfile.TemporaryDirectory() as scratch:
-            answer_file = Path(scratch) / "expected.npy"
-            for number, work in enumerate(works, 1):
-                progress(f"{number}/{len(works)} {work.name}")
-                expected, tolerance = float64_answer(work)
-                np.save(answer_file, expected)
-                for n in thread_counts:
-                    found = processes[n]["cattn"].ask("limits")["result"]
-                    limits[str(n)] = {name: max(found[name], best) for name, best in limits[str(n)].items()}
-                    results = measure(work, processes[n], answer_file, tolerance, seconds)
-                    rows.append(describe(work) | {"threads": n, "tolerance": tolerance, "results": results})
-    finally:
-        for process in [process for group in processes.values() for process in group.values()]:
+    groups = {n: start(peers, n, progress) for n in thread_counts}
+    with tempfile.TemporaryDirectory() as scratch:
+        answer_file = Path(scratch) / "expected.npy"
+        for number, work in enumerate(works, 1):
+            progress(f"{number}/{len(works)} {work.name}")
+            expected, tolerance = float64_answer(work)
+            np.save(answer_file, expected)
+            rest()
+            for n, processes in groups.items():
+                found = processes["cattn"].ask("limits")["result"]
+                limits[str(n)] = {name: max(found[name], best) for name, best in limits[str(n)].items()}
+                results = measure(work, processes, answer_file, tolerance, seconds)
+                rows.append(describe(work) | {"threads": n, "tolerance": tolerance, "results": results})
+    versions = {peer: process.version for peer, process in groups[thread_counts[0]].items()}
+    for processes in groups.values():
+        for process in processes.values():
             process.close()
     return {
         "machine": {"cpu": cpu_model(), "isa": cattn.isa, "system": platform.platform()},

@@ -1,7 +1,8 @@
 """The process of one implementation at one number of threads: `python -m bench.worker PEER THREADS`.
 
-It answers JSON requests, one a line, and sleeps on the pipe in between. Two pools of threads that spin on the same cores slow
-each other down several times over: so no two implementations share a process, and none answers before its threads rest.
+It answers JSON requests, one a line, and sleeps on the pipe in between. Two pools of threads that spin on the
+same cores slow each other down several times over: so no two implementations share a process, and none
+answers before its own threads rest.
 """
 
 import json
@@ -77,7 +78,7 @@ class Worker:
         return self.peer.version
 
     def load(self, name, expected):
-        """Prepare the workload, run it once, return the largest error against the array in the file `expected`."""
+        """Prepare the workload and run it once; the largest error against the array in file `expected`."""
         self.run = None  # drops the arrays of the workload before
         work = next(work for work in WORKLOADS if work.name == name)
         prepare = getattr(self.peer, work.kind, None)

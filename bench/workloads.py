@@ -5,6 +5,8 @@ from math import prod
 
 import numpy as np
 
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
 
 def as_dtype(name):
     """np.dtype(name), "bfloat16" included (without ml_dtypes: an ImportError)."""
@@ -15,7 +17,7 @@ def as_dtype(name):
     return np.dtype(name)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Attention:
     """scaled_dot_product_attention of normal random arrays."""
 
@@ -24,7 +26,7 @@ class Attention:
     shape: tuple  # batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim
     dtype: str = "float32"
     is_causal: bool = False
-    mask: str = ""  # "bool" (one key in eight hidden) or "float", dense, (seq_len_q, seq_len_kv)
+    mask: str = ""  # "bool" (one key in eight hidden) or "float": dense, (seq_len_q, seq_len_kv)
     strided: bool = False  # (batch, seq, heads, dim) arrays seen as (batch, heads, seq, dim)
     limit: str = "fma"  # what bounds it: "fma", "read" or "" (neither)
     default: bool = True  # False: measured with --all only
@@ -40,8 +42,12 @@ class Attention:
                 return rng.standard_normal((batch, seq_len, heads, head_dim), np.float32).swapaxes(1, 2)
             return rng.standard_normal((batch, heads, seq_len, head_dim), np.float32)
 
-        lengths = {"query": (num_heads, seq_len_q), "key": (num_kv_heads, seq_len_kv), "value": (num_kv_heads, seq_len_kv)}
-        arrays = {name: normal(*sizes).astype(as_dtype(self.dtype), copy=False) for name, sizes in lengths.items()}
+        arrays = {
+            "query": normal(num_heads, seq_len_q),
+            "key": normal(num_kv_heads, seq_len_kv),
+            "value": normal(num_kv_heads, seq_len_kv),
+        }
+        arrays = {name: array.astype(as_dtype(self.dtype), copy=False) for name, array in arrays.items()}
         if self.mask == "bool":
             arrays["attn_mask"] = rng.random((seq_len_q, seq_len_kv)) < 0.875
         elif self.mask == "float":
@@ -63,10 +69,10 @@ class Attention:
     def nbytes(self):
         """Of the keys and the values."""
         batch, _, num_kv_heads, _, seq_len_kv, head_dim = self.shape
-        return 2 * batch * num_kv_heads * seq_len_kv * head_dim * as_dtype(self.dtype).itemsize
+        return 2 * batch * num_kv_heads * seq_len_kv * head_dim * ITEMSIZE[self.dtype]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Layer:
     """Self-attention of a whole MultiHeadAttention layer, projections and biases included."""
 
@@ -78,6 +84,7 @@ class Layer:
     default: bool = True
 
     kind = "layer"
+    nbytes = 0
 
     @property
     def num_heads(self):
@@ -93,7 +100,8 @@ class Layer:
             "out_proj.weight": (width, width),
             "out_proj.bias": (width,),
         }
-        state = {name: rng.standard_normal(shape, np.float32) * np.float32(width**-0.5) for name, shape in shapes.items()}
+        scale = np.float32(width**-0.5)
+        state = {name: scale * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
         return {"x": rng.standard_normal(self.shape, np.float32), "state": state}
 
     def expected(self, arrays):
@@ -109,7 +117,7 @@ class Layer:
         return 8 * batch * seq_len * width**2 + 4 * batch * seq_len**2 * width
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Table:
     """A sinusoidal table."""
 
@@ -133,68 +141,55 @@ class Table:
 
     @property
     def nbytes(self):
-        """Of the table, written."""
-        return prod(self.shape) * as_dtype(self.dtype).itemsize
-
-
-def _layers():
-    for batch, seq_len in (1, 16), (1, 128), (32, 128):
-        for width in (384, 768, 1024):
-            reason = f"{batch} x {seq_len} tokens, width {width}: projections and attention together"
-            yield Layer(name=f"layer-{batch}x{seq_len}-w{width}", reason=reason, shape=(batch, seq_len, width))
+        """Of the table."""
+        return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 PREFILL = (1, 8, 8, 2048, 2048, 64)
+PREFILL_D128 = (1, 8, 8, 2048, 2048, 128)
 DECODE = (1, 32, 32, 1, 4096, 128)
 
 WORKLOADS = (
-    Attention(name="tiny-3x2", reason="the textbook example: nothing but the cost of a call", shape=(1, 1, 1, 3, 3, 2)),
-    Attention(name="tiny-16", reason="a short sentence: threads hardly pay", shape=(1, 8, 8, 16, 16, 64)),
-    Attention(name="prefill-128", reason="one batch-1 sentence, all heads", shape=(1, 8, 8, 128, 128, 64)),
-    Attention(name="prefill-512", reason="a paragraph", shape=(1, 8, 8, 512, 512, 64)),
-    Attention(name="prefill-512-causal", reason="half the work", shape=(1, 8, 8, 512, 512, 64), is_causal=True),
-    Attention(name="prefill-2048", reason="a page: scores no longer fit a cache", shape=PREFILL),
-    Attention(name="prefill-2048-causal", reason="a prompt", shape=PREFILL, is_causal=True),
-    Attention(name="prefill-2048-d128", reason="head_dim of most language models", shape=(1, 8, 8, 2048, 2048, 128)),
     Attention(
-        name="prefill-2048-d128-causal",
-        reason="a prompt of most language models",
-        shape=(1, 8, 8, 2048, 2048, 128),
-        is_causal=True,
+        "tiny-3x2", "the textbook example: all of it is the cost of a call", (1, 1, 1, 3, 3, 2), limit=""
     ),
+    Attention("tiny-16", "a short sentence: threads hardly pay", (1, 8, 8, 16, 16, 64), limit=""),
+    Attention("prefill-128", "a sentence", (1, 8, 8, 128, 128, 64)),
+    Attention("prefill-512", "a paragraph", (1, 8, 8, 512, 512, 64)),
+    Attention("prefill-512-causal", "a paragraph as a prompt", (1, 8, 8, 512, 512, 64), is_causal=True),
+    Attention("prefill-2048", "a page: the scores fit no cache", PREFILL),
+    Attention("prefill-2048-causal", "a page as a prompt: half the work", PREFILL, is_causal=True),
+    Attention("prefill-2048-d128", "the head_dim of most language models", PREFILL_D128),
+    Attention("prefill-2048-d128-causal", "a prompt of a language model", PREFILL_D128, is_causal=True),
+    Attention("prefill-8192-causal", "a chapter", (1, 8, 8, 8192, 8192, 64), is_causal=True, default=False),
+    Attention("encoder-32x128", "a batch of sentences", (32, 12, 12, 128, 128, 64)),
+    Attention("vit-16x197", "image patches: 197 is a multiple of nothing", (16, 12, 12, 197, 197, 64)),
+    Attention("head-dim-80", "a head_dim that is no power of two", (1, 12, 12, 1024, 1024, 80)),
+    Attention("head-dim-96", "another one", (1, 12, 12, 1024, 1024, 96)),
     Attention(
-        name="prefill-8192-causal",
-        reason="a long prompt: 2 GB of scores in NumPy",
-        shape=(1, 8, 8, 8192, 8192, 64),
-        is_causal=True,
-        default=False,
+        "prefill-2048-strided", "what a projection leaves: (batch, seq, heads, dim)", PREFILL, strided=True
     ),
-    Attention(name="encoder-32x128", reason="a batch of sentences (BERT)", shape=(32, 12, 12, 128, 128, 64)),
-    Attention(name="vit-16x197", reason="image patches: 197 is no multiple of anything", shape=(16, 12, 12, 197, 197, 64)),
-    Attention(name="head-dim-80", reason="a head_dim that is no power of two", shape=(1, 12, 12, 1024, 1024, 80)),
-    Attention(name="head-dim-96", reason="another one", shape=(1, 12, 12, 1024, 1024, 96)),
-    Attention(name="prefill-2048-strided", reason="views of (batch, seq, heads, dim)", shape=PREFILL, strided=True),
-    Attention(name="prefill-2048-float-mask", reason="a dense bias", shape=PREFILL, mask="float"),
-    Attention(name="prefill-2048-bool-mask", reason="an arbitrary pattern", shape=PREFILL, mask="bool"),
-    Attention(name="prefill-2048-float64", reason="double precision throughout", shape=PREFILL, dtype="float64"),
-    Attention(name="prefill-2048-float16", reason="half-precision storage", shape=PREFILL, dtype="float16"),
-    Attention(name="prefill-2048-bfloat16", reason="the other half precision", shape=PREFILL, dtype="bfloat16"),
-    Attention(name="decode-4096", reason="one new token: reading K and V is the work", shape=DECODE, limit="read"),
-    Attention(
-        name="decode-4096-float16",
-        reason="half the bytes",
-        shape=DECODE,
-        dtype="float16",
-        limit="read",
-    ),
-    Attention(name="decode-4096-bfloat16", reason="half the bytes", shape=DECODE, dtype="bfloat16", limit="read"),
-    Attention(
-        name="decode-gqa2", reason="two query heads share a key head", shape=(1, 32, 16, 1, 4096, 128), limit="read"
-    ),
-    Attention(name="decode-gqa4", reason="four query heads share a key head", shape=(1, 32, 8, 1, 4096, 128), limit="read"),
-    Attention(name="decode-gqa8", reason="one key head, long", shape=(1, 8, 1, 1, 32768, 128), limit="read"),
-    Attention(name="decode-gqa4-batch8", reason="eight sequences at once", shape=(8, 32, 8, 1, 2048, 128), limit="read"),
-    Table(name="table-5000x512", reason="positions of a long context", shape=(5000, 512)),
-    Table(name="table-131072x1024", reason="a table of 512 MiB", shape=(131072, 1024), default=False),
-    *_layers(),
+    Attention("prefill-2048-float-mask", "a dense bias", PREFILL, mask="float"),
+    Attention("prefill-2048-bool-mask", "any pattern", PREFILL, mask="bool"),
+    Attention("prefill-2048-float64", "double precision throughout", PREFILL, "float64"),
+    Attention("prefill-2048-float16", "half the bytes, the same arithmetic", PREFILL, "float16"),
+    Attention("prefill-2048-bfloat16", "the other half precision", PREFILL, "bfloat16"),
+    Attention("decode-4096", "one new token: reading keys and values is the work", DECODE, limit="read"),
+    Attention("decode-4096-float16", "half the bytes", DECODE, "float16", limit="read"),
+    Attention("decode-4096-bfloat16", "half the bytes", DECODE, "bfloat16", limit="read"),
+    Attention("decode-gqa2", "two query heads a key head", (1, 32, 16, 1, 4096, 128), limit="read"),
+    Attention("decode-gqa4", "four query heads a key head", (1, 32, 8, 1, 4096, 128), limit="read"),
+    Attention("decode-gqa8", "eight query heads, one key head, long", (1, 8, 1, 1, 32768, 128), limit="read"),
+    Attention("decode-gqa4-batch8", "eight sequences at once", (8, 32, 8, 1, 2048, 128), limit="read"),
+    Table("table-5000x512", "positions of a long context", (5000, 512)),
+    Table("table-131072x1024", "half a gigabyte of positions", (131072, 1024), default=False),
+    Layer("layer-1x16-w384", "projections and attention of a short sentence", (1, 16, 384)),
+    Layer("layer-1x16-w768", "the same, wider", (1, 16, 768)),
+    Layer("layer-1x16-w1024", "the same, wider", (1, 16, 1024)),
+    Layer("layer-1x128-w384", "of a long sentence", (1, 128, 384)),
+    Layer("layer-1x128-w768", "the same, wider", (1, 128, 768)),
+    Layer("layer-1x128-w1024", "the same, wider", (1, 128, 1024)),
+    Layer("layer-32x128-w384", "of a batch", (32, 128, 384)),
+    Layer("layer-32x128-w768", "the same, wider", (32, 128, 768)),
+    Layer("layer-32x128-w1024", "the same, wider", (32, 128, 1024)),
 )

@@ -214,7 +214,7 @@ def _check_out(out, shape, dtype, inputs):
     if not out.flags.writeable:
         raise ValueError("out: expected a writeable array, got a read-only one")
     end = 0
-    for stride, length in sorted((abs(stride), length) for stride, length in zip(out.strides, shape, strict=True)):
+    for stride, length in [] if out.size == 0 else sorted((abs(stride), length) for stride, length in zip(out.strides, shape, strict=True)):
         if length > 1 and stride < max(end, out.itemsize):
             raise ValueError(f"out: expected elements that do not overlap each other, got strides {out.strides}")
         end = stride * length

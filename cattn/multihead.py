@@ -1,6 +1,7 @@
 """Multi-head attention with learned projections, specified by `cattn.reference.MultiHeadAttention`."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cattn import reference
 from cattn.attention import scaled_dot_product_attention
@@ -13,10 +14,13 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     _dtypes = ("float16", "bfloat16", "float32", "float64")
 
     def __call__(
-        self, query, key=None, value=None, *, attn_mask=None, is_causal=False, q_offset=0, window=None,
-        softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None, return_weights=False, training=False,
-        seed=None, num_threads=None,
-    ):
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike = 0,
+        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
+        seed: int | None = None, num_threads: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         return self._forward(
             query, key, value, attn_mask, return_weights,
             is_causal=is_causal, q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes,

@@ -1,6 +1,7 @@
 """Sinusoidal positions, specified by the functions and the class of the same names in `cattn.reference`."""
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from cattn import _kernels, reference
 from cattn.reference import _check_dtype, _check_table, relative_shift
@@ -10,8 +11,9 @@ __all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]
 
 
 def sinusoidal_encoding(
-    length, dim, *, base=10000.0, offset=0, layout="interleaved", dtype=np.float32, out=None
-):
+    length: int, dim: int, *, base: float = 10000.0, offset: int = 0, layout: str = "interleaved",
+    dtype: DTypeLike = np.float32, out: np.ndarray | None = None,
+) -> np.ndarray:
     """P[r, 2i] = sin(pos / base^(2i / dim)), P[r, 2i + 1] = cos(same), with pos = offset + r.
 
     Within half a float32 ulp of 1.0, 2**-24, of the exact value for every position up to 1e8 (float16:
@@ -69,7 +71,7 @@ def sinusoidal_encoding(
     table = out
     if dtype == np.float16:
         table = np.empty(out.shape, np.float64)
-    elif out.strides[1] != out.itemsize or not out.flags.aligned:
+    elif not out.flags.carray:
         table = np.empty(out.shape, dtype)
     _kernels.sinusoid(table, offset, float(base), layout == "concatenated", get_num_threads())
     if table is not out:

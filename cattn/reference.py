@@ -10,9 +10,11 @@ import math
 import numbers
 import operator
 import os
+import sys
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 __all__ = [
     "MultiHeadAttention",
@@ -27,10 +29,12 @@ __all__ = [
 
 @np.errstate(all="ignore")
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-    q_offset=0, window=None, softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None,
-    return_weights=False, return_logsumexp=False, seed=None,
-):
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    q_offset: ArrayLike = 0, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    return_weights: bool = False, return_logsumexp: bool = False, seed: int | None = None,
+) -> np.ndarray | tuple[np.ndarray, ...]:
     """softmax(scale * query @ key^T + mask) @ value, for each head.
 
     In this order: scale, softcap (c * tanh(x / c)), ALiBi and mask, softmax with the sinks in its
@@ -47,7 +51,7 @@ def scaled_dot_product_attention(
     value : float array (..., num_kv_heads, seq_len_kv, head_dim_v)
     attn_mask : bool or float array, broadcastable to the weights
         bool: True = attend. float: added to the scores; -inf = masked, every finite value is a bias (clipped
-        to the range of the dtype computed in).
+        to a quarter of the range of the dtype computed in).
     dropout_p : float in [0, 1)
         Weights are zeroed where `dropout_keep(seed, ...)` is False, the others divided by 1 - dropout_p. The
         batch index is the flat index over the leading axes.
@@ -77,6 +81,9 @@ def scaled_dot_product_attention(
     return_weights, return_logsumexp : bool
     seed : int in [0, 2**64), optional
         Of the dropout; fresh for each call when None.
+    out, num_threads
+        Of `cattn.scaled_dot_product_attention` alone: an array of the result's shape and dtype, with any
+        strides, to be written and returned; the number of threads of this call.
 
     Returns
     -------
@@ -92,7 +99,7 @@ def scaled_dot_product_attention(
     Raises
     ------
     ValueError, TypeError
-        From `cattn.scaled_dot_product_attention`, for arguments other than these.
+        Naming the argument, the rule and what came, before anything is written. The reference checks nothing.
 
     Notes
     -----
@@ -156,12 +163,11 @@ def scaled_dot_product_attention(
             visible = visible & attn_mask
         else:
             bias = attn_mask.astype(_compute_dtype(attn_mask))
-            largest = np.finfo(dtype).max
+            largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
             bias = np.where(np.isinf(bias), bias, np.clip(bias, -largest, largest)).astype(dtype)
             visible = visible & (bias != -np.inf)
             scores = scores + bias
     scores = np.where(visible, scores, dtype.type(-np.inf))
-    visible = scores != -np.inf  # a score can also come out as -inf by itself
 
     row_max = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     row_max = np.where(row_max == -np.inf, dtype.type(0), row_max)
@@ -170,7 +176,7 @@ def scaled_dot_product_attention(
     logsumexp = (row_max + np.log(row_sum))[..., 0]
     if sinks is not None:
         row_sum = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
-    weights = np.where(visible, exps / row_sum, dtype.type(0))
+    weights = np.where(scores != -np.inf, exps / row_sum, dtype.type(0))
     if dropout_p:
         keep = dropout_keep(seed, dropout_p, math.prod(leading), num_heads, seq_len_q, seq_len_kv)
         weights = weights * keep.reshape(weights.shape) / dtype.type(1 - dropout_p)
@@ -197,7 +203,7 @@ def _weighted_sum(weights, value, visible):
     return out
 
 
-def philox4x32(counter, key):
+def philox4x32(counter, key) -> tuple[np.ndarray, ...]:
     """Philox4x32-10: four counter words and two key words to four random words.
 
     Parameters
@@ -233,7 +239,9 @@ def philox4x32(counter, key):
     return c0, c1, c2, c3
 
 
-def dropout_keep(seed, dropout_p, batch, num_heads, seq_len_q, seq_len_kv):
+def dropout_keep(
+    seed: int | None, dropout_p: float, batch: int, num_heads: int, seq_len_q: int, seq_len_kv: int
+) -> np.ndarray:
     """Which weights dropout keeps: philox(seed, batch, head, query, key) >= int(dropout_p * 2**32).
 
     A function of the indices alone: the same for any shape, batch mates and number of threads. Key j of query
@@ -332,9 +340,10 @@ class MultiHeadAttention:
     _dtypes = None  # names of the dtypes allowed; None: every float dtype
 
     def __init__(
-        self, embed_dim, num_heads, *, num_kv_heads=None, input_dim=None, bias=True, dropout=0.0,
-        dtype=np.float32, seed=None,
-    ):
+        self, embed_dim: int, num_heads: int, *, num_kv_heads: int | None = None,
+        input_dim: int | None = None, bias: bool = True, dropout: float = 0.0, dtype: DTypeLike = np.float32,
+        seed: int | np.random.Generator | None = None,
+    ) -> None:
         self.embed_dim = _check_int("embed_dim", embed_dim, 1)
         self.num_heads = _check_int("num_heads", num_heads, 1)
         num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
@@ -365,10 +374,13 @@ class MultiHeadAttention:
         self.out_proj_bias = np.zeros(self.embed_dim, self.dtype) if bias else None
 
     def __call__(
-        self, query, key=None, value=None, *, attn_mask=None, is_causal=False, q_offset=0, window=None,
-        softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None, return_weights=False, training=False,
-        seed=None,
-    ):
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike = 0,
+        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
+        seed: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Project, attend, project back.
 
         Parameters
@@ -389,13 +401,16 @@ class MultiHeadAttention:
             Dropout happens only when True.
         seed : int in [0, 2**64), optional
             Of the dropout.
+        num_threads : int, optional
+            Of `cattn.MultiHeadAttention` alone: threads of the attention in this call. The projections are
+            NumPy's matmul, which has its own.
 
         Returns
         -------
         out : array (batch, seq_len_q, embed_dim) or (seq_len_q, embed_dim)
             out_proj_bias for a query that sees no key.
-        weights : array (batch, num_heads, seq_len_q, seq_len_kv), no batch axis without one; with
-        return_weights
+        weights : array (batch, num_heads, seq_len_q, seq_len_kv); with return_weights
+            Without a batch axis where the inputs have none.
 
         Raises
         ------
@@ -476,9 +491,8 @@ class MultiHeadAttention:
 
     def _check_mask(self, attn_mask, query, key):
         attn_mask = np.asarray(attn_mask)
-        full = (*query.shape[:-2], self.num_heads, query.shape[-2], key.shape[-2])[-4:]
-        full = full if query.ndim == 3 else (1, *full)
-        allowed = {2: full[2:], 3: (full[0], *full[2:]), 4: full}
+        batch, rows = len(query) if query.ndim == 3 else 1, (query.shape[-2], key.shape[-2])
+        allowed = {2: rows, 3: (batch, *rows), 4: (batch, self.num_heads, *rows)}
         expected = allowed.get(attn_mask.ndim)
         if expected is None or any(n not in (1, m) for n, m in zip(attn_mask.shape, expected, strict=True)):
             raise ValueError(
@@ -489,21 +503,19 @@ class MultiHeadAttention:
 
     # State dicts.
 
-    def state_dict(self, layout="torch"):
+    def state_dict(self, layout: str = "torch") -> dict[str, np.ndarray]:
         """A copy of the parameters, under the names and in the row order of another library.
 
         Parameters
         ----------
         layout : str
-            - "torch": in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias
-            (torch.nn.MultiheadAttention) - "torch_split": q_proj_weight, k_proj_weight, v_proj_weight in
-            place of in_proj_weight, as there when
-              kdim or vdim differ
-            - "tutorial": qkv_proj.* and o_proj.*, rows of qkv_proj in the order [head][q, k, v][head_dim];
-            only
-              where num_kv_heads == num_heads
-            - "d2l": W_q.*, W_k.*, W_v.*, W_o.*
-            - "huggingface": q_proj.*, k_proj.*, v_proj.*, o_proj.*
+            "torch": in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias of its MultiheadAttention.
+            "torch_split": q_proj_weight, k_proj_weight, v_proj_weight for in_proj_weight, as it has them
+            where kdim or vdim differ.
+            "tutorial": qkv_proj.* and o_proj.*, the rows of qkv_proj ordered [head][q, k, v][head_dim]; only
+            for num_kv_heads == num_heads.
+            "d2l": W_q.*, W_k.*, W_v.*, W_o.*
+            "huggingface": q_proj.*, k_proj.*, v_proj.*, o_proj.*
 
         Returns
         -------
@@ -517,7 +529,7 @@ class MultiHeadAttention:
         entries = self._layout(layout)
         return {key: np.array(getattr(self, parameter)[rows]) for key, (parameter, rows) in entries.items()}
 
-    def load_state_dict(self, state, layout=None):
+    def load_state_dict(self, state: Mapping[str, ArrayLike], layout: str | None = None) -> None:
         """Take all parameters from a state dict; change nothing if anything is wrong with it.
 
         Parameters
@@ -593,7 +605,10 @@ class MultiHeadAttention:
         }
 
 
-def sinusoidal_encoding(length, dim, *, base=10000.0, offset=0, layout="interleaved", dtype=np.float32):
+def sinusoidal_encoding(
+    length: int, dim: int, *, base: float = 10000.0, offset: int = 0, layout: str = "interleaved",
+    dtype: DTypeLike = np.float32,
+) -> np.ndarray:
     """P[r, 2i] = sin(pos / base^(2i / dim)), P[r, 2i + 1] = cos(same), with pos = offset + r.
 
     The angles are computed in float64 (in `dtype` where that is wider), so that the float32 table is within
@@ -646,7 +661,9 @@ def sinusoidal_encoding(length, dim, *, base=10000.0, offset=0, layout="interlea
     return table
 
 
-def relative_shift(delta, dim, *, base=10000.0, layout="interleaved", dtype=np.float64):
+def relative_shift(
+    delta: int, dim: int, *, base: float = 10000.0, layout: str = "interleaved", dtype: DTypeLike = np.float64
+) -> np.ndarray:
     """R with P[pos + delta] = P[pos] @ R for every pos: it turns pair i by the angle delta / base^(2i / dim).
 
     Parameters
@@ -680,6 +697,8 @@ def relative_shift(delta, dim, *, base=10000.0, layout="interleaved", dtype=np.f
     True
     """
     delta = _check_int("delta", delta)
+    if abs(delta) > 2**53:
+        raise ValueError(f"delta: expected an int within +-2**53, got {delta}")
     _, dim, base, _ = _check_table(0, dim, base, 0, layout)
     if dim % 2:
         raise ValueError(f"dim: expected an even number (an unpaired sine cannot be rotated), got {dim}")
@@ -731,14 +750,15 @@ class PositionalEncoding:
     _table = staticmethod(sinusoidal_encoding)
 
     def __init__(
-        self, dim, dropout=0.0, max_len=1000, *, base=10000.0, layout="interleaved", dtype=np.float32
-    ):
+        self, dim: int, dropout: float = 0.0, max_len: int = 1000, *, base: float = 10000.0,
+        layout: str = "interleaved", dtype: DTypeLike = np.float32,
+    ) -> None:
         self.dim = _check_int("dim", dim, 1)
         self.dropout = _check_dropout("dropout", dropout)
         self._options = {"base": base, "layout": layout, "dtype": dtype}
         self.P = self._table(_check_int("max_len", max_len, 0), self.dim, **self._options)[None]
 
-    def __call__(self, x, *, training=False, seed=None):
+    def __call__(self, x: ArrayLike, *, training: bool = False, seed: int | None = None) -> np.ndarray:
         """Add the positions 0 to seq - 1.
 
         Parameters
@@ -766,9 +786,10 @@ class PositionalEncoding:
         if x.ndim < 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected (..., seq, {self.dim}), got shape {x.shape}")
         *leading, seq, _ = x.shape
-        if seq > self.P.shape[1]:
-            self.P = self._table(max(seq, 2 * self.P.shape[1]), self.dim, **self._options)[None]
-        out = x + self.P[0, :seq]
+        table = self.P  # another thread may replace it meanwhile
+        if seq > table.shape[1]:
+            table = self.P = self._table(max(seq, 2 * table.shape[1]), self.dim, **self._options)[None]
+        out = x + table[0, :seq]
         if training and self.dropout:
             batch_index = np.arange(math.prod(leading))
             keep = _keep(seed, self.dropout, batch_index, np.array([2**32 - 1]), seq, self.dim)
@@ -843,7 +864,7 @@ def _check_table(length, dim, base, offset, layout):
         raise ValueError(f"offset: expected positions within +-2**53, got {offset} and length {length}")
     if not isinstance(base, numbers.Real):
         raise TypeError(f"base: expected a finite float >= 1, got {base!r}")
-    if not 1 <= base < math.inf:  # below 1, angles and their errors would outgrow the positions
+    if not 1 <= base <= sys.float_info.max:  # below 1, angles and their errors would outgrow the positions
         raise ValueError(f"base: expected a finite float >= 1, got {base}")
     if layout not in ("interleaved", "concatenated"):
         raise ValueError(f"layout: expected 'interleaved' or 'concatenated', got {layout!r}")

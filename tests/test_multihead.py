@@ -1,4 +1,4 @@
-"""MultiHeadAttention, the reference and the public one: formula, masks, heads, dropout, state dicts, errors."""
+"""MultiHeadAttention, the reference and the public one: formula, masks, dropout, state dicts, errors."""
 
 import math
 
@@ -47,7 +47,9 @@ def by_formula(layer, query, key, value, **options):
 
 @both
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "input_dim"), [(4, 4, 24), (6, 2, 24), (4, 1, 7), (1, 1, 5)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "input_dim"), [(4, 4, 24), (6, 2, 24), (4, 1, 7), (1, 1, 5)]
+)
 def test_self_and_cross_attention(library, num_heads, num_kv_heads, input_dim, bias):
     layer = random_layer(library, 24, num_heads, num_kv_heads=num_kv_heads, input_dim=input_dim, bias=bias)
     x, memory, values = random_input(2, 5, input_dim), *random_input(2, 2, 9, input_dim, seed=3)
@@ -58,7 +60,8 @@ def test_self_and_cross_attention(library, num_heads, num_kv_heads, input_dim, b
     np.testing.assert_allclose(layer(x, x.copy()), layer(x), **close)
     np.testing.assert_allclose(layer(x, memory), by_formula(layer, x, memory, memory), **close)
     np.testing.assert_allclose(layer(x, memory, values), by_formula(layer, x, memory, values), **close)
-    np.testing.assert_allclose(layer(memory, value=values), by_formula(layer, memory, memory, values), **close)
+    expected = by_formula(layer, memory, memory, values)
+    np.testing.assert_allclose(layer(memory, value=values), expected, **close)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -75,9 +78,9 @@ def test_public_as_exact_as_reference(dtype, num_kv_heads):
     options = {"is_causal": True, "kv_lens": np.array([37, 20]), "return_weights": True}
     expected = exact(x.astype(np.longdouble), **options)
     eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}[dtype.name]
-    for result, plain_result, true in zip(fast(x, **options), plain(x, **options), expected, strict=True):
-        assert result.dtype == dtype and result.shape == true.shape
-        error, plain_error = (np.abs(r.astype(np.longdouble) - true).max() for r in (result, plain_result))
+    for ours, theirs, true in zip(fast(x, **options), plain(x, **options), expected, strict=True):
+        assert ours.dtype == dtype and ours.shape == true.shape
+        error, plain_error = (np.abs(result.astype(np.longdouble) - true).max() for result in (ours, theirs))
         assert error <= 2 * plain_error + 4 * eps * np.abs(true).max()
 
 
@@ -86,10 +89,10 @@ def test_without_a_batch_axis(library):
     layer = random_layer(library, 12, 3)
     x, memory = random_input(5, 12), random_input(7, 12, seed=3)
     mask = np.random.default_rng(4).random((5, 7)) < 0.6
-    out, weights = layer(x, memory, attn_mask=mask, kv_lens=6, q_offset=1, is_causal=True, return_weights=True)
+    options = {"attn_mask": mask, "is_causal": True, "return_weights": True}
+    out, weights = layer(x, memory, kv_lens=6, q_offset=1, **options)
     expected, expected_weights = layer(
-        x[None], memory[None], attn_mask=mask, kv_lens=np.array([6]), q_offset=np.array([1]), is_causal=True,
-        return_weights=True,
+        x[None], memory[None], kv_lens=np.array([6]), q_offset=np.array([1]), **options
     )
     assert out.shape == (5, 12) and weights.shape == (3, 5, 7)
     np.testing.assert_array_equal(out, expected[0])
@@ -216,7 +219,8 @@ def test_initialisation(library, dtype):
 
 @both
 def test_seed(library):
-    layers = [library.MultiHeadAttention(8, 2, seed=seed) for seed in (5, 5, np.random.default_rng(5), 6, None)]
+    seeds = (5, 5, np.random.default_rng(5), 6, None)
+    layers = [library.MultiHeadAttention(8, 2, seed=seed) for seed in seeds]
     same = [np.array_equal(layers[0].in_proj_weight, layer.in_proj_weight) for layer in layers]
     assert same == [True, True, True, False, False]
 
@@ -259,7 +263,8 @@ def test_rows_of_the_layouts(library):
     layer = library.MultiHeadAttention(4, 2, input_dim=1)  # head_dim 2
     weight = np.arange(12.0, dtype=np.float32)[:, None]  # q 0-3, k 4-7, v 8-11
     layer.in_proj_weight[:] = weight
-    rows = {name: state.ravel().tolist() for layout in LAYOUTS for name, state in layer.state_dict(layout).items()}
+    states = [layer.state_dict(layout) for layout in LAYOUTS]
+    rows = {name: array.ravel().tolist() for state in states for name, array in state.items()}
     assert rows["in_proj_weight"] == list(range(12))
     assert rows["qkv_proj.weight"] == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
     for prefix in ("W_{}.weight", "{}_proj.weight", "{}_proj_weight"):
@@ -310,7 +315,8 @@ def test_torch_with_separate_weights(library):
     torch = pytest.importorskip("torch")
     theirs = torch.nn.MultiheadAttention(12, 3, kdim=5, vdim=5)
     layer = library.MultiHeadAttention(12, 3)
-    with pytest.raises(ValueError, match=r"state: expected shape \(12, 12\) for 'k_proj_weight', got shape \(12, 5\)"):
+    message = r"state: expected shape \(12, 12\) for 'k_proj_weight', got shape \(12, 5\)"
+    with pytest.raises(ValueError, match=message):
         layer.load_state_dict(theirs.state_dict())
     names = set(theirs.state_dict())
     assert set(layer.state_dict("torch_split")) == names
@@ -337,7 +343,7 @@ def test_torch_with_separate_weights(library):
     ((12, 3), {"dtype": np.int64}, TypeError, "dtype: expected .*float.*, got <class 'numpy.int64'>"),
     ((12, 3), {"dtype": "float23"}, TypeError, "dtype: expected .*float.*, got 'float23'"),
     ((12, 3), {"dtype": None}, TypeError, "dtype: expected .*float.*, got None"),
-    ((12, 3), {"dtype": np.dtype(np.float32).newbyteorder()}, TypeError, "dtype: expected .*float.*, got dtype"),
+    ((12, 3), {"dtype": np.dtype(">f4")}, TypeError, r"dtype: expected .*float.*, got dtype\('>f4'\)"),
     ((12, 3), {"seed": -1}, ValueError, "seed: expected an int >= 0 or a Generator, got -1"),
     ((12, 3), {"seed": "x"}, TypeError, "seed: expected an int >= 0 or a Generator, got 'x'"),
 ])
@@ -348,7 +354,7 @@ def test_bad_layer(library, args, options, error, message):
 
 def test_public_layer_has_no_long_double():
     if np.dtype(np.longdouble) != np.float64:
-        with pytest.raises(TypeError, match="dtype: expected one of float16, bfloat16, float32, float64, got"):
+        with pytest.raises(TypeError, match=r"^dtype: expected one of float16, bfloat16, .*, got"):
             cattn.MultiHeadAttention(12, 3, dtype=np.longdouble)
 
 
@@ -364,20 +370,22 @@ def ones(*shape, dtype=np.float32):
     ((ones(2, 3, 11),), {}, ValueError, r"query: expected .*, got shape \(2, 3, 11\)"),
     ((ones(2, 3, 12), ones(3, 3, 12)), {}, ValueError,
      r"key: expected \(2, seq_len_kv, 12\), got shape \(3, 3, 12\)"),
-    ((ones(2, 3, 12), ones(3, 12)), {}, ValueError, r"key: expected \(2, seq_len_kv, 12\), got shape \(3, 12\)"),
+    ((ones(2, 3, 12), ones(3, 12)), {}, ValueError,
+     r"key: expected \(2, seq_len_kv, 12\), got shape \(3, 12\)"),
     ((ones(3, 12), ones(3, 8)), {}, ValueError, r"key: expected \(seq_len_kv, 12\), got shape \(3, 8\)"),
     ((ones(2, 3, 12), ones(2, 4, 12), ones(2, 5, 12)), {}, ValueError,
      r"value: expected the shape of key, \(2, 4, 12\), got shape \(2, 5, 12\)"),
     ((ones(2, 3, 12, dtype=np.float64),), {}, TypeError,
      "query: expected the dtype of the layer, float32, got float64"),
-    ((ones(2, 3, 12, dtype=int),), {}, TypeError, "query: expected the dtype of the layer, float32, got int64"),
+    ((ones(2, 3, 12, dtype=int),), {}, TypeError, "query: expected .*, got int64"),
     ((ones(2, 3, 12, dtype=object),), {}, TypeError, "query: expected .*, got object"),
-    ((ones(2, 3, 12), ones(2, 3, 12, dtype=np.float16)), {}, TypeError, "key: expected .*, got float16"),
+    ((ones(2, 3, 12), ones(3, 12, dtype=np.float16)), {}, TypeError, "key: expected .*, got float16"),
     ((ones(2, 3, 12), ones(2, 3, 12), ones(2, 3, 12, dtype=complex)), {}, TypeError,
      "value: expected .*, got complex128"),
     ((ones(2, 4, 12), ones(2, 5, 12)), {"attn_mask": np.ones((5, 4), bool)}, ValueError,
-     r"attn_mask: expected \(4, 5\), \(2, 4, 5\) or \(2, 3, 4, 5\) \(axes of 1 broadcast\), got shape \(5, 4\)"),
-    ((ones(2, 4, 12),), {"attn_mask": np.ones(4, bool)}, ValueError, r"attn_mask: expected .*, got shape \(4,\)"),
+     r"attn_mask: expected \(4, 5\), \(2, 4, 5\) or \(2, 3, 4, 5\) \(axes of 1 broadcast\), got shape"),
+    ((ones(2, 4, 12),), {"attn_mask": np.ones(4, bool)}, ValueError,
+     r"attn_mask: expected .*, got shape \(4,\)"),
     ((ones(2, 4, 12),), {"attn_mask": np.ones((3, 4, 4), bool)}, ValueError,
      r"attn_mask: expected .*, got shape \(3, 4, 4\)"),
     ((ones(2, 4, 12),), {"attn_mask": np.ones((1, 2, 3, 4, 4), bool)}, ValueError,
@@ -410,12 +418,14 @@ def test_what_the_attention_checks(options, error, name):
 
 @both
 @pytest.mark.parametrize(("change", "layout", "error", "message"), [
-    ({"in_proj_bias": None}, None, ValueError, r"state: expected the keys \['in_proj_weight', .*\] \(layout 'torch'\), "
-     r"got \['in_proj_weight', .*\]: missing \['in_proj_bias'\], unknown \[\]"),
+    ({"in_proj_bias": None}, None, ValueError,
+     r"state: expected the keys \['in_proj_weight', .*\] \(layout 'torch'\), got \['in_proj_weight', .*\]: "
+     r"missing \['in_proj_bias'\], unknown \[\]"),
     ({"bias_k": ones(1, 1, 12)}, None, ValueError, r"state: .*: missing \[\], unknown \['bias_k'\]"),
     ({"in_proj_bias": None, "bias": ones(36)}, "torch", ValueError,
      r"state: .*: missing \['in_proj_bias'\], unknown \['bias'\]"),
-    ({}, "d2l", ValueError, r"state: .* \(layout 'd2l'\), .*: missing \['W_q.weight', .*\], unknown \['in_proj_weight'"),
+    ({}, "d2l", ValueError,
+     r"state: .* \(layout 'd2l'\), .*: missing \['W_q.weight', .*\], unknown \['in_proj_weight'"),
     ({}, "keras", ValueError, r"layout: expected one of \['torch', .*\], got 'keras'"),
     ({}, ["torch"], ValueError, r"layout: expected one of \['torch', .*\], got \['torch'\]"),
     ({"out_proj.bias": ones(13)}, None, ValueError,

@@ -1,4 +1,4 @@
-"""Sinusoidal positions, the reference and the public ones: formula, accuracy, layouts, the layer, shifts, errors."""
+"""Sinusoidal positions, the reference and the public ones: accuracy, layouts, out, shift, layer, errors."""
 
 import math
 
@@ -12,7 +12,9 @@ import cattn.reference
 from cattn.reference import philox4x32
 
 both = pytest.mark.parametrize("library", [cattn, cattn.reference], ids=["public", "reference"])
-long_double = pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="long double is no wider than double")
+long_double = pytest.mark.skipif(
+    np.finfo(np.longdouble).nmant < 63, reason="long double is no wider than double here"
+)
 
 
 def exact_table(length, dim, base=10000.0, offset=0, layout="interleaved"):
@@ -73,7 +75,8 @@ def test_first_pair_is_the_sine_of_the_position(library, length):
 @both
 def test_float64_is_nearly_exact_at_small_positions(library):
     table = library.sinusoidal_encoding(100, 16, dtype=np.float64)
-    expected = [[f(p / 10000 ** (2 * i / 16)) for i in range(8) for f in (math.sin, math.cos)] for p in range(100)]
+    angles = [[position / 10000 ** (2 * i / 16) for i in range(8)] for position in range(100)]
+    expected = [[f(angle) for angle in row for f in (math.sin, math.cos)] for row in angles]
     np.testing.assert_allclose(table, expected, rtol=0, atol=100 * 2.0**-52)
 
 
@@ -114,8 +117,8 @@ def test_other_dtypes_of_the_reference(dtype):
     lambda n, d, dtype: np.empty((n, 2 * d), dtype)[:, ::2],
     lambda n, d, dtype: np.empty((n, d), dtype)[:, ::-1],
     lambda n, d, dtype: np.empty((d, n), dtype).T,
-    lambda n, d, dtype: np.empty(n * d * np.dtype(dtype).itemsize + 1, np.uint8)[1:].view(dtype).reshape(n, d),
-], ids=["contiguous", "columns", "rows reversed", "every other column", "columns reversed", "transposed", "unaligned"])
+    lambda n, d, dtype: np.empty(n * d * dtype().itemsize + 1, np.uint8)[1:].view(dtype).reshape(n, d),
+], ids=["contiguous", "columns", "rows reversed", "strided", "columns reversed", "transposed", "unaligned"])
 @pytest.mark.parametrize("shape", [(70, 9), (3, 1), (0, 4), (1, 5)])
 def test_out(dtype, make, shape):
     out = make(*shape, dtype)
@@ -227,8 +230,9 @@ BAD_TABLES = [
     ((3, 4), {"base": -10000.0}, ValueError, r"base: expected a finite float >= 1, got -10000\.0"),
     ((3, 4), {"base": math.nan}, ValueError, "base: expected a finite float >= 1, got nan"),
     ((3, 4), {"base": math.inf}, ValueError, "base: expected a finite float >= 1, got inf"),
+    ((3, 4), {"base": 10**400}, ValueError, "base: expected a finite float >= 1, got 1000"),
     ((3, 4), {"base": "10000"}, TypeError, "base: expected a finite float >= 1, got '10000'"),
-    ((3, 4), {"layout": "halves"}, ValueError, "layout: expected 'interleaved' or 'concatenated', got 'halves'"),
+    ((3, 4), {"layout": "half"}, ValueError, "layout: expected 'interleaved' or 'concatenated', got 'half'"),
     ((3, 4), {"dtype": np.int32}, TypeError, "dtype: expected .*float.*, got <class 'numpy.int32'>"),
     ((3, 4), {"dtype": complex}, TypeError, "dtype: expected .*float.*, got <class 'complex'>"),
     ((3, 4), {"dtype": "nonsense"}, TypeError, "dtype: expected .*float.*, got 'nonsense'"),
@@ -249,7 +253,7 @@ def test_bad_table(library, args, options, error, message):
     (np.empty((3, 4), ">f4"), TypeError, "out: expected dtype float32, got >f4"),
     (np.empty((4, 3), np.float32), ValueError, r"out: expected \(3, 4\), got shape \(4, 3\)"),
     (np.empty((1, 3, 4), np.float32), ValueError, r"out: expected \(3, 4\), got shape \(1, 3, 4\)"),
-    (np.broadcast_to(np.float32(0), (3, 4)), ValueError, "out: expected a writeable array, got a read-only one"),
+    (np.broadcast_to(np.float32(0), (3, 4)), ValueError, "out: expected a writeable array, got a read-only"),
 ])
 def test_bad_out(out, error, message):
     with pytest.raises(error, match=f"^{message}"):
@@ -267,6 +271,7 @@ def test_public_table_has_no_long_double():
     ((1, 5), {}, ValueError, r"dim: expected an even number \(an unpaired sine cannot be rotated\), got 5"),
     ((1, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
     ((0.5, 4), {}, TypeError, r"delta: expected an int, got 0\.5"),
+    ((-(10**400), 4), {}, ValueError, r"delta: expected an int within \+-2\*\*53, got -1000"),
     ((1, 4), {"base": 0.0}, ValueError, r"base: expected a finite float >= 1, got 0\.0"),
     ((1, 4), {"layout": None}, ValueError, "layout: expected 'interleaved' or 'concatenated', got None"),
     ((1, 4), {"dtype": int}, TypeError, "dtype: expected a float dtype, got <class 'int'>"),
@@ -294,14 +299,14 @@ def test_bad_encoding_layer(library, args, options, error, message):
 
 @both
 @pytest.mark.parametrize(("x", "options", "error", "message"), [
-    (np.zeros((2, 3, 5), np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(2, 3, 5\)"),
+    (np.zeros((2, 5), np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(2, 5\)"),
     (np.zeros(4, np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(4,\)"),
     (np.zeros((2, 3, 4)), {}, TypeError, "x: expected the dtype of the layer, float32, got float64"),
     (np.zeros((2, 3, 4), int), {}, TypeError, "x: expected the dtype of the layer, float32, got int64"),
-    (np.zeros((3, 4), np.float32), {"training": True, "seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
-    (np.zeros((3, 4), np.float32), {"training": True, "seed": 2**64}, ValueError, "seed: expected an int below"),
-    (np.zeros((3, 4), np.float32), {"training": True, "seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
+    (np.zeros((3, 4), np.float32), {"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
+    (np.zeros((3, 4), np.float32), {"seed": 2**64}, ValueError, "seed: expected an int below"),
+    (np.zeros((3, 4), np.float32), {"seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
 ])
 def test_bad_layer_input(library, x, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
-        library.PositionalEncoding(4, 0.1)(x, **options)
+        library.PositionalEncoding(4, 0.1)(x, training=True, **options)

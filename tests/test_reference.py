@@ -106,7 +106,8 @@ def problems(draw):
         axes = (batch, num_heads, seq_len_q, seq_len_kv)
         shape = [n if draw(st.booleans()) else 1 for n in axes][draw(st.integers(0, 3)):]
         mask = rng.random(shape) < 0.7
-        options["attn_mask"] = mask if draw(st.booleans()) else np.where(mask, rng.random(shape), -INF)
+        bias = np.where(mask, rng.random(shape), -INF)
+        options["attn_mask"] = mask if draw(st.booleans()) else bias
     if draw(st.booleans()):
         options |= {"dropout_p": 0.4, "seed": draw(st.integers(0, 2**64 - 1))}
     return arrays, options
@@ -139,7 +140,7 @@ def test_one_head_without_a_heads_axis():
     options = {"is_causal": True, "dropout_p": 0.5, "seed": 3}
     lengths, offsets = np.array([5, 2, 0]), np.array([0, 1, -1])
     with_heads = everything(
-        query[:, None], key[:, None], value[:, None], mask[:, None], kv_lens=lengths, q_offset=offsets, **options
+        *(x[:, None] for x in (query, key, value, mask)), kv_lens=lengths, q_offset=offsets, **options
     )
     without = everything(query, key, value, mask, kv_lens=lengths, q_offset=offsets, **options)
     for a, b in zip(with_heads, without, strict=True):
@@ -318,7 +319,7 @@ def test_finite_mask_value_is_a_bias(low):
     """A row of such values is uniform, whatever their size; -inf would make it empty."""
     query, key = np.zeros((1, 4), np.float32), np.zeros((3, 4), np.float32)
     weights = everything(query, key, key, np.full((1, 3), low))[1]
-    np.testing.assert_array_equal(weights, np.full((1, 3), np.float32(1) / 3))
+    np.testing.assert_array_equal(weights, np.full((1, 3), 1 / 3, np.float32))
 
 
 # Dtypes.

@@ -184,7 +184,7 @@ def test_positional_encoding_layer(library):
 
 
 def test_positions_make_order_matter(library):
-    """Without positions the middle word scores 0 with both others; with them 0.61 and 0.99, until they swap."""
+    """The middle word scores 0 with both others; with positions 0.61 and 0.99, and not the same swapped."""
     words = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     positions = np.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
 

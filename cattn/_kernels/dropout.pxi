@@ -1,6 +1,6 @@
 # Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a keyed bijection
-# of 128-bit counters. Whether a weight is dropped is a function of (seed, batch, head, query, key) alone, so it does not
-# depend on tiles, threads or the order of the work. Specified by cattn.reference.
+# of 128-bit counters. Whether a weight is dropped is a function of (seed, batch, head, query, key) alone, so it does
+# not depend on tiles, threads or the order of the work. Specified by cattn.reference.
 
 cdef inline void philox(uint32_t* x, uint32_t key0, uint32_t key1) noexcept nogil:
     """x[0..4) (IN: counter, OUT: four random words)."""

