@@ -51,8 +51,8 @@ def scaled_dot_product_attention(
     if is_causal:
         right = 0
     scale = 1 / math.sqrt(head_dim) if scale is None else _check_number("scale", scale, -math.inf)
-    softcap = _check_number("softcap", softcap, 0.0) if softcap else 0.0
-    dropout_p = _check_dropout("dropout_p", dropout_p) if dropout_p != 0 else 0.0
+    softcap = _check_number("softcap", softcap, 0.0)
+    dropout_p = _check_dropout("dropout_p", dropout_p)
     seed = _check_seed(seed) if dropout_p or seed is not None else 0
     num_threads = threads.get_num_threads() if num_threads is None else threads.checked(num_threads)
     q_offsets = None
@@ -75,7 +75,8 @@ def scaled_dot_product_attention(
     if out is None:
         out = np.empty((*rows_shape, head_dim_v), query.dtype)
     else:
-        inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+        inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "alibi_slopes": alibi_slopes,
+                  "sinks": sinks}
         _check_out(out, (*rows_shape, head_dim_v), query.dtype, inputs)
     weights = np.empty((*rows_shape, seq_len_kv), compute_dtype) if return_weights else None
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
@@ -157,7 +158,7 @@ def _shape_text(leading, core, name, query, key):
 def _check_number(name, value, least):
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (least <= value < math.inf) or value == -math.inf:
+    if not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number{'' if least < 0 else ' >= 0'}, got {value}")
     return float(value)
 
@@ -213,11 +214,11 @@ def _check_out(out, shape, dtype, inputs):
         raise ValueError(f"out: expected shape {shape}, got shape {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out: expected a writeable array, got a read-only one")
-    end = 0
-    for stride, length in [] if out.size == 0 else sorted((abs(stride), length) for stride, length in zip(out.strides, shape, strict=True)):
-        if length > 1 and stride < max(end, out.itemsize):
+    extent = out.itemsize  # bytes from the first to the end of the last element, over the axes of smaller strides
+    for stride, length in sorted((abs(stride), length) for stride, length in zip(out.strides, shape, strict=True)):
+        if out.size and length > 1 and stride < extent:
             raise ValueError(f"out: expected elements that do not overlap each other, got strides {out.strides}")
-        end = stride * length
+        extent += stride * (length - 1)
     for name, array in inputs.items():
         if array is not None and _overlap(out, array):
             raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")

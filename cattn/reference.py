@@ -181,7 +181,7 @@ def scaled_dot_product_attention(
         keep = dropout_keep(seed, dropout_p, math.prod(leading), num_heads, seq_len_q, seq_len_kv)
         weights = weights * keep.reshape(weights.shape) / dtype.type(1 - dropout_p)
 
-    out = _weighted_sum(weights, value, visible)
+    out = _weighted_sum(weights, value, np.broadcast_to(visible, scores.shape))
     if one_head:
         out, weights, logsumexp = out.squeeze(-3), weights.squeeze(-3), logsumexp.squeeze(-2)
     results = [out.astype(result_dtype)]

@@ -37,8 +37,8 @@ def checked(num_threads) -> int:
         count = operator.index(num_threads)
     except TypeError:
         raise TypeError(f"num_threads: expected an integer, got {type(num_threads).__name__}") from None
-    if count < 1:
-        raise ValueError(f"num_threads: expected at least 1, got {count}")
+    if not 1 <= count < 2**31:
+        raise ValueError(f"num_threads: expected at least 1{' and less than 2**31' if count > 0 else ''}, got {count}")
     return count
 
 
@@ -50,7 +50,7 @@ def source() -> str:
 def _default() -> tuple[int, str]:
     for name in ("CATTN_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "").split(",")[0].strip()  # OMP_NUM_THREADS may list one number per nesting level
-        if value.isdigit() and int(value) > 0:
+        if value.isdecimal() and int(value) > 0:
             return int(value), name
         if value and name == "CATTN_NUM_THREADS":
             raise ImportError(f"CATTN_NUM_THREADS: expected a positive integer, got {value!r}")

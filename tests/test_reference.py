@@ -308,10 +308,12 @@ def test_bad_score_spoils_its_row_alone(bad):
         np.testing.assert_array_equal(a[[0, 2]], b[[0, 2]])
 
 
-def test_score_of_minus_inf_is_masked():
-    query, key, value = np.ones((1, 1)), np.array([[0.0], [-INF]]), np.array([[1.0], [math.nan]])
+def test_score_of_minus_inf_has_weight_0():
+    query, key, value = np.ones((1, 1)), np.array([[0.0], [-INF]]), np.array([[1.0], [2.0]])
     out, weights, logsumexp = everything(query, key, value)
     assert (out.item(), weights.tolist(), logsumexp.item()) == (1.0, [[1.0, 0.0]], 0.0)
+    value[1] = math.nan  # the key is seen, so its NaN goes through
+    assert math.isnan(everything(query, key, value)[0].item())
 
 
 @pytest.mark.parametrize("low", [np.finfo(np.float32).min, -1e300, np.finfo(np.float64).min])
