@@ -18,7 +18,7 @@ from .workloads import WORKLOADS
 
 
 def some_of(choices, text):
-    """ "NAME,NAME,..." or "all" as a list of choices."""
+    """The choices that NAME,NAME,... names; all of them for "all"."""
     names = list(choices) if text == "all" else text.split(",")
     for name in names:
         if name not in choices:
@@ -27,7 +27,7 @@ def some_of(choices, text):
 
 
 def thread_counts(text):
-    """ "N,N,..." as a sorted list."""
+    """N,N,... as a sorted list."""
     counts = sorted({int(count) for count in text.split(",")})
     if counts[0] < 1:
         raise argparse.ArgumentTypeError(f"expected numbers from 1 on, got {text!r}")

@@ -84,7 +84,8 @@ def summary(data):
             ratios["the best of them"] = best
         means = {peer: [value for value in values if value] for peer, values in ratios.items()}
         parts = [f"{geometric_mean(values):.2f}x {peer}" for peer, values in means.items() if values]
-        yield f"{threads(count)}, geometric mean over the workloads: " + ", ".join(parts)
+        if parts:
+            yield f"{threads(count)}, geometric mean over the workloads: {', '.join(parts)}"
         for row, value in zip(rows, best, strict=True):
             if value and value < 1:
                 yield f"  behind at {row['workload']}: {best_peer(row)} takes {value:.2f} of cattn's time"

@@ -19,7 +19,7 @@ from .peers import PEERS, Numpy
 from .worker import max_error, rest
 
 ROOT = Path(__file__).parent.parent
-ROUNDS = 4  # turns at each workload: what disturbs the machine for a while then disturbs every implementation
+ROUNDS = 3  # turns at each workload: what disturbs the machine for a while then disturbs every implementation
 THREAD_VARIABLES = (
     "CATTN_NUM_THREADS",
     "OMP_NUM_THREADS",
@@ -130,9 +130,9 @@ def start(peers, num_threads, progress):
 
 def run(works, peers, thread_counts, seconds, progress=lambda message: None):
     """Measure the workloads; returns all that the reports need, as JSON has it."""
-    limits = {str(n): {"fma": 0.0, "read": 0.0} for n in thread_counts}
-    rows = []
     groups = {n: start(peers, n, progress) for n in thread_counts}
+    limits = {str(n): processes["cattn"].ask("limits")["result"] for n, processes in groups.items()}
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         answer_file = Path(scratch) / "expected.npy"
         for number, work in enumerate(works, 1):

@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     compute_dtype = np.float64 if q_kind == F64 else np.float32
     if alibi_slopes is not None:
         alibi_slopes = _check_vector("alibi_slopes", alibi_slopes, ((num_heads,), (*leading, num_heads)), compute_dtype)
-        alibi_slopes = alibi_slopes.reshape(-1, num_heads)
+        alibi_slopes = alibi_slopes.reshape(math.prod(alibi_slopes.shape[:-1]), num_heads)
     if sinks is not None:
         sinks = _check_vector("sinks", sinks, ((num_heads,),), compute_dtype)
     mask_kind = BOOL
@@ -89,7 +89,7 @@ def scaled_dot_product_attention(
         rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
         module.attend(
             q, k, v, mask, result,
-            None if weights is None else weights.reshape(-1, seq_len_kv)[rows].reshape(-1),
+            None if weights is None else weights.reshape(-1)[rows.start * seq_len_kv : rows.stop * seq_len_kv],
             None if logsumexp is None else logsumexp.reshape(-1)[rows],
             q_kind, kv_kind, mask_kind, scale, softcap, left, right,
             max(-_FAR, min(_FAR, q_offset)),

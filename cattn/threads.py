@@ -38,7 +38,7 @@ def checked(num_threads) -> int:
     except TypeError:
         raise TypeError(f"num_threads: expected an integer, got {type(num_threads).__name__}") from None
     if not 1 <= count < 2**31:
-        raise ValueError(f"num_threads: expected at least 1{' and less than 2**31' if count > 0 else ''}, got {count}")
+        raise ValueError(f"num_threads: expected 1 to {2**31 - 1}, got {count}")
     return count
 
 

@@ -4,8 +4,10 @@ Read in this order:
     tensor.pxi     arrays of any stride and dtype; a row of one is loaded into reals, or stored from them
     dropout.pxi    the counter-based generator
     modify.pxi     what changes a tile of scores: softcap, ALiBi, masks, the causal / window / length limits
-    prefill.pxi    the attention kernel
-    attend.pxi     its entry from Python: typed memoryviews in, one OpenMP loop over tasks
+    problem.pxi    one attention problem, the scratch of a thread, and what both kernels share
+    prefill.pxi    the kernel for many query rows: queries in the SIMD lanes
+    decode.pxi     the kernel for few query rows: dimensions in the SIMD lanes
+    attend.pxi     their entry from Python: typed memoryviews in, OpenMP loops over tasks
     sinusoid.pxi   the table of positional encodings
     build_info.pxi compiler and OpenMP runtime, for show_config
     measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force
@@ -31,24 +33,23 @@ cdef extern from *:
     const double LOG2_E, BIAS_LIMIT, LOWEST, FLT_MAX
 
 
+    void prefetch "__builtin_prefetch"(const void*) nogil
+
+
 cdef extern from "simd.h" nogil:
     # Cython is told that vectors are scalars: it then passes arithmetic through to C, where it is vector arithmetic.
     ctypedef float real
-    ctypedef int lane_int
     ctypedef float vf
     ctypedef int vi
     const int LANES, REGISTERS, IS_DOUBLE, HAS_FMA
     vf vload(const real*)
-    vi vload_int(const lane_int*)
     void vstore(real*, vf)
     vf vset1(real)
-    vi vset1_int(lane_int)
     vf vfma(vf, vf, vf)
     vf vmax(vf, vf)
     vf vselect(vi, vf, vf)
     vi vless(vf, vf)
     vi vequal(vf, vf)
-    vi vwithin(vi, vi, vi)
     vf vabs(vf)
     vf vcopysign(vf, vf)
     int vany(vi)
@@ -65,7 +66,9 @@ cdef extern from "simd.h" nogil:
 include "tensor.pxi"
 include "dropout.pxi"
 include "modify.pxi"
+include "problem.pxi"
 include "prefill.pxi"
+include "decode.pxi"
 include "attend.pxi"
 include "sinusoid.pxi"
 include "measure.pxi"

@@ -29,10 +29,6 @@ def fma_flops(Py_ssize_t iterations, int num_threads=1):
     return 0.0 if total != total else 24.0 * LANES * iterations * num_threads
 
 
-cdef extern from *:
-    void prefetch "__builtin_prefetch"(const void*) noexcept nogil
-
-
 cdef real sum_chunk(const real* a, Py_ssize_t n) noexcept nogil:
     cdef vf total[4]
     cdef real lanes[16]

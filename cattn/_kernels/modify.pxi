@@ -14,12 +14,8 @@ cdef struct Lane:
     real slope              # ALiBi, times log2(e)
 
 
-cdef inline lane_int clip_int(Py_ssize_t x, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
-    return <lane_int> (low if x < low else high if x > high else x)
-
-
 cdef void cap_scores(real* scores, Py_ssize_t size, real cap) noexcept nogil:
-    """scores (IN/OUT) = cap * tanh(scores / cap)."""
+    """scores (IN/OUT) = cap * tanh(scores / cap), whole vectors of them."""
     cdef Py_ssize_t i
     cdef vf x, z, small, large
     cdef real inverse = <real> 1.0 / cap
@@ -27,7 +23,7 @@ cdef void cap_scores(real* scores, Py_ssize_t size, real cap) noexcept nogil:
         for i in range(size):
             scores[i] = cap * <real> tanh(scores[i] * inverse)
         return
-    for i in range(size // LANES):
+    for i in range((size + LANES - 1) // LANES):
         x = vload(scores + i * LANES) * inverse
         z = x * x
         # |x| < 0.625: odd minimax polynomial (Cephes tanhf); else 1 - 2 / (exp(2|x|) + 1). Both within 3e-7 relative:
@@ -58,27 +54,13 @@ cdef void add_alibi(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key
 
 cdef void limit_keys(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_start,
                      const Lane* lanes) noexcept nogil:
-    cdef lane_int low[16]
-    cdef lane_int high[16]
-    cdef Py_ssize_t j, v, i, first, last
-    cdef real* s
-    cdef vi low_v, high_v
-    for v in range(width // LANES):
-        first = 0      # keys [first, last) are visible to all lanes of this vector: nothing to do there
-        last = n
-        for i in range(LANES):
-            low[i] = clip_int(lanes[v * LANES + i].low - key_start, 0, n)
-            high[i] = clip_int(lanes[v * LANES + i].high - key_start, 0, n)
-            first = max(first, <Py_ssize_t> low[i])
-            last = min(last, <Py_ssize_t> high[i])
-        last = max(first, last)
-        low_v = vload_int(low)
-        high_v = vload_int(high)
-        for j in range(n):
-            if first <= j < last:
-                continue
-            s = scores + j * width + v * LANES
-            vstore(s, vselect(vwithin(low_v, vset1_int(<lane_int> j), high_v), vload(s), vset1(<real> -INFINITY)))
+    """Touches only the keys that a lane does not see: few, since a tile ends where its last lane does."""
+    cdef Py_ssize_t i, j
+    for i in range(width):
+        for j in range(min(n, max(0, lanes[i].low - key_start))):
+            scores[j * width + i] = <real> -INFINITY
+        for j in range(max(0, lanes[i].high - key_start), n):
+            scores[j * width + i] = <real> -INFINITY
 
 
 cdef void load_bias(real* bias, const Tensor* mask, Py_ssize_t batch, Lane lane, Py_ssize_t key_start,
@@ -97,7 +79,7 @@ cdef void load_bias(real* bias, const Tensor* mask, Py_ssize_t batch, Lane lane,
         bias[j] = <real> LOG2_E * (clipped if -INFINITY < entry < INFINITY else entry)
 
 
-cdef inline void add_bias(real* s, vf bias) noexcept nogil:
+cdef inline void add_biases(real* s, vf bias) noexcept nogil:
     cdef vf masked = vset1(<real> -INFINITY)
     vstore(s, vselect(vequal(bias, masked), masked, vload(s) + bias))
 
@@ -106,16 +88,22 @@ cdef void add_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_
                    Py_ssize_t batch, const Lane* lanes, real* bias, real* transposed) noexcept nogil:
     """bias (SCRATCH): LANES rows of BLOCK_KV; transposed (SCRATCH): BLOCK_KV rows of LANES."""
     cdef Py_ssize_t j, v, i
+    if width % LANES:  # few rows, in decode
+        for i in range(width):
+            load_bias(bias, mask, batch, lanes[i], key_start, n)
+            for j in range(n):
+                scores[j * width + i] = bias[j] if bias[j] == -INFINITY else scores[j * width + i] + bias[j]
+        return
     # One row for every query, such as a key-padding mask: load it once, broadcast each entry to the lanes.
     if mask.stride[2] == 0 and (mask.stride[1] == 0 or lanes[0].head == lanes[width - 1].head):
         load_bias(bias, mask, batch, lanes[0], key_start, n)
         for j in range(n):
             for v in range(width // LANES):
-                add_bias(scores + j * width + v * LANES, vset1(bias[j]))
+                add_biases(scores + j * width + v * LANES, vset1(bias[j]))
         return
     for v in range(width // LANES):
         for i in range(LANES):
             load_bias(bias + i * n, mask, batch, lanes[v * LANES + i], key_start, n)
         transpose(transposed, LANES, bias, n, LANES, n)
         for j in range(n):
-            add_bias(scores + j * width + v * LANES, vload(transposed + j * LANES))
+            add_biases(scores + j * width + v * LANES, vload(transposed + j * LANES))

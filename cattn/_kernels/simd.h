@@ -54,18 +54,14 @@ typedef int32_t lane_int;
 typedef real vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef lane_int vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef real vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-typedef lane_int vi_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
 SIMD vf vload(const real *p) { return *(const vf_unaligned *)p; }
-SIMD vi vload_int(const lane_int *p) { return *(const vi_unaligned *)p; }
 SIMD void vstore(real *p, vf x) { *(vf_unaligned *)p = x; }
 SIMD vf vset1(real x) { return x - (vf){0}; }        /* x - 0, not x + 0: keeps the sign of a zero */
-SIMD vi vset1_int(lane_int x) { return x - (vi){0}; }
 SIMD vf vfma(vf a, vf b, vf c) { return a * b + c; } /* one instruction under -ffp-contract=fast where there is FMA */
 SIMD vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 SIMD vi vless(vf a, vf b) { return a < b; }
 SIMD vi vequal(vf a, vf b) { return a == b; }
-SIMD vi vwithin(vi low, vi x, vi high) { return (low <= x) & (x < high); }
 SIMD vf vabs(vf x) { return (vf)((vi)x & ~(vi)vset1((real)-0.0)); }
 SIMD vf vcopysign(vf magnitude, vf sign) { vi s = (vi)vset1((real)-0.0); return (vf)(((vi)magnitude & ~s) | ((vi)sign & s)); }
 

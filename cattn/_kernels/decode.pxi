@@ -1,0 +1,292 @@
+# Attention of few query rows (a decoding step: one row for each head that shares the key head) against long K and V.
+# Each number of K and V is used for a few FMAs only, so the limit is how fast they arrive; *dimensions are in the SIMD
+# lanes*, which takes rows of K and V as they lie, also in 16 bits, and one pass over them serves all rows.
+#
+#     for each (batch, key head), each split of the keys
+#         for each block of keys
+#             for KEYS keys at a time, KEYS x rows = LANES accumulators
+#                 scores      S[key][row] = sum over dims of K vectors x q vectors; prefetch these keys' rows of V
+#             modify, softmax as in prefill, on S as one run of vectors (lane l belongs to row l % rows)
+#             for a few vectors of dims at a time
+#                 accumulate  O[row][dims] += P[key][row] broadcast x V vectors; prefetch the next block's rows of K
+#     merge the splits in order; out = O / row_sum
+#
+# The prefetches are worth 1.3 to 1.8 x: the hardware's own streams stop at each page and at each change of array.
+# Exactness: as prefill; a dot product is LANES partial sums, so it is a little more exact, and its bits are not those of
+# the same row in prefill. Which kernel a call takes depends on rows per key head alone.
+
+cdef enum:
+    MAX_DECODE_ROWS = 8     # more rows need the arithmetic that prefill has
+    DECODE_KEYS = 64        # a block: K and V blocks of 32 KB each at head_dim 128 stay in L2 between their two uses
+
+
+cdef inline vf load_kv(const int KIND, const char* row, Py_ssize_t d) noexcept nogil:
+    """LANES numbers of a row of K or V from dimension d on, widened inside the load."""
+    if KIND == F16:
+        return vload_f16(<const uint16_t*> row + d)
+    if KIND == BF16:
+        return vload_bf16(<const uint16_t*> row + d)
+    return vload(<const real*> row + d)
+
+
+cdef inline void prefetch_row(const char* row, Py_ssize_t bytes) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range((bytes + 63) // 64):
+        prefetch(row + 64 * i)
+
+
+cdef inline void decode_scores(const int KIND, const int WIDTH, real* scores, const real* q, Py_ssize_t dims,
+                               const char* k, Py_ssize_t k_bytes, const char* v, Py_ssize_t v_bytes,
+                               Py_ssize_t v_row, Py_ssize_t n) noexcept nogil:
+    """scores[key][WIDTH] (OUT) for n keys, rounded up to whole groups by repeating the last; dims: a multiple of
+    LANES. v_row: bytes to prefetch of each of these keys' rows of V."""
+    cdef vf acc[16]
+    cdef vf k_d
+    cdef const char* row[16]
+    cdef Py_ssize_t j = 0, d
+    cdef int key, r, step
+    cdef int KEYS = LANES // WIDTH
+    while j < n:
+        for r in range(LANES):
+            acc[r] = vset1(<real> 0.0)
+        for key in range(KEYS):
+            row[key] = k + min(j + key, n - 1) * k_bytes
+            prefetch_row(v + min(j + key, n - 1) * v_bytes, v_row)
+        d = 0
+        while d < dims:
+            for key in range(KEYS):
+                k_d = load_kv(KIND, row[key], d)
+                for r in range(WIDTH):
+                    acc[key * WIDTH + r] = vfma(k_d, vload(q + r * dims + d), acc[key * WIDTH + r])
+            d += LANES
+        vtranspose(acc)  # then the sums of the accumulators' lanes are sums of whole vectors
+        step = LANES // 2
+        while step:
+            for r in range(step):
+                acc[r] = acc[r] + acc[r + step]
+            step //= 2
+        vstore(scores + j * WIDTH, acc[0])
+        j += KEYS
+
+
+cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS, real* acc, Py_ssize_t acc_stride,
+                             const real* probs, const char* v, Py_ssize_t v_bytes, Py_ssize_t d,
+                             Py_ssize_t n) noexcept nogil:
+    """acc[WIDTH][VECTORS] (IN/OUT) at dimension d += n keys' probabilities times V."""
+    cdef vf tile[16]
+    cdef vf v_d[4]
+    cdef vf prob
+    cdef Py_ssize_t j
+    cdef int r, c
+    for r in range(WIDTH * VECTORS):
+        tile[r] = vset1(<real> 0.0)
+    for j in range(n):
+        for c in range(VECTORS):
+            v_d[c] = load_kv(KIND, v + j * v_bytes, d + c * LANES)
+        for r in range(WIDTH):
+            prob = vset1(probs[j * WIDTH + r])
+            for c in range(VECTORS):
+                tile[r * VECTORS + c] = vfma(prob, v_d[c], tile[r * VECTORS + c])
+    for r in range(WIDTH):
+        for c in range(VECTORS):
+            vstore(acc + r * acc_stride + d + c * LANES,
+                   vload(acc + r * acc_stride + d + c * LANES) + tile[r * VECTORS + c])
+
+
+cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ssize_t dims, const real* probs,
+                               const char* v, Py_ssize_t v_bytes, Py_ssize_t n, const char* next_k,
+                               Py_ssize_t k_bytes, Py_ssize_t k_row, Py_ssize_t next_n) noexcept nogil:
+    """acc[WIDTH][dims] (IN/OUT) over n keys; next_k: the next_n rows of K to prefetch, k_row bytes each."""
+    cdef int VECTORS = 4 if 4 * WIDTH <= REGISTERS // 2 else 2 if 2 * WIDTH <= REGISTERS // 2 else 1
+    cdef Py_ssize_t d = 0, j
+    for j in range(next_n):
+        prefetch_row(next_k + j * k_bytes, k_row)
+    while d + VECTORS * LANES <= dims:
+        if VECTORS == 4:
+            decode_dims(KIND, WIDTH, 4, acc, dims, probs, v, v_bytes, d, n)
+        elif VECTORS == 2:
+            decode_dims(KIND, WIDTH, 2, acc, dims, probs, v, v_bytes, d, n)
+        else:
+            decode_dims(KIND, WIDTH, 1, acc, dims, probs, v, v_bytes, d, n)
+        d += VECTORS * LANES
+    while d < dims:
+        decode_dims(KIND, WIDTH, 1, acc, dims, probs, v, v_bytes, d, n)
+        d += LANES
+
+
+cdef inline vf spread_max(vf x, int width) noexcept nogil:
+    """In each lane, the largest of the lanes that belong to the same row."""
+    cdef real lanes[16]
+    cdef int i
+    vstore(lanes, x)
+    for i in range(width, LANES):
+        lanes[i % width] = lanes[i] if lanes[i] > lanes[i % width] else lanes[i % width]
+    for i in range(width, LANES):
+        lanes[i] = lanes[i % width]
+    return vload(lanes)
+
+
+cdef void decode_softmax(const Workspace* w, const State* state, int width, Py_ssize_t vectors,
+                         Py_ssize_t dims) noexcept nogil:
+    """w.scores (IN/OUT): whole vectors of scores become probabilities; the state follows, as in update_reference."""
+    cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
+    cdef vf row_max = vload(state.row_max), moved, factor, prob
+    cdef real factors[16]
+    cdef Py_ssize_t i, d
+    for i in range(vectors):
+        largest = vmax(vload(w.scores + i * LANES), largest)
+    largest = spread_max(largest, width)
+    if vany(vless(row_max + vset1(<real> 8.0), largest)):
+        moved = vselect(vless(row_max + vset1(<real> 8.0), largest), largest, row_max)
+        factor = vexp2(row_max - moved)
+        row_max = moved
+        vstore(state.row_max, row_max)
+        vstore(state.row_sum, vload(state.row_sum) * factor)
+        vstore(factors, factor)
+        for i in range(width):
+            for d in range(dims):
+                state.acc[i * dims + d] *= factors[i]
+    for i in range(vectors):
+        prob = vexp2(vload(w.scores + i * LANES) - row_max)
+        total = total + prob
+        vstore(w.scores + i * LANES, prob)
+    vstore(state.row_sum, vload(state.row_sum) + total)
+
+
+cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p, const Workspace* w, const Task* task,
+                               const State* state, Py_ssize_t low, Py_ssize_t high,
+                               bint in_place) noexcept nogil:
+    """KIND: of the rows that the loops read, the arrays' own where they are read in place."""
+    cdef Py_ssize_t key_start = low, n, next_n, i, k_stride, v_stride, all_low = 0, all_high = p.seq_len_kv
+    cdef const char* k
+    cdef const char* v
+    cdef const char* next_k
+    cdef const real* v_real
+    cdef Py_ssize_t k_bytes, v_bytes
+    cdef Py_ssize_t size = 2 if KIND == F16 or KIND == BF16 else sizeof(real)
+    cdef bint limited, masked
+    for i in range(WIDTH):
+        all_low = max(all_low, w.lanes[i].low)
+        all_high = min(all_high, w.lanes[i].high)
+    while key_start < high:
+        n = min(p.block_kv - key_start % p.block_kv, high - key_start)
+        next_n = min(p.block_kv, high - key_start - n)
+        k_bytes, v_bytes = p.k.stride[2], p.v.stride[2]
+        k = row_of(&p.k, task.batch, task.kv_head, key_start)
+        v = row_of(&p.v, task.batch, task.kv_head, key_start)
+        next_k = k + n * k_bytes
+        if not in_place:
+            k_stride, v_stride = p.q_stride, p.v_stride
+            k = <const char*> load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, False,
+                                        &k_stride)
+            v = <const char*> load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, False,
+                                        &v_stride)
+            k_bytes, v_bytes, next_n = k_stride * sizeof(real), v_stride * sizeof(real), 0
+        decode_scores(KIND, WIDTH, w.scores, w.queries, p.q_stride, k, k_bytes, v, v_bytes, p.head_dim_v * size, n)
+        limited = key_start < all_low or key_start + n > all_high
+        masked = limited or p.mask.data != NULL
+        modify_tile(p, w, WIDTH, task.batch, key_start, n, w.lanes, limited)
+        keep_scores(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
+        i = n * WIDTH
+        while i % LANES:
+            w.scores[i] = <real> -INFINITY
+            i += 1
+        decode_softmax(w, state, WIDTH, i // LANES, p.v_stride)
+        drop_tile(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
+        if masked:
+            v_stride = p.v_stride
+            v_real = <const real*> v
+            if in_place:
+                v_real = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, False,
+                                   &v_stride)
+            if make_finite(w.v_finite, p.v_stride, v_real, v_stride, n, p.head_dim_v):
+                decode_values(F64 if IS_DOUBLE else F32, WIDTH, state.acc, p.v_stride, w.scores,
+                              <const char*> w.v_finite, p.v_stride * sizeof(real), n, NULL, 0, 0, 0)
+                repair_values(p, w, state.acc, p.v_stride, 1, v_real, v_stride, WIDTH, task.batch, key_start, n,
+                              w.lanes, limited)
+                key_start += n
+                continue
+        decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, v, v_bytes, n, next_k, k_bytes,
+                      p.head_dim * size, next_n)
+        key_start += n
+
+
+cdef bint read_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
+    """Whole vectors of adjacent numbers, which 16-bit loads take at any alignment."""
+    if dim % LANES:
+        return False
+    return rows_are_real(t) or (not IS_DOUBLE and (t.kind == F16 or t.kind == BF16) and t.stride[3] == 2)
+
+
+cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
+                      Py_ssize_t high) noexcept nogil:
+    """state (IN/OUT) moves on over keys [low, high)."""
+    # Both in place or both copied, since one loop reads one kind of rows.
+    cdef bint in_place = read_in_place(&p.k, p.head_dim) and read_in_place(&p.v, p.head_dim_v)
+    if in_place and p.k.kind == F16:
+        decode_kind(F16, p, w, task, state, low, high, True)
+    elif in_place and p.k.kind == BF16:
+        decode_kind(BF16, p, w, task, state, low, high, True)
+    else:
+        decode_kind(F64 if IS_DOUBLE else F32, p, w, task, state, low, high, in_place)
+
+
+cdef inline void decode_kind(const int KIND, const Problem* p, const Workspace* w, const Task* task,
+                             const State* state, Py_ssize_t low, Py_ssize_t high, bint in_place) noexcept nogil:
+    if p.decode_width == 1:
+        decode_blocks(KIND, 1, p, w, task, state, low, high, in_place)
+    elif p.decode_width == 2:
+        decode_blocks(KIND, 2, p, w, task, state, low, high, in_place)
+    elif p.decode_width == 4:
+        decode_blocks(KIND, 4, p, w, task, state, low, high, in_place)
+    else:
+        decode_blocks(KIND, 8, p, w, task, state, low, high, in_place)
+
+
+cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
+    """w.queries (OUT)[row][q_stride] = scale * q, dimensions padded with 0."""
+    cdef Py_ssize_t i, d
+    cdef real* row
+    for i in range(p.decode_width):
+        row = w.queries + i * p.q_stride
+        load_row(row, row_of(&p.q, task.batch, w.lanes[i].head, w.lanes[i].query), p.q.stride[3], p.head_dim, p.q.kind)
+        for d in range(p.head_dim):
+            row[d] *= p.scale
+        for d in range(p.head_dim, p.q_stride):
+            row[d] = 0.0
+
+
+cdef void decode_merge(const Problem* p, State* total, const State* part) noexcept nogil:
+    """total (IN/OUT) = both states: each relative to the larger row_max of the two."""
+    cdef vf row_max = vmax(vload(total.row_max), vload(part.row_max))
+    cdef vf total_factor = vexp2(vload(total.row_max) - row_max)
+    cdef vf part_factor = vexp2(vload(part.row_max) - row_max)
+    cdef real total_factors[16]
+    cdef real part_factors[16]
+    cdef Py_ssize_t i, d
+    vstore(total.row_max, row_max)
+    vstore(total.row_sum, vload(total.row_sum) * total_factor + vload(part.row_sum) * part_factor)
+    vstore(total_factors, total_factor)
+    vstore(part_factors, part_factor)
+    for i in range(p.decode_width):
+        for d in range(i * p.v_stride, (i + 1) * p.v_stride):
+            total.acc[d] = total.acc[d] * total_factors[i] + part.acc[d] * part_factors[i]
+
+
+cdef void decode_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
+    """out (OUT), logsumexp and weights: acc / row_sum."""
+    cdef Py_ssize_t i, lane, d
+    cdef real row_sum, inverse
+    cdef real* row
+    for i in range(task.num_rows):
+        row_sum = 0.0
+        lane = i
+        while lane < LANES:
+            row_sum += state.row_sum[lane]
+            lane += p.decode_width
+        inverse = finish_row(p, task.batch, w.lanes[i], state.row_max[i], row_sum)
+        row = state.acc + i * p.v_stride
+        for d in range(p.head_dim_v):
+            row[d] *= inverse
+        store_row(row_of(&p.out, task.batch, w.lanes[i].head, w.lanes[i].query), p.out.stride[3], row, p.head_dim_v,
+                  p.out.kind)

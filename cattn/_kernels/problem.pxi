@@ -1,0 +1,291 @@
+# One attention problem, the scratch that a thread needs for it, and what both kernels share: which keys a query row
+# sees, how rows of K and V are fetched, how a row ends.
+#
+# A task is (batch, key head, block of query rows). The query rows of all heads that share a key head stand one after
+# the other, so grouped queries use each load of K and V together. The keys are cut into splits of a fixed length, each
+# with a softmax of its own, merged in order: a thread does the splits of its task one after the other, or, where there
+# are too few tasks, different threads do them. Who does what changes no bit.
+
+cdef struct Problem:
+    Tensor q, k, v, out, mask       # IN, IN, IN, OUT, IN
+    real* weights                   # OUT (batch, num_heads, seq_len_q, seq_len_kv), contiguous; or NULL
+    real* logsumexp                 # OUT (batch, num_heads, seq_len_q), contiguous; or NULL
+    const real* sinks               # IN (num_heads,); or NULL
+    const real* slopes              # IN (batch or 1, num_heads); or NULL
+    Py_ssize_t slopes_stride        # from one batch row of slopes to the next: num_heads or 0
+    const int64_t* q_offsets        # IN (batch,); or NULL: q_offset for all
+    const int64_t* kv_lens          # IN (batch,); or NULL: all seq_len_kv
+    Py_ssize_t q_offset
+    Py_ssize_t batch, num_kv_heads, group_size, seq_len_q, head_dim, head_dim_v, seq_len_kv
+    Py_ssize_t window_left, window_right   # -1: unbounded; is_causal is window_right = 0
+    real scale, softcap             # both times log2(e); softcap 0: none
+    uint32_t dropout_threshold      # 0: no dropout
+    real keep_scale
+    uint64_t seed
+    Py_ssize_t batch_offset         # of this call's first batch row, for dropout
+    # The plan (attend.pxi)
+    int decode_width                # 0: prefill kernel; else lanes that decode gives to rows: 1, 2, 4 or 8
+    Py_ssize_t q_stride, v_stride   # reals from one row of packed queries, of acc, to the next
+    Py_ssize_t block_rows           # query rows in a block, a multiple of LANES (decode: decode_width)
+    Py_ssize_t num_blocks           # blocks of query rows per (batch, key head)
+    Py_ssize_t block_kv             # keys in a block: what one pass of the kernel's loops takes
+    Py_ssize_t split_kv             # keys in a split, a multiple of block_kv
+    Py_ssize_t num_splits
+
+cdef struct State:                  # of the softmax of a block of rows, over the keys done so far
+    real* row_max                   # [block_rows], decode: [LANES], row r in each lane l with l % decode_width == r
+    real* row_sum                   # likewise; decode: the lanes of a row hold parts of its sum
+    real* acc                       # [panel][head_dim_v][width], decode: [row][v_stride]
+
+cdef struct Workspace:              # one per thread, SCRATCH
+    State total, part
+    real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; scaled
+    real* scores                    # [block_kv][width]
+    real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
+    real* k_rows                    # [block_kv][q_stride]
+    real* v_rows                    # [block_kv][v_stride]
+    real* v_finite                  # [block_kv][v_stride]
+    real* rows                      # query or result rows, or LANES mask rows of block_kv
+    real* transposed                # [block_kv][LANES]
+    Lane* lanes                     # [block_rows]
+
+cdef struct Task:
+    Py_ssize_t batch, kv_head
+    Py_ssize_t num_rows             # query rows in this block
+    Py_ssize_t low, high            # keys [low, high) are seen by some row
+
+
+cdef inline Py_ssize_t state_size(const Problem* p) noexcept nogil:
+    """In bytes, a multiple of 64."""
+    return (2 * max(p.block_rows, LANES) + p.block_rows * p.v_stride) * <Py_ssize_t> sizeof(real) // 64 * 64 + 64
+
+
+cdef inline void place_state(State* s, char* base, const Problem* p) noexcept nogil:
+    cdef Py_ssize_t lanes = max(p.block_rows, LANES)
+    s.acc = <real*> base
+    s.row_max = s.acc + p.block_rows * p.v_stride
+    s.row_sum = s.row_max + lanes
+
+
+cdef inline char* take(char* base, size_t* used, size_t bytes) noexcept nogil:
+    cdef char* piece = base + used[0]
+    used[0] += (bytes + 63) // 64 * 64
+    return piece
+
+
+cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
+    """Lays the workspace out from `base` on, 64-byte aligned pieces; returns its size in bytes."""
+    cdef Py_ssize_t width = min(p.block_rows, MAX_PANEL * LANES)
+    cdef Py_ssize_t keys = (min(p.block_kv, p.seq_len_kv) + LANES - 1) // LANES * LANES
+    cdef size_t size = 0
+    place_state(&w.total, take(base, &size, state_size(p)), p)
+    place_state(&w.part, take(base, &size, state_size(p)), p)
+    w.queries = <real*> take(base, &size, p.block_rows * p.q_stride * sizeof(real))
+    w.scores = <real*> take(base, &size, keys * width * sizeof(real))
+    w.k_rows = <real*> take(base, &size, keys * p.q_stride * sizeof(real))
+    w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
+    w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
+                          * sizeof(real))
+    w.lanes = <Lane*> take(base, &size, p.block_rows * sizeof(Lane))
+    w.transposed = <real*> take(base, &size, keys * LANES * sizeof(real))
+    w.visible = <real*> take(base, &size, keys * width * sizeof(real))
+    w.v_finite = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
+    return size
+
+
+cdef void reset(const Problem* p, State* s) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(max(p.block_rows, LANES)):
+        s.row_max[i] = <real> LOWEST
+        s.row_sum[i] = 0.0
+    for i in range(p.block_rows * p.v_stride):
+        s.acc[i] = 0.0
+
+
+cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* lanes) noexcept nogil:
+    """task (OUT), and lanes (OUT)[block_rows]: which query each lane holds and which keys it sees. Lanes past the last
+    row repeat it."""
+    cdef Py_ssize_t block = p.num_blocks - 1 - number % p.num_blocks   # the last rows first: most work where causal
+    cdef Py_ssize_t first_row = block * p.block_rows
+    cdef Py_ssize_t rows = p.group_size * p.seq_len_q
+    cdef Py_ssize_t i, row
+    cdef Lane lane
+    task.kv_head = number // p.num_blocks % p.num_kv_heads
+    task.batch = number // p.num_blocks // p.num_kv_heads
+    task.num_rows = min(p.block_rows, rows - first_row)
+    task.low, task.high = p.seq_len_kv, 0
+    for i in range(p.block_rows):
+        row = min(first_row + i, rows - 1)
+        lane.head = task.kv_head * p.group_size + row // p.seq_len_q
+        lane.query = row % p.seq_len_q
+        lane.position = lane.query + (p.q_offset if p.q_offsets == NULL else p.q_offsets[task.batch])
+        lane.low = 0 if p.window_left < 0 else max(0, lane.position - p.window_left)
+        lane.high = p.seq_len_kv if p.kv_lens == NULL else p.kv_lens[task.batch]
+        if p.window_right >= 0:
+            lane.high = min(lane.high, lane.position + p.window_right + 1)
+        if lane.high <= lane.low:
+            lane.low = lane.high = 0
+        else:
+            task.low = min(task.low, lane.low)
+            task.high = max(task.high, lane.high)
+        lane.slope = 0.0
+        if p.slopes != NULL:
+            lane.slope = p.slopes[task.batch * p.slopes_stride + lane.head] * <real> LOG2_E
+        lanes[i] = lane
+    if task.high == 0:
+        task.low = 0
+
+
+cdef inline const real* load_rows(real* scratch, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first,
+                                  Py_ssize_t n, Py_ssize_t dim, bint in_place, Py_ssize_t* stride) noexcept nogil:
+    """Rows [first, first + n) of K or V as reals, `stride` (IN: of scratch, OUT: of the result) apart; what a row of
+    scratch has beyond `dim` is 0."""
+    cdef Py_ssize_t j, d
+    if in_place:
+        stride[0] = t.stride[2] // <Py_ssize_t> sizeof(real)
+        return <const real*> row_of(t, batch, head, first)
+    for j in range(n):
+        load_row(scratch + j * stride[0], row_of(t, batch, head, first + j), t.stride[3], dim, t.kind)
+        for d in range(dim, stride[0]):
+            scratch[j * stride[0] + d] = 0.0
+    return scratch
+
+
+cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, Py_ssize_t width, Py_ssize_t batch,
+                    Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
+    """The two modifiers that can take a key away."""
+    if p.mask.data != NULL:
+        add_mask(scores, width, n, key_start, &p.mask, batch, lanes, w.rows, w.transposed)
+    if limited:
+        limit_keys(scores, width, n, key_start, lanes)
+
+
+cdef bint modify_tile(const Problem* p, const Workspace* w, Py_ssize_t width, Py_ssize_t batch, Py_ssize_t key_start,
+                      Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
+    """All modifiers on w.scores; False where there is none."""
+    if not limited and p.mask.data == NULL and p.softcap == 0 and p.slopes == NULL:
+        return False
+    if p.softcap != 0:
+        cap_scores(w.scores, n * width, p.softcap)
+    if p.slopes != NULL:
+        add_alibi(w.scores, width, n, key_start, lanes)
+    mask_tile(p, w, w.scores, width, batch, key_start, n, lanes, limited)
+    return True
+
+
+cdef void drop_tile(const Problem* p, real* probs, Py_ssize_t width, Py_ssize_t batch, Py_ssize_t key_start,
+                    Py_ssize_t n, const Lane* lanes) noexcept nogil:
+    cdef Py_ssize_t i
+    if p.dropout_threshold == 0:
+        return
+    for i in range(width):
+        drop_weights(probs + i, width, key_start, n, p.dropout_threshold, p.keep_scale, p.seed,
+                     <uint32_t> lanes[i].query, <uint32_t> lanes[i].head, <uint32_t> (p.batch_offset + batch))
+
+
+cdef bint make_finite(real* finite, Py_ssize_t finite_stride, const real* v_rows, Py_ssize_t v_stride, Py_ssize_t n,
+                      Py_ssize_t head_dim_v) noexcept nogil:
+    """True when V has a NaN or infinity in these n rows; finite (OUT) is then a copy with 0 in their place. A key that
+    some rows do not see has probability 0 there, and 0 * NaN would leak its value."""
+    cdef Py_ssize_t j, d
+    cdef real check = 0.0
+    cdef real zero
+    for j in range(n):
+        zero = 0.0
+        for d in range(head_dim_v):
+            zero += v_rows[j * v_stride + d] * <real> 0.0  # NaN for NaN and infinity
+        check += zero
+    if check == 0.0:
+        return False
+    for j in range(n):
+        for d in range(head_dim_v):
+            zero = v_rows[j * v_stride + d] * <real> 0.0
+            finite[j * finite_stride + d] = v_rows[j * v_stride + d] if zero == 0.0 else <real> 0.0
+    return True
+
+
+cdef void repair_values(const Problem* p, const Workspace* w, real* acc, Py_ssize_t acc_lane, Py_ssize_t acc_dim,
+                        const real* v_rows, Py_ssize_t v_stride, Py_ssize_t width, Py_ssize_t batch,
+                        Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
+    """The other half of make_finite: NaN and infinities of V reach those lanes of acc, acc[lane * acc_lane +
+    dim * acc_dim], that see their key. Which do: the modifiers tell, on a tile of zeros."""
+    cdef Py_ssize_t j, d, i
+    cdef real value
+    for j in range(n * width):
+        w.visible[j] = 0.0
+    mask_tile(p, w, w.visible, width, batch, key_start, n, lanes, limited)
+    for j in range(n):
+        for d in range(p.head_dim_v):
+            value = v_rows[j * v_stride + d]
+            if value * <real> 0.0 == 0.0:
+                continue
+            for i in range(width):
+                if w.visible[j * width + i] != -INFINITY:
+                    acc[i * acc_lane + d * acc_dim] += w.scores[j * width + i] * value
+
+
+cdef inline real* weights_row(const Problem* p, Py_ssize_t batch, Lane lane) noexcept nogil:
+    return p.weights + ((batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query) * p.seq_len_kv
+
+
+cdef void clear_weights(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
+    cdef Py_ssize_t i, j
+    cdef real* row
+    for i in range(task.num_rows):
+        row = weights_row(p, task.batch, w.lanes[i])
+        for j in range(p.seq_len_kv):
+            row[j] = <real> -INFINITY
+
+
+cdef void keep_scores(const Problem* p, const real* scores, Py_ssize_t width, Py_ssize_t batch, Py_ssize_t key_start,
+                      Py_ssize_t n, const Lane* lanes) noexcept nogil:
+    """Writes the tile of modified scores into the rows of the weights that are to come (finish_row makes them)."""
+    cdef Py_ssize_t i, j
+    cdef real* row
+    if p.weights == NULL:
+        return
+    for i in range(width):
+        row = weights_row(p, batch, lanes[i]) + key_start
+        for j in range(n):
+            row[j] = scores[j * width + i]
+
+
+cdef inline vf weight_of(vf score, real reference, real inverse_sum) noexcept nogil:
+    """Exactly 0 for a masked key, in a row of NaN as well."""
+    return vselect(vequal(score, vset1(<real> -INFINITY)), vset1(<real> 0.0), vexp2(score - reference) * inverse_sum)
+
+
+cdef void finish_weights(real* row, Py_ssize_t n, real reference, real inverse_sum) noexcept nogil:
+    """row[0..n) (IN/OUT): scores become weights."""
+    cdef real last[16]
+    cdef Py_ssize_t i, tail = n % LANES
+    for i in range(n // LANES):
+        vstore(row, weight_of(vload(row), reference, inverse_sum))
+        row += LANES
+    if tail:
+        memcpy(last, row, tail * sizeof(real))
+        for i in range(tail, LANES):
+            last[i] = reference
+        vstore(last, weight_of(vload(last), reference, inverse_sum))
+        memcpy(row, last, tail * sizeof(real))
+
+
+cdef real finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max, real row_sum) noexcept nogil:
+    """What the row's acc is to be multiplied by: 1 / (row_sum + sink), 0 where no key is seen. Its logsumexp and its
+    weights (OUT) on the way."""
+    cdef double total = row_sum
+    cdef real inverse
+    cdef real* row
+    if p.sinks != NULL:
+        total += exp2(p.sinks[lane.head] * LOG2_E - row_max)
+    inverse = <real> (1.0 / total) if row_sum != 0 else <real> 0.0
+    if p.logsumexp != NULL:
+        p.logsumexp[(batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query] = (
+            <real> ((row_max + log2(<double> row_sum)) / LOG2_E) if row_sum != 0 else <real> -INFINITY)
+    if p.weights != NULL:
+        row = weights_row(p, batch, lane)
+        finish_weights(row, p.seq_len_kv, row_max, inverse)
+        if p.dropout_threshold != 0:
+            drop_weights(row, 1, 0, p.seq_len_kv, p.dropout_threshold, p.keep_scale, p.seed,
+                         <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + batch))
+    return inverse

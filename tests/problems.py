@@ -1,0 +1,157 @@
+"""Attention problems for the tests: random arrays, the same arrays in other layouts, and random calls."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+
+INF, NAN = math.inf, math.nan
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
+
+# (query's dtype, key's and value's dtype): all that attention takes.
+DTYPES = [(dtype, dtype) for dtype in FLOATS] + [(FLOATS[0], FLOATS[2]), (FLOATS[0], BFLOAT16)]
+
+# On both sides of every edge in the kernels. Query rows: 2, 4, 8 and 16 lanes, panels of 1 to 3 vectors, 192 rows in a
+# block. Keys: register tiles of 4 and 8, blocks of 64, 128 and 256. head_dim: lanes, tiles, and 64, 128 and 256, where
+# the number of keys in a block changes.
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 96, 97, 191, 192, 193,
+        385]
+KEYS = [1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513]
+HEAD_DIMS = [1, 3, 4, 5, 8, 17, 64, 65, 80, 128, 129, 256, 257]
+
+
+def normal(*shape, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def problem(seq_len_q=9, seq_len_kv=13, head_dim=8, head_dim_v=None, *, leading=(2,), num_heads=2, num_kv_heads=None,
+            dtype=np.float32, kv_dtype=None, seed=0):
+    """query, key, value; leading=None: 2 axes, without heads."""
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    axes = () if leading is None else (*leading, num_heads)
+    kv_axes = () if leading is None else (*leading, num_kv_heads or num_heads)
+    kv_dtype = kv_dtype or dtype
+    return (
+        normal(*axes, seq_len_q, head_dim, dtype=dtype, seed=(seed, 0)),
+        normal(*kv_axes, seq_len_kv, head_dim, dtype=kv_dtype, seed=(seed, 1)),
+        normal(*kv_axes, seq_len_kv, head_dim_v, dtype=kv_dtype, seed=(seed, 2)),
+    )
+
+
+def assert_same_bits(a, b):
+    """Bit for bit the same results: arrays, or tuples of arrays."""
+    if isinstance(a, tuple):
+        for one, other in zip(a, b, strict=True):
+            assert_same_bits(one, other)
+        return
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    unsigned = f"u{a.dtype.itemsize}"
+    np.testing.assert_array_equal(*(np.ascontiguousarray(x).view(unsigned) for x in (a, b)))
+
+
+def _into(buffer, x):
+    buffer[...] = x
+    return buffer
+
+
+def _unaligned(x):
+    memory = np.zeros(x.nbytes + 1, np.uint8)
+    return _into(np.ndarray(x.shape, x.dtype, memory, offset=1), x)
+
+
+def _spread(x, steps):
+    """`x` in an array that is longer by these factors along its last axes, with NaN in between."""
+    steps = [1] * (x.ndim - len(steps)) + list(steps)
+    buffer = np.full([n * step for n, step in zip(x.shape, steps, strict=True)], NAN, x.dtype)
+    return _into(buffer[tuple(slice(None, None, step) for step in steps)], x)
+
+
+def _reversed(x):
+    turned = np.flip(x)
+    return np.flip(turned.copy())
+
+
+# The same numbers with other strides.
+LAYOUTS = {
+    "contiguous": lambda x: x.copy(),
+    "(batch, seq, heads, dim)": lambda x: np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3),
+    "(batch, heads, dim, seq)": lambda x: np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2),
+    "Fortran": np.asfortranarray,
+    "every second column": lambda x: _spread(x, (2,)),
+    "every third row": lambda x: _spread(x, (3, 1)),
+    "wide rows": lambda x: _into(np.full((*x.shape[:-1], x.shape[-1] + 3), NAN, x.dtype)[..., 1:-2], x),
+    "negative strides": _reversed,
+    "unaligned": _unaligned,
+    "unaligned columns": lambda x: _unaligned(x.swapaxes(-1, -2)).swapaxes(-1, -2),
+}
+
+
+@st.composite
+def calls(draw):
+    """((query, key, value), options): every argument of attention, in any combination."""
+    def maybe():
+        return draw(st.sampled_from([False, False, True]))
+
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    dtype, kv_dtype = draw(st.sampled_from(DTYPES))
+    num_kv_heads, group_size = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (3, 5)]))
+    num_heads = num_kv_heads * group_size
+    leading = draw(st.sampled_from([(), (1,), (2,), (3,), (2, 2)]))
+    one_head = num_heads == 1 and len(leading) < 2
+    leading = leading if leading or one_head else (1,)
+    head_dim, head_dim_v = draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(HEAD_DIMS))
+    seq_len_kv = draw(st.sampled_from([0, *KEYS]))
+    # As many query rows as the exact reference multiplies in a few milliseconds.
+    row_work = math.prod(leading) * num_heads * (seq_len_kv + 1) * (head_dim + head_dim_v)
+    most = max(1, (200_000 if dtype == np.float64 else 3_000_000) // row_work)
+    seq_len_q = draw(st.sampled_from([n for n in [0, *ROWS] if n <= most]))
+
+    whole = draw(st.integers(0, 2))  # this array has all leading axes, from the others some may be missing
+    heads = () if one_head else (num_heads,)
+    kv_heads = () if one_head else (num_kv_heads,)
+    arrays = []
+    for number, core, array_dtype in (
+        (0, (*heads, seq_len_q, head_dim), dtype),
+        (1, (*kv_heads, seq_len_kv, head_dim), kv_dtype),
+        (2, (*kv_heads, seq_len_kv, head_dim_v), kv_dtype),
+    ):
+        own = [1 if number != whole and maybe() else n for n in leading]
+        array = rng.standard_normal((*own, *core)).astype(array_dtype)
+        layouts = [name for name in LAYOUTS if array.ndim > 2 or "heads" not in name]
+        arrays.append(LAYOUTS[draw(st.sampled_from(layouts))](array))
+
+    options = {}
+    if maybe():
+        options["is_causal"] = True
+    if maybe():
+        around = [-seq_len_q, -1, 1, seq_len_kv - seq_len_q, seq_len_kv]
+        options["q_offset"] = draw(st.sampled_from(around))
+    elif maybe():
+        options["q_offset"] = rng.integers(-2, seq_len_kv + 3, leading)
+    if maybe():
+        side = st.sampled_from([None, -1, 0, 1, seq_len_kv // 2])
+        options["window"] = draw(side), draw(side)
+    if maybe():
+        options["softcap"] = draw(st.sampled_from([0.5, 2, 30.0]))
+    if maybe():
+        options["scale"] = draw(st.sampled_from([0, 0.25, -1 / head_dim]))
+    if maybe():
+        options["alibi_slopes"] = rng.random((*leading, num_heads) if maybe() else num_heads)
+    if maybe():
+        options["sinks"] = rng.standard_normal(num_heads) * draw(st.sampled_from([1, 20]))
+    if maybe():
+        options["kv_lens"] = rng.integers(0, seq_len_kv + 1, leading)
+    if maybe() or maybe():
+        kind = draw(st.sampled_from([bool, *FLOATS]))
+        weights_shape = (*leading, *heads, seq_len_q, seq_len_kv)
+        shape = [1 if maybe() else n for n in weights_shape][draw(st.integers(0, len(weights_shape))):]
+        seen = rng.random(shape) < draw(st.sampled_from([0.2, 0.7, 1]))
+        mask = seen if kind is bool else np.where(seen, rng.standard_normal(shape), -INF).astype(kind)
+        options["attn_mask"] = _reversed(mask) if maybe() else mask
+    if maybe():
+        options |= {"dropout_p": draw(st.sampled_from([0.1, 0.5, 0.9])), "seed": draw(st.integers(0, 2**64 - 1))}
+    if maybe():
+        options["num_threads"] = draw(st.integers(1, 4))
+    return arrays, options

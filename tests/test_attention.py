@@ -1,0 +1,702 @@
+"""scaled_dot_product_attention against the reference: every argument, dtype, shape and layout, on every instruction
+set. How close is close enough: tolerance.py."""
+
+import inspect
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from problems import (
+    BFLOAT16,
+    DTYPES,
+    FLOATS,
+    HEAD_DIMS,
+    INF,
+    KEYS,
+    LAYOUTS,
+    NAN,
+    ROWS,
+    assert_same_bits,
+    calls,
+    normal,
+    problem,
+)
+from tolerance import check, everything
+
+import cattn
+from cattn import reference
+from cattn.reference import dropout_keep
+
+F16, F32, F64 = (np.dtype(name) for name in ("float16", "float32", "float64"))
+attention = cattn.scaled_dot_product_attention
+
+both_precisions = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+all_dtypes = pytest.mark.parametrize(
+    ("dtype", "kv_dtype"), DTYPES, ids=[f"{q}" if q == kv else f"{q}-{kv}" for q, kv in DTYPES]
+)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(call=calls())
+def test_any_call(isa, call):
+    arrays, options = call
+    check(*arrays, **options)
+
+
+def test_signature():
+    """That of the reference, with `out` and `num_threads`; the first eight are PyTorch's, in its order."""
+    fast, specified = (inspect.signature(x.scaled_dot_product_attention).parameters for x in (cattn, reference))
+    assert [name for name in fast if name not in ("out", "num_threads")] == list(specified)
+    for name, parameter in specified.items():
+        assert (fast[name].kind, fast[name].default) == (parameter.kind, parameter.default)
+    by_position = [name for name, parameter in fast.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert by_position == ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
+    assert cattn.scaled_dot_product_attention.__doc__ == reference.scaled_dot_product_attention.__doc__
+
+
+# Dtypes and shapes.
+
+
+@all_dtypes
+@pytest.mark.parametrize("leading", [None, (2,)])
+def test_dtypes(isa, dtype, kv_dtype, leading):
+    arrays = problem(37, 150, 24, 20, dtype=dtype, kv_dtype=kv_dtype, leading=leading)
+    check(*arrays)
+    num_heads = 1 if leading is None else 2
+    check(*arrays, is_causal=True, q_offset=100, softcap=5.0, alibi_slopes=np.full(num_heads, 0.1),
+          sinks=np.ones(num_heads), dropout_p=0.2, seed=3)
+
+
+@both_precisions
+@pytest.mark.parametrize("seq_len_q", ROWS)
+def test_query_rows(isa, seq_len_q, dtype):
+    arrays = problem(seq_len_q, 70, 12, 6, leading=None, dtype=dtype)
+    check(*arrays)
+    check(*arrays, is_causal=True, q_offset=70 - seq_len_q)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, F16], ids=str)
+@pytest.mark.parametrize("seq_len_kv", KEYS)
+def test_keys(isa, seq_len_kv, dtype):
+    arrays = problem(20, seq_len_kv, 6, 5, leading=None, dtype=dtype)
+    check(*arrays)
+    check(*arrays, is_causal=True, q_offset=seq_len_kv - 10, kv_lens=seq_len_kv - seq_len_kv // 8)
+
+
+@all_dtypes
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(isa, head_dim, dtype, kv_dtype):
+    for key_dim, value_dim in ((head_dim, head_dim), (head_dim, 2), (2, head_dim)):
+        check(*problem(5, 130, key_dim, value_dim, leading=None, dtype=dtype, kv_dtype=kv_dtype))
+
+
+@both_precisions
+@pytest.mark.parametrize("seq_len_q", [1, 5, 16, 50])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 1), (6, 2), (8, 1), (24, 8), (5, 5)])
+def test_grouped_queries(isa, num_heads, num_kv_heads, seq_len_q, dtype):
+    """The rows of a group share vectors and blocks: their edges fall anywhere."""
+    arrays = problem(seq_len_q, 40, 16, num_heads=num_heads, num_kv_heads=num_kv_heads, dtype=dtype)
+    check(*arrays, enable_gqa=True)
+    check(*arrays, is_causal=True, q_offset=20, alibi_slopes=np.linspace(0.1, 1, num_heads), sinks=np.ones(num_heads))
+
+
+@pytest.mark.parametrize(("query", "key", "value", "leading"), [
+    ((5, 8), (7, 8), (7, 3), ()),
+    ((2, 5, 8), (2, 7, 8), (2, 7, 3), (2,)),
+    ((2, 5, 8), (1, 7, 8), (2, 7, 3), (2,)),
+    ((1, 5, 8), (3, 7, 8), (1, 7, 3), (3,)),
+    ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), (2,)),
+    ((1, 4, 5, 8), (2, 2, 7, 8), (1, 2, 7, 3), (2,)),
+    ((2, 3, 4, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 3), (2, 3)),
+    ((2, 3, 4, 5, 8), (3, 2, 7, 8), (2, 1, 2, 7, 3), (2, 3)),
+    ((1, 1, 4, 5, 8), (2, 1, 1, 7, 8), (1, 3, 1, 7, 3), (2, 3)),
+    ((4, 5, 8), (4, 7, 8), (1, 7, 3), (4,)),
+    ((1, 4, 5, 8), (2, 1, 3, 2, 7, 8), (3, 2, 7, 3), (2, 1, 3)),
+    ((2, 1, 3, 2, 4, 5, 8), (2, 3, 1, 4, 7, 8), (1, 1, 1, 2, 4, 7, 3), (2, 2, 3, 2)),
+])
+def test_axes_and_broadcasting(isa, query, key, value, leading):
+    arrays = [normal(*shape, seed=number) for number, shape in enumerate((query, key, value))]
+    heads = query[-3:-2] if len(query) > 3 else ()
+    out, weights, logsumexp = check(*arrays)
+    assert out.shape == (*leading, *heads, 5, 3) and weights.shape == (*leading, *heads, 5, 7)
+    assert logsumexp.shape == (*leading, *heads, 5)
+    rng = np.random.default_rng(0)
+    per_batch_row = {
+        "kv_lens": rng.integers(0, 8, leading),
+        "q_offset": rng.integers(-2, 8, leading),
+        "alibi_slopes": rng.random((*leading, *heads) if heads else (*leading, 1)),
+        "attn_mask": rng.random(weights.shape) < 0.8,
+    }
+    check(*arrays, **per_batch_row, is_causal=True, dropout_p=0.3, seed=9)
+    check(*arrays, **per_batch_row, out=np.empty((7, *out.shape), np.float32)[3])
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_leading_axes_that_strides_cannot_merge(isa, order):
+    arrays = [np.moveaxis(x, (0, 1, 2), order) for x in problem(5, 7, 8, leading=(2, 3, 4), num_heads=4, num_kv_heads=2)]
+    leading = arrays[0].shape[:3]
+    slopes = normal(*leading, 4) ** 2
+    check(*arrays, alibi_slopes=slopes, kv_lens=np.arange(24).reshape(leading) % 8, dropout_p=0.5, seed=1)
+    out = np.moveaxis(np.empty((4, 5, 8, *leading), np.float32), (0, 1, 2), (3, 4, 5))
+    check(*arrays, attn_mask=normal(*leading[::-1], 4, 5, 7).transpose(2, 1, 0, 3, 4, 5), out=out)
+
+
+# Masks. Every subset of axes kept, the others of length 1, and leading ones missing.
+
+MASK_SHAPES = [
+    tuple(n if keep else 1 for n, keep in zip((2, 4, 35, 70), kept, strict=True))
+    for kept in itertools.product((False, True), repeat=4)
+] + [(), (1,), (70,), (35, 70), (35, 1), (4, 1, 70), (4, 35, 70)]
+
+
+def random_mask(kind, shape, seed=0):
+    """bool, or a bias with -inf in it; 0.7 is seen."""
+    rng = np.random.default_rng(seed)
+    seen = rng.random(shape) < 0.7
+    return np.asarray(seen) if kind is bool else np.where(seen, rng.standard_normal(shape), -INF).astype(kind)
+
+
+@pytest.mark.parametrize("kind", [bool, *FLOATS], ids=str)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_mask_shapes(isa, shape, kind):
+    arrays = problem(35, 70, 8, num_heads=4, num_kv_heads=2)
+    mask = random_mask(kind, shape)
+    check(*arrays, attn_mask=mask)
+    check(*arrays, attn_mask=mask, is_causal=True, q_offset=30, kv_lens=np.array([50, 70]), window=(20, None))
+
+
+@pytest.mark.parametrize("kind", [bool, *FLOATS], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_mask_dtypes(isa, dtype, kind):
+    check(*problem(5, 70, 8, dtype=dtype), attn_mask=random_mask(kind, (2, 1, 5, 70)))
+
+
+@pytest.mark.parametrize(("leading", "shape"), [
+    (None, (9, 13)), (None, (13,)), (None, (9, 1)),
+    ((3,), (3, 9, 13)), ((3,), (3, 1, 13)), ((3,), (9, 13)),
+    ((2, 3), (2, 3, 2, 9, 13)), ((2, 3), (3, 1, 9, 13)), ((2, 3), (2, 1, 1, 1, 13)),
+])
+@pytest.mark.parametrize("kind", [bool, F32], ids=str)
+def test_mask_axes(isa, leading, shape, kind):
+    arrays = problem(leading=leading)
+    if leading == (3,):
+        arrays = [x[:, 0] for x in arrays]  # 3 axes: no heads, and the mask has none either
+    check(*arrays, attn_mask=random_mask(kind, shape))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [bool, *FLOATS], ids=str)
+def test_mask_layouts(isa, layout, kind):
+    arrays = problem(35, 70, 8)
+    mask = random_mask(kind, (2, 2, 35, 70))
+    strided = LAYOUTS[layout](mask)
+    np.testing.assert_array_equal(strided, mask)
+    assert_same_bits(everything(*arrays, attn_mask=strided), everything(*arrays, attn_mask=mask))
+
+
+def test_mask_of_python_lists(isa):
+    query, key, value = problem(2, 3, 4, leading=None)
+    check(query, key, value, attn_mask=[[True, False, True], [False, True, True]])
+    check(query, key, value, attn_mask=[0.0, -INF, 2.5])
+    out = attention(query.tolist(), key.tolist(), value.tolist())  # lists of floats are float64
+    assert out.dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("lowest", [np.finfo(x).min for x in (F16, F32, F64)], ids=str)
+def test_finite_mask_values_are_biases(isa, dtype, lowest):
+    """finfo.min hides a key next to others that are seen; where all keys have it, all are seen alike."""
+    query, key, value = problem(9, 13, 8, leading=None, dtype=dtype)
+    mask = np.full((9, 13), lowest, np.float64)
+    mask[:8, ::2] = 0
+    weights = check(query, key, value, attn_mask=mask)[1]
+    assert not weights[:8, 1::2].any()
+    if lowest < np.finfo(F16).min:  # a score is lost next to it
+        np.testing.assert_allclose(weights[8], 1 / 13, rtol=1e-6)
+
+
+def test_bias_that_is_large_but_not_the_largest(isa):
+    query, key, value = problem(1, 4, 8, leading=None)
+    for mask in ([-1e38, -2e38, -3e38, -1.5e38], [1e38, 2e38, 3e38, 1.5e38]):
+        weights = check(query, key, value, attn_mask=np.array(mask, np.float32))[1]
+        assert weights[0, np.argmax(mask)] == 1
+
+
+# Positions: causal, window, lengths.
+
+
+@pytest.mark.parametrize(("seq_len_q", "seq_len_kv"), [(9, 9), (9, 13), (13, 9), (1, 70), (70, 300), (300, 70)])
+@pytest.mark.parametrize("q_offset", [
+    0, 1, 4, 200, -1, -8, -9, -300, 2**40, -(2**40), 2**62, -(2**62), np.int64(3), np.array(2, np.uint8),
+    np.array([0, -4]), np.array([3, 200], np.int16), np.array([2**62, -(2**62)]), [5, -5],
+], ids=str)
+def test_causal(isa, seq_len_q, seq_len_kv, q_offset):
+    check(*problem(seq_len_q, seq_len_kv, 8), is_causal=True, q_offset=q_offset)
+
+
+def test_q_offset_beyond_int64(isa):
+    arrays = problem()
+    assert_same_bits(everything(*arrays, is_causal=True, q_offset=10**30), everything(*arrays))
+    assert not attention(*arrays, is_causal=True, q_offset=-(10**30)).any()
+    huge = np.array([2**64 - 1, 0], np.uint64)
+    out = attention(*arrays, is_causal=True, q_offset=huge)
+    assert_same_bits(out[:1], attention(*(x[:1] for x in arrays)))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("q_offset", [0, 100, -30, np.array([120, 40])], ids=str)
+@pytest.mark.parametrize("window", [
+    (0, 0), (1, 0), (0, 1), (16, 16), (3, None), (None, 3), (-1, 5), (70, -1), (None, None), (-1, -1), [2, 2],
+    (np.int64(4), np.uint8(4)), (2**62, 2**62), (10**30, 0),
+], ids=str)
+def test_window(isa, window, q_offset, is_causal):
+    arrays = problem(50, 140, 8)
+    if max(side or 0 for side in window) > 2**32:  # beyond what the reference adds: the same as unbounded
+        wide = [None if side > 2**32 else side for side in window]
+        options = {"q_offset": q_offset, "is_causal": is_causal}
+        assert_same_bits(everything(*arrays, window=window, **options), everything(*arrays, window=wide, **options))
+    else:
+        check(*arrays, window=window, q_offset=q_offset, is_causal=is_causal)
+
+
+@both_precisions
+@pytest.mark.parametrize("kv_lens", [
+    np.array([0, 140]), np.array([1, 2], np.int8), np.array([64, 65], np.uint64), [127, 128], np.array([129, 3])[::-1],
+], ids=str)
+def test_kv_lens(isa, kv_lens, dtype):
+    arrays = problem(20, 140, 8, dtype=dtype)
+    check(*arrays, kv_lens=kv_lens)
+    check(*arrays, kv_lens=kv_lens, is_causal=True, q_offset=100, window=(50, 0))
+
+
+def test_kv_lens_of_one_sequence(isa):
+    arrays = problem(leading=None)
+    for kv_lens in (0, 5, 13, np.int32(7), np.array(2)):
+        check(*arrays, kv_lens=kv_lens)
+
+
+# What changes the scores.
+
+
+@both_precisions
+@pytest.mark.parametrize("scale", [None, 1, 0.05, 0, -0.3, 1 / 3, np.float32(0.2)])
+def test_scale(isa, scale, dtype):
+    check(*problem(dtype=dtype), scale=scale)
+
+
+@all_dtypes
+@pytest.mark.parametrize("softcap", [0, 0.01, 1, 2.5, 50.0, 1e6])
+@pytest.mark.parametrize("sharpness", [1, 64])
+def test_softcap(isa, softcap, sharpness, dtype, kv_dtype):
+    """From the linear to the flat part of tanh."""
+    query, key, value = problem(dtype=dtype, kv_dtype=kv_dtype)
+    check(query * query.dtype.type(sharpness), key, value, softcap=softcap)
+    check(query * query.dtype.type(sharpness), key, value, softcap=softcap, is_causal=True, q_offset=3)
+
+
+def test_softcap_bounds_infinite_scores(isa):
+    """-inf becomes -softcap before the masks: the key is seen."""
+    query, value = np.ones((1, 1), np.float32), normal(3, 2)
+    check(query, np.array([[INF], [-INF], [0]], np.float32), value, softcap=2.0)
+
+
+@both_precisions
+@pytest.mark.parametrize("q_offset", [0, 100, -7, np.array([3, 130])], ids=str)
+@pytest.mark.parametrize("slopes", [(2,), (2, 2)])
+def test_alibi(isa, slopes, q_offset, dtype):
+    arrays = problem(20, 140, 8, dtype=dtype)
+    slopes = np.random.default_rng(0).random(slopes)
+    check(*arrays, alibi_slopes=slopes, q_offset=q_offset)
+    check(*arrays, alibi_slopes=slopes.astype(np.float32), q_offset=q_offset, is_causal=True)
+    check(*arrays, alibi_slopes=-slopes / 50, q_offset=q_offset)
+
+
+def test_alibi_dtypes(isa):
+    arrays = problem(20, 140, 8)
+    for slopes in (np.array([1, 2]), np.array([0.5, 0.25], BFLOAT16), [0.5, 0.25], np.array([0.25, 0.5])[::-1]):
+        check(*arrays, alibi_slopes=slopes)
+
+
+@all_dtypes
+@pytest.mark.parametrize("sinks", [(0, 1), (-INF, 5), (100, -100), (1e4, INF), (3e38, -3e38)])
+def test_sinks(isa, sinks, dtype, kv_dtype):
+    arrays = problem(dtype=dtype, kv_dtype=kv_dtype)
+    out, weights, logsumexp = check(*arrays, sinks=np.array(sinks, np.float64))
+    assert_same_bits(logsumexp, everything(*arrays)[2])
+    assert not weights[:, np.array(sinks) >= 1e4].any()
+    check(*arrays, sinks=np.array(sinks, np.float32), kv_lens=np.array([0, 4]))
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1, np.int64(77), np.uint64(2**63)])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.99, 1 - 2**-40])
+def test_dropout_keeps_what_the_reference_keeps(isa, seed, dropout_p):
+    query, key, value = problem(50, 141, 8, leading=(3,), num_heads=4, num_kv_heads=2)
+    weights = everything(0 * query, key, value, dropout_p=dropout_p, seed=seed)[1]
+    np.testing.assert_array_equal(weights != 0, dropout_keep(int(seed), dropout_p, 3, 4, 50, 141))
+
+
+@all_dtypes
+@pytest.mark.parametrize("dropout_p", [0.3, np.float32(0.5)])
+def test_dropout(isa, dropout_p, dtype, kv_dtype):
+    arrays = problem(20, 141, 8, dtype=dtype, kv_dtype=kv_dtype)
+    check(*arrays, dropout_p=dropout_p, seed=5)
+    check(*arrays, dropout_p=dropout_p, seed=5, is_causal=True, q_offset=60, sinks=np.ones(2))
+
+
+def test_dropout_so_rare_that_nothing_drops(isa):
+    """Below 2**-32; the weights are larger by 1 / (1 - dropout_p) all the same."""
+    out = attention(np.zeros((1, 1)), np.zeros((3, 1)), np.ones((3, 1)), dropout_p=1e-10, seed=0)
+    np.testing.assert_allclose(out, 1 / (1 - 1e-10), rtol=1e-15)
+
+
+def test_dropout_without_seed_differs_each_time():
+    arrays = problem(20, 40)
+    assert (attention(*arrays, dropout_p=0.5) != attention(*arrays, dropout_p=0.5)).any()
+    assert_same_bits(attention(*arrays, seed=3), attention(*arrays))
+
+
+# What is returned, and into what.
+
+
+@all_dtypes
+def test_returns(isa, dtype, kv_dtype):
+    arrays = problem(dtype=dtype, kv_dtype=kv_dtype)
+    out, weights, logsumexp = everything(*arrays)
+    assert out.dtype == weights.dtype == dtype
+    assert logsumexp.dtype == (np.float64 if dtype == F64 else np.float32)
+    assert isinstance(attention(*arrays), np.ndarray)
+    assert_same_bits(attention(*arrays, return_weights=True), (out, weights))
+    assert_same_bits(attention(*arrays, return_logsumexp=True), (out, logsumexp))
+
+
+@all_dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out(isa, layout, dtype, kv_dtype):
+    arrays = problem(35, 13, 8, 17, dtype=dtype, kv_dtype=kv_dtype)
+    expected = attention(*arrays)
+    out, other = (LAYOUTS[layout](np.zeros(expected.shape, dtype)) for _ in range(2))
+    assert attention(*arrays, out=out) is out
+    other[...] = expected
+    memory, right = (x if x.base is None else x.base for x in (out, other))
+    assert memory.tobytes("A") == right.tobytes("A")  # what lies between the elements is untouched as well
+    assert everything(*arrays, out=out)[0] is out
+
+
+def test_out_with_the_smallest_gaps(isa):
+    """Strides that interleave without overlap."""
+    query, key, value = problem(3, 5, 4, 3, leading=None)
+    for shape, step in (((3, 5), np.s_[:, ::2]), ((5, 3), np.s_[::2]), ((7, 5), np.s_[::3, ::-2])):
+        out = np.zeros(shape, np.float32)[step]
+        assert_same_bits(attention(query, key, value, out=out).copy(), attention(query, key, value))
+
+
+# Inputs that are not plain arrays of their own memory. (Strides: test_invariance.py.)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_zero_strides(isa, axis):
+    arrays = problem(20, 70, 8, 8, num_heads=4)
+    for number, array in enumerate(arrays):
+        one = array[tuple(slice(1) if i == axis else slice(None) for i in range(4))]
+        broadcast = [*arrays[:number], np.broadcast_to(one, array.shape), *arrays[number + 1:]]
+        assert_same_bits(check(*broadcast), everything(*(x.copy() for x in broadcast)))
+    check(*(np.broadcast_to(np.float32(0.5), x.shape) for x in arrays))
+
+
+def test_read_only_memmap_and_subclass(isa, tmp_path):
+    class Named(np.ndarray):
+        pass
+
+    arrays = problem()
+    expected = everything(*arrays)
+    frozen, mapped = [x.copy() for x in arrays], []
+    for number, array in enumerate(frozen):
+        array.flags.writeable = False
+        np.save(tmp_path / f"{number}.npy", array)
+        mapped.append(np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
+    for same in (frozen, mapped, [x.view(Named) for x in arrays], [memoryview(x) for x in arrays]):
+        results = everything(*same)
+        assert_same_bits(results, expected)
+        assert {type(x) for x in results} == {np.ndarray}
+    out = np.memmap(tmp_path / "out", np.float32, "w+", shape=expected[0].shape)
+    assert attention(*arrays, out=out) is out
+    assert_same_bits(np.asarray(out), expected[0])
+
+
+def test_inputs_are_not_written(isa):
+    arrays = problem()
+    options = {"attn_mask": normal(9, 13), "sinks": normal(2), "alibi_slopes": normal(2), "kv_lens": np.array([3, 9])}
+    before = [x.copy() for x in (*arrays, *options.values())]
+    everything(*arrays, **options, is_causal=True)
+    for array, copy in zip((*arrays, *options.values()), before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+# NaN, infinity, and rows without keys.
+
+HIDE = {  # keys that some rows see and some do not, for 2 batch rows, 2 heads, 20 queries, 140 keys
+    "bool mask": {"attn_mask": random_mask(bool, (2, 2, 20, 140))},
+    "bool mask of keys": {"attn_mask": random_mask(bool, (2, 1, 1, 140), seed=4)},
+    "float mask": {"attn_mask": random_mask(F32, (20, 140))},
+    "causal": {"is_causal": True, "q_offset": np.array([120, 0])},
+    "window": {"window": (8, 5), "q_offset": np.array([0, 120])},
+    "lengths": {"kv_lens": np.array([130, 5])},
+    "all": {"attn_mask": random_mask(BFLOAT16, (20, 140)), "is_causal": True, "q_offset": 115,
+            "kv_lens": np.array([140, 130]), "softcap": 3.0, "alibi_slopes": np.array([0.01, 0.02]),
+            "sinks": np.ones(2), "dropout_p": 0.2, "seed": 1},
+}
+
+
+@all_dtypes
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, "largest"])
+@pytest.mark.parametrize("hide", HIDE)
+def test_garbage_behind_masks(isa, hide, garbage, dtype, kv_dtype):
+    """Rows that do not see the garbage keep their bits. Those that see it are as the reference has them."""
+    query, key, value = problem(20, 140, 8, dtype=dtype, kv_dtype=kv_dtype)
+    finite = garbage == "largest"
+    garbage = -float(kv_dtype.type(6e4 if kv_dtype == F16 else 3e38)) if finite else garbage
+    clean = everything(query, key, value, **HIDE[hide])
+    for bad in (2, 5, 127, 131):
+        seen = reference.scaled_dot_product_attention(query, key, value, **HIDE[hide] | {"dropout_p": 0.0},
+                                                      return_weights=True)[1][..., bad] != 0
+        bad_key, bad_value, bad_number = key.copy(), value.copy(), value.copy()
+        bad_key[..., bad, :] = bad_value[..., bad, :] = bad_number[..., bad, 3] = garbage
+        for spoilt in ((query, bad_key, value), (query, key, bad_value), (query, bad_key, bad_value),
+                       (query, key, bad_number)):
+            results = everything(*spoilt, **HIDE[hide])
+            for result, expected in zip(results, clean, strict=True):
+                assert_same_bits(result[~seen], expected[~seen])
+        if not finite and bad == 131:
+            for spoilt in ((query, bad_key, value), (query, key, bad_value), (query, key, bad_number)):
+                check(*spoilt, **HIDE[hide])
+
+
+@both_precisions
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": random_mask(F32, (20, 140))}], ids=str)
+def test_what_is_attended_goes_through(isa, bad, options, dtype):
+    """NaN and infinity in one number of query, key, value or mask: the same NaN as in the reference, no others."""
+    arrays = problem(20, 140, 8, 5, dtype=dtype)
+    clean = everything(*arrays, **options)
+    for number, row in ((0, 7), (1, 3), (2, 3), (2, 139)):
+        spoilt = [x.copy() for x in arrays]
+        spoilt[number][1, 0, row, 2] = bad
+        results = check(*spoilt, **options)
+        for result, expected in zip(results, clean, strict=True):
+            assert_same_bits(result[0], expected[0])
+            assert_same_bits(result[1, 1], expected[1, 1])
+    mask = np.zeros((20, 140), dtype)
+    mask[4, [6, 100]] = bad
+    mask[4, 5] = -INF
+    check(*arrays, attn_mask=mask)
+    check(*arrays, attn_mask=mask, is_causal=True, q_offset=90)
+
+
+def test_score_of_minus_infinity_is_a_masked_key(isa):
+    """Even where it comes from query and key: weight 0, and the value is not read."""
+    query, key = np.ones((1, 1), np.float32), np.array([[0], [-INF]], np.float32)
+    for value in ([[1], [NAN]], [[1], [INF]]):
+        value = np.array(value, np.float32)
+        for options in ({}, {"attn_mask": np.zeros(2, np.float32)}, {"is_causal": True, "q_offset": 1}):
+            out, weights, logsumexp = check(query, key, value, **options)
+            assert (out.item(), weights.tolist(), logsumexp.item()) == (1, [[1, 0]], 0)
+    out, weights, logsumexp = check(query, np.full((3, 1), -INF, np.float32), np.full((3, 2), NAN, np.float32))
+    assert not out.any() and not weights.any() and (logsumexp == -INF).all()
+
+
+def test_weight_that_underflows_is_no_mask(isa):
+    query, key, value = np.ones((1, 1)), np.array([[0.0], [-1e6]]), np.array([[1.0], [NAN]])
+    for options in ({}, {"attn_mask": np.zeros(2)}, {"is_causal": True, "q_offset": 1}):
+        out, weights, _ = check(query, key, value, **options)
+        assert np.isnan(out).all() and weights.tolist() == [[1, 0]]
+
+
+@all_dtypes
+@pytest.mark.parametrize("options", [
+    {"attn_mask": np.zeros((9, 140), bool)},
+    {"attn_mask": np.full((9, 140), -INF)},
+    {"attn_mask": np.zeros((9, 1), bool)},
+    {"is_causal": True, "q_offset": -9},
+    {"is_causal": True, "q_offset": -(2**62)},
+    {"window": (0, 0), "q_offset": 140},
+    {"window": (3, 3), "q_offset": 2**62},
+    {"window": (0, 5), "q_offset": -15},
+    {"kv_lens": 0},
+    {"kv_lens": 20, "attn_mask": np.arange(140) >= 20},
+    {"kv_lens": 100, "is_causal": True, "window": (10, None), "q_offset": 200},
+    {"attn_mask": np.zeros(140, bool), "alibi_slopes": [1.0], "sinks": [NAN], "softcap": 1.0, "dropout_p": 0.5},
+], ids=str)
+def test_rows_that_see_nothing(isa, options, dtype, kv_dtype):
+    """0, 0 and -inf, whatever is in the arrays."""
+    query, key, value = problem(9, 140, 8, leading=None, dtype=dtype, kv_dtype=kv_dtype)
+    for arrays in ((query, key, value), (query, key * kv_dtype.type(NAN), value * kv_dtype.type(INF)),
+                   (query * dtype.type(NAN), key, value)):
+        out, weights, logsumexp = everything(*arrays, **options)
+        assert not out.any() and not weights.any() and (logsumexp == -INF).all()
+
+
+@both_precisions
+def test_some_rows_see_nothing(isa, dtype):
+    arrays = problem(50, 140, 8, dtype=dtype)
+    mask = random_mask(bool, (2, 2, 50, 140))
+    mask[:, :, ::3] = False
+    mask[:, 1, 7:30] = False
+    check(*arrays, attn_mask=mask, sinks=np.ones(2))
+    check(*arrays, is_causal=True, q_offset=np.array([-20, -45]), window=(4, None))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("leading", "num_heads", "num_kv_heads", "seq_len_q", "seq_len_kv"), [
+    (None, 1, 1, 0, 5), (None, 1, 1, 5, 0), (None, 1, 1, 0, 0),
+    ((2,), 4, 2, 0, 5), ((2,), 4, 2, 5, 0), ((0,), 4, 2, 5, 5), ((2,), 0, 3, 5, 5),
+    ((2, 0), 4, 2, 5, 5), ((0, 2), 4, 2, 5, 5), ((0, 0), 4, 2, 0, 0), ((2, 3), 4, 2, 5, 0),
+])
+def test_empty(isa, leading, num_heads, num_kv_heads, seq_len_q, seq_len_kv, dtype):
+    """No queries, batch rows or heads: an empty result. No keys: zeros."""
+    arrays = problem(seq_len_q, seq_len_kv, 8, 3, leading=leading, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                     dtype=dtype)
+    axes = () if leading is None else (*leading, num_heads)
+    batch = leading or ()
+    for options in ({}, {
+        "is_causal": True, "q_offset": np.full(batch, 2), "kv_lens": np.full(batch, min(seq_len_kv, 1)),
+        "attn_mask": np.zeros((*axes, seq_len_q, seq_len_kv), dtype), "dropout_p": 0.5, "seed": 1,
+        "alibi_slopes": np.ones((*batch, num_heads)), "sinks": np.ones(num_heads), "softcap": 1.0,
+        "out": np.empty((*axes, seq_len_q, 3), dtype), "num_threads": 2,
+    }):
+        out, weights, logsumexp = everything(*arrays, **options)
+        assert out.shape == (*axes, seq_len_q, 3) and weights.shape == (*axes, seq_len_q, seq_len_kv)
+        assert logsumexp.shape == (*axes, seq_len_q)
+        if seq_len_kv == 0:
+            assert not out.any() and (logsumexp == -INF).all()
+
+
+# 16-bit numbers.
+
+HALVES = np.arange(2**16, dtype=np.uint16)
+
+
+def assert_same_halves(a, b):
+    """Equal bits, but for the payload of NaN and the sign of 0, which sums do not keep."""
+    nan = np.isnan(b)
+    np.testing.assert_array_equal(np.isnan(a), nan)
+    a, b = (np.where(nan | (x == 0), x.dtype.type(0), x).view(np.uint16) for x in (a, b))
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "every second column", "unaligned"])
+@pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
+def test_every_half_passes_through(isa, dtype, layout):
+    """One key: the result is its value. Widened and narrowed, contiguous and one by one."""
+    value = LAYOUTS[layout](HALVES.view(dtype)[None, :])
+    one = np.ones((1, 4), dtype)
+    assert_same_halves(attention(one, one, value), value)
+    wide = attention(one.astype(np.float32), one, value)
+    assert wide.dtype == np.float32
+    np.testing.assert_array_equal(wide, value.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
+def test_every_half_is_read_in_keys_and_masks(isa, dtype):
+    """The logsumexp of one key is its score."""
+    halves = HALVES.view(dtype)
+    one = np.ones((1, 1), dtype)
+    scores = halves.astype(np.float32)
+    with np.errstate(all="ignore"):
+        by_key = everything(np.ones((1, 1, 1, 1), np.float32), halves[:, None, None, None], one[None, None])[2]
+        by_mask = everything(np.zeros((2**16, 1, 1, 1), dtype), one[None, None], one[None, None],
+                             attn_mask=halves[:, None, None, None])[2]
+    for logsumexp in (by_key.ravel(), by_mask.ravel()):
+        expected = np.where(scores == INF, NAN, scores)  # inf - inf
+        small = ~(np.abs(scores) > 2**125)  # times log2(e) in float32
+        np.testing.assert_allclose(logsumexp[small], expected[small], rtol=3e-7, atol=1e-44)
+
+
+@pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
+def test_results_are_rounded_to_nearest_even(isa, dtype):
+    halves = HALVES.view(dtype)
+    halves = halves[np.isfinite(halves)]
+    zero = np.zeros((1, 4), dtype)
+    other = np.random.default_rng(0).permutation(halves)
+    with np.errstate(over="ignore"):
+        mean = (halves.astype(np.float32) + other.astype(np.float32)) * np.float32(0.5)
+        assert_same_halves(attention(zero, np.zeros((2, 4), dtype), np.stack([halves, other]))[0], mean.astype(dtype))
+        # Neighbours: ties. And dropout of 0.3 that keeps this one weight: a factor with a full significand.
+        mean = (halves[:-1].astype(np.float32) + halves[1:].astype(np.float32)) * np.float32(0.5)
+        neighbours = attention(zero, np.zeros((2, 4), dtype), np.stack([halves[:-1], halves[1:]]))[0]
+        assert_same_halves(neighbours, mean.astype(dtype))
+        seed = next(seed for seed in itertools.count() if dropout_keep(seed, 0.3, 1, 1, 1, 1))
+        enlarged = attention(zero, zero, halves[None], dropout_p=0.3, seed=seed)[0]
+        assert_same_halves(enlarged, (halves.astype(np.float32) * np.float32(1 / 0.7)).astype(dtype))
+
+
+# Extremes.
+
+
+@pytest.mark.parametrize(("dtype", "power"), [
+    (F32, 100), (F32, -100), (BFLOAT16, 100), (BFLOAT16, -100), (F64, 900), (F64, -900), (F16, 8),
+], ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "q_offset": 100}], ids=str)
+def test_powers_of_two_cost_no_bit(isa, dtype, power, options):
+    """Around 1e30 and 1e-30 (1e270 in float64)."""
+    query, key, value = problem(20, 140, 8, dtype=dtype)
+    out, weights, logsumexp = check(query, key, value, **options)
+    factor = dtype.type(2.0**power)
+    assert_same_bits(everything(query, key, value * factor, **options), (out * factor, weights, logsumexp))
+    assert_same_bits(everything(query * factor, key / factor, value, **options), (out, weights, logsumexp))
+
+
+@both_precisions
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_large_and_small_values(isa, size, dtype):
+    query, key, value = problem(20, 300, 8, dtype=dtype)
+    check(query, key, value * dtype.type(size))
+    check(query, key / dtype.type(1e20), value * dtype.type(size), dropout_p=0.5, seed=2)
+
+
+def test_values_near_the_largest_number(isa):
+    """An average overflows no more than plain NumPy's does."""
+    query, key, value = problem(20, 300, 8)
+    check(query, key, np.sign(value) * np.float32(1e38))
+
+
+def test_tiny_queries_and_keys_give_the_mean(isa):
+    query, key, value = problem(20, 140, 8)
+    tiny = np.float32(1e-30)
+    np.testing.assert_allclose(check(query * tiny, key * tiny, value)[1], 1 / 140, rtol=1e-6)
+
+
+@all_dtypes
+@pytest.mark.parametrize("seq_len_kv", [5, 140, 600])
+def test_peaked_scores(isa, seq_len_kv, dtype, kv_dtype):
+    query, key, value = problem(30, seq_len_kv, 32, dtype=dtype, kv_dtype=kv_dtype)
+    check(query * dtype.type(16), key, value)
+    check(query * dtype.type(16), key, value, is_causal=True, q_offset=seq_len_kv - 20)
+
+
+@both_precisions
+@pytest.mark.parametrize("head_dim", [4, 65, 257])
+@pytest.mark.parametrize("step", [0.01, 0.5, 8])
+def test_ramps_along_the_keys(isa, step, head_dim, dtype):
+    """Scores that grow with the key move the reference value in every block, in lanes beside others that fall."""
+    query, key, value = problem(40, 700, head_dim, 8, leading=None, dtype=dtype)
+    query[:, 0] = np.linspace(-1, 1, 40) * math.sqrt(head_dim)
+    query[:, 1:] /= head_dim
+    key[:, 0] = step * np.arange(700)
+    for order in (key, key[::-1]):
+        check(query, order, value)
+        check(query, order, value, attn_mask=random_mask(bool, (40, 700)), window=(None, 100), q_offset=300)
+
+
+@both_precisions
+@pytest.mark.parametrize("seq_len_kv", KEYS)
+def test_equal_scores_give_the_mean(isa, seq_len_kv, dtype):
+    query, key, value = problem(5, seq_len_kv, 8, leading=None, dtype=dtype)
+    for same in (np.zeros_like(key), np.broadcast_to(key[:1], key.shape)):
+        weights = check(query, same, value)[1]
+        np.testing.assert_allclose(weights, 1 / seq_len_kv, rtol=4 * np.finfo(dtype).eps)
+    check(query, np.zeros_like(key), value, sinks=[0.0], is_causal=True, q_offset=seq_len_kv - 3)
