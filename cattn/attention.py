@@ -158,9 +158,13 @@ def _shape_text(leading, core, name, query, key):
 def _check_number(name, value, least):
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
+    try:
+        number = float(value)
+    except OverflowError:  # an int
+        number = math.inf
+    if not (math.isfinite(number) and number >= least):
         raise ValueError(f"{name}: expected a finite number{'' if least < 0 else ' >= 0'}, got {value}")
-    return float(value)
+    return number
 
 
 def _check_window(window):

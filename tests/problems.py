@@ -16,8 +16,8 @@ DTYPES = [(dtype, dtype) for dtype in FLOATS] + [(FLOATS[0], FLOATS[2]), (FLOATS
 # On both sides of every edge in the kernels. Query rows: 2, 4, 8 and 16 lanes, panels of 1 to 3 vectors, 192 rows in a
 # block. Keys: register tiles of 4 and 8, blocks of 64, 128 and 256. head_dim: lanes, tiles, and 64, 128 and 256, where
 # the number of keys in a block changes.
-ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 96, 97, 191, 192, 193,
-        385]
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 96, 97, 191,
+        192, 193, 385]
 KEYS = [1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513]
 HEAD_DIMS = [1, 3, 4, 5, 8, 17, 64, 65, 80, 128, 129, 256, 257]
 
@@ -149,7 +149,8 @@ def calls(draw):
         shape = [1 if maybe() else n for n in weights_shape][draw(st.integers(0, len(weights_shape))):]
         seen = rng.random(shape) < draw(st.sampled_from([0.2, 0.7, 1]))
         mask = seen if kind is bool else np.where(seen, rng.standard_normal(shape), -INF).astype(kind)
-        options["attn_mask"] = _reversed(mask) if maybe() else mask
+        layouts = [name for name in LAYOUTS if mask.ndim > 2 or (mask.ndim == 2 and "heads" not in name)]
+        options["attn_mask"] = LAYOUTS[draw(st.sampled_from(layouts))](mask) if layouts else mask
     if maybe():
         options |= {"dropout_p": draw(st.sampled_from([0.1, 0.5, 0.9])), "seed": draw(st.integers(0, 2**64 - 1))}
     if maybe():

@@ -135,7 +135,8 @@ def test_axes_and_broadcasting(isa, query, key, value, leading):
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_leading_axes_that_strides_cannot_merge(isa, order):
-    arrays = [np.moveaxis(x, (0, 1, 2), order) for x in problem(5, 7, 8, leading=(2, 3, 4), num_heads=4, num_kv_heads=2)]
+    arrays = problem(5, 7, 8, leading=(2, 3, 4), num_heads=4, num_kv_heads=2)
+    arrays = [np.moveaxis(x, (0, 1, 2), order) for x in arrays]
     leading = arrays[0].shape[:3]
     slopes = normal(*leading, 4) ** 2
     check(*arrays, alibi_slopes=slopes, kv_lens=np.arange(24).reshape(leading) % 8, dropout_p=0.5, seed=1)
@@ -207,21 +208,28 @@ def test_mask_of_python_lists(isa):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("lowest", [np.finfo(x).min for x in (F16, F32, F64)], ids=str)
 def test_finite_mask_values_are_biases(isa, dtype, lowest):
-    """finfo.min hides a key next to others that are seen; where all keys have it, all are seen alike."""
+    """finfo.min hides a key next to others that are seen; where all keys have it, all are seen."""
     query, key, value = problem(9, 13, 8, leading=None, dtype=dtype)
-    mask = np.full((9, 13), lowest, np.float64)
-    mask[:8, ::2] = 0
+    mask = np.zeros((9, 13))
+    mask[:, ::2] = lowest
     weights = check(query, key, value, attn_mask=mask)[1]
-    assert not weights[:8, 1::2].any()
-    if lowest < np.finfo(F16).min:  # a score is lost next to it
-        np.testing.assert_allclose(weights[8], 1 / 13, rtol=1e-6)
+    assert not weights[:, ::2].any()
+    mask[:] = lowest
+    weights, logsumexp = attention(query, key, value, mask, return_weights=True, return_logsumexp=True)[1:]
+    assert (logsumexp > -INF).all() and (weights > 0).all()
+    if lowest < np.finfo(F16).min:  # the scores are lost next to it
+        np.testing.assert_allclose(weights, 1 / 13, rtol=1e-6)
 
 
-def test_bias_that_is_large_but_not_the_largest(isa):
-    query, key, value = problem(1, 4, 8, leading=None)
-    for mask in ([-1e38, -2e38, -3e38, -1.5e38], [1e38, 2e38, 3e38, 1.5e38]):
-        weights = check(query, key, value, attn_mask=np.array(mask, np.float32))[1]
-        assert weights[0, np.argmax(mask)] == 1
+@both_precisions
+def test_largest_biases(isa, dtype):
+    """As far as the range goes, a larger bias wins."""
+    query, key, value = problem(1, 4, 8, leading=None, dtype=dtype)
+    largest = np.finfo(dtype).max
+    for biases in ([-0.3, -0.6, -1, -0.5], [0.3, 0.6, 1, 0.5], [-1, -1, -1, -1]):
+        mask = largest * np.array(biases, dtype)
+        weights = check(query, key, value, attn_mask=mask)[1]
+        np.testing.assert_allclose(weights[0], (mask == mask.max()) / (mask == mask.max()).sum(), rtol=1e-6)
 
 
 # Positions: causal, window, lengths.
@@ -323,7 +331,7 @@ def test_alibi_dtypes(isa):
 @pytest.mark.parametrize("sinks", [(0, 1), (-INF, 5), (100, -100), (1e4, INF), (3e38, -3e38)])
 def test_sinks(isa, sinks, dtype, kv_dtype):
     arrays = problem(dtype=dtype, kv_dtype=kv_dtype)
-    out, weights, logsumexp = check(*arrays, sinks=np.array(sinks, np.float64))
+    _, weights, logsumexp = check(*arrays, sinks=np.array(sinks, np.float64))
     assert_same_bits(logsumexp, everything(*arrays)[2])
     assert not weights[:, np.array(sinks) >= 1e4].any()
     check(*arrays, sinks=np.array(sinks, np.float32), kv_lens=np.array([0, 4]))
@@ -582,8 +590,9 @@ HALVES = np.arange(2**16, dtype=np.uint16)
 
 def assert_same_halves(a, b):
     """Equal bits, but for the payload of NaN and the sign of 0, which sums do not keep."""
-    nan = np.isnan(b)
-    np.testing.assert_array_equal(np.isnan(a), nan)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        nan = np.isnan(b)
+        np.testing.assert_array_equal(np.isnan(a), nan)
     a, b = (np.where(nan | (x == 0), x.dtype.type(0), x).view(np.uint16) for x in (a, b))
     np.testing.assert_array_equal(a, b)
 
@@ -597,7 +606,8 @@ def test_every_half_passes_through(isa, dtype, layout):
     assert_same_halves(attention(one, one, value), value)
     wide = attention(one.astype(np.float32), one, value)
     assert wide.dtype == np.float32
-    np.testing.assert_array_equal(wide, value.astype(np.float32))
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(wide, value.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
@@ -618,11 +628,11 @@ def test_every_half_is_read_in_keys_and_masks(isa, dtype):
 
 @pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
 def test_results_are_rounded_to_nearest_even(isa, dtype):
-    halves = HALVES.view(dtype)
-    halves = halves[np.isfinite(halves)]
     zero = np.zeros((1, 4), dtype)
-    other = np.random.default_rng(0).permutation(halves)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        halves = HALVES.view(dtype)
+        halves = halves[np.isfinite(halves)]
+        other = np.random.default_rng(0).permutation(halves)
         mean = (halves.astype(np.float32) + other.astype(np.float32)) * np.float32(0.5)
         assert_same_halves(attention(zero, np.zeros((2, 4), dtype), np.stack([halves, other]))[0], mean.astype(dtype))
         # Neighbours: ties. And dropout of 0.3 that keeps this one weight: a factor with a full significand.
@@ -638,7 +648,7 @@ def test_results_are_rounded_to_nearest_even(isa, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "power"), [
-    (F32, 100), (F32, -100), (BFLOAT16, 100), (BFLOAT16, -100), (F64, 900), (F64, -900), (F16, 8),
+    (F32, 100), (F32, -100), (BFLOAT16, 100), (BFLOAT16, -100), (F64, 900), (F64, -900),
 ], ids=str)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "q_offset": 100}], ids=str)
 def test_powers_of_two_cost_no_bit(isa, dtype, power, options):
@@ -684,9 +694,10 @@ def test_peaked_scores(isa, seq_len_kv, dtype, kv_dtype):
 def test_ramps_along_the_keys(isa, step, head_dim, dtype):
     """Scores that grow with the key move the reference value in every block, in lanes beside others that fall."""
     query, key, value = problem(40, 700, head_dim, 8, leading=None, dtype=dtype)
-    query[:, 0] = np.linspace(-1, 1, 40) * math.sqrt(head_dim)
-    query[:, 1:] /= head_dim
-    key[:, 0] = step * np.arange(700)
+    # In the last dimension: a dot product that adds its largest term last is not about the rounding of sums.
+    query[:, :-1] /= head_dim
+    query[:, -1] = np.linspace(-1, 1, 40) * math.sqrt(head_dim)
+    key[:, -1] = step * np.arange(700)
     for order in (key, key[::-1]):
         check(query, order, value)
         check(query, order, value, attn_mask=random_mask(bool, (40, 700)), window=(None, 100), q_offset=300)

@@ -57,13 +57,15 @@ def assert_close(results, query, key, value, **options):
     wide = np.dtype(np.float64 if compute == np.float32 else np.longdouble)
     dtypes = query.dtype, query.dtype, compute
     query, key, value = (x.astype(compute) for x in (query, key, value))
+    if options.get("attn_mask") is not None:
+        options["attn_mask"] = _clipped(np.asarray(options["attn_mask"]), compute)
     plain, exact = _plain_and_exact(query, key, value, wide, options)
     enlarged = 1 / (1 - options.get("dropout_p", 0.0))
     scales = enlarged * largest(value), enlarged, 1 + largest(exact[2])
     names = "out", "weights", "logsumexp"
     for number, (name, dtype, result, right) in enumerate(zip(names, dtypes, results, exact, strict=True)):
         assert (result.dtype, result.shape) == (dtype, right.shape), name
-        rounding = np.finfo(compute).eps * scales[number]
+        rounding = float(np.finfo(compute).eps) * scales[number]
         error = errors(result, right, dtype)
         if compute == np.float64 and not WIDER_THAN_DOUBLE:
             bound = 8 * rounding
@@ -97,6 +99,13 @@ def errors(result, exact, dtype=None):
 def largest(array):
     """max |array|, of what is finite."""
     return float(np.abs(array[np.isfinite(array)]).max(initial=0))
+
+
+def _clipped(attn_mask, dtype):
+    """`attn_mask` with what is beyond the range of `dtype`, but finite, at its ends: so it is specified."""
+    if attn_mask.dtype != np.float64 or dtype == np.float64:
+        return attn_mask
+    return np.where(np.isfinite(attn_mask), attn_mask.clip(np.finfo(dtype).min, np.finfo(dtype).max), attn_mask)
 
 
 def _plain_and_exact(query, key, value, wide, options):

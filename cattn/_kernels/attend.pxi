@@ -67,8 +67,11 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
 
 
 cdef void start(const Problem* p, Workspace* w, Task* task, char* scratch, Py_ssize_t number) noexcept nogil:
+    cdef Py_ssize_t i
     carve(w, scratch, p)
     describe_task(p, number, task, w.lanes)
+    for i in range(max(p.block_rows, LANES)):
+        w.shift[i] = 0.0
     if p.decode_width:
         decode_pack(p, w, task)
     else:
@@ -94,26 +97,28 @@ cdef void merge(const Problem* p, const Task* task, State* total, const State* p
         prefill_merge(p, task, total, part)
 
 
-cdef void finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
-    if p.decode_width:
-        decode_finish(p, w, task, state)
-    else:
-        prefill_finish(p, w, task, state)
+cdef bint finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
+    return decode_finish(p, w, task, state) if p.decode_width else prefill_finish(p, w, task, state)
+
+
+cdef bint do_splits(const Problem* p, Workspace* w, const Task* task) noexcept nogil:
+    """The splits of a task one after the other. True: to be done again."""
+    cdef Py_ssize_t split
+    if p.weights != NULL:
+        clear_weights(p, w, task)
+    do_split(p, w, task, &w.total, task.low // p.split_kv)
+    for split in range(task.low // p.split_kv + 1, (task.high + p.split_kv - 1) // p.split_kv):
+        do_split(p, w, task, &w.part, split)
+        merge(p, task, &w.total, &w.part)
+    return finish(p, w, task, &w.total)
 
 
 cdef void do_task(const Problem* p, Py_ssize_t number, char* scratch) noexcept nogil:
-    """A task from start to end: its splits one after the other."""
     cdef Workspace w
     cdef Task task
-    cdef Py_ssize_t split
     start(p, &w, &task, scratch, number)
-    if p.weights != NULL:
-        clear_weights(p, &w, &task)
-    do_split(p, &w, &task, &w.total, task.low // p.split_kv)
-    for split in range(task.low // p.split_kv + 1, (task.high + p.split_kv - 1) // p.split_kv):
-        do_split(p, &w, &task, &w.part, split)
-        merge(p, &task, &w.total, &w.part)
-    finish(p, &w, &task, &w.total)
+    if do_splits(p, &w, &task):
+        do_splits(p, &w, &task)
 
 
 cdef void do_part(const Problem* p, Py_ssize_t number, char* scratch, char* states) noexcept nogil:
@@ -128,19 +133,19 @@ cdef void do_part(const Problem* p, Py_ssize_t number, char* scratch, char* stat
 
 
 cdef void merge_parts(const Problem* p, Py_ssize_t number, char* scratch, char* states) noexcept nogil:
-    """The rest of a task, when do_part has done all its splits: the same merges in the same order as do_task."""
+    """The rest of a task, when do_part has done all its splits: the same merges in the same order as do_splits."""
     cdef Workspace w
     cdef Task task
     cdef State total, part
     cdef Py_ssize_t split
-    carve(&w, scratch, p)
-    describe_task(p, number, &task, w.lanes)
+    start(p, &w, &task, scratch, number)
     states += number * p.num_splits * state_size(p)
     place_state(&total, states + task.low // p.split_kv * state_size(p), p)
     for split in range(task.low // p.split_kv + 1, (task.high + p.split_kv - 1) // p.split_kv):
         place_state(&part, states + split * state_size(p), p)
         merge(p, &task, &total, &part)
-    finish(p, &w, &task, &total)
+    if finish(p, &w, &task, &total):
+        do_splits(p, &w, &task)
 
 
 def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp, Kind q_kind, Kind kv_kind,
@@ -177,6 +182,7 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     p.window_left, p.window_right = window_left, window_right
     p.scale = <real> (scale * LOG2_E)
     p.softcap = <real> (softcap * LOG2_E)
+    p.dropout = dropout_p > 0
     p.dropout_threshold = <uint32_t> (dropout_p * 4294967296.0)
     p.keep_scale = <real> (1.0 / (1.0 - dropout_p))
     p.seed = seed

@@ -135,7 +135,7 @@ cdef void decode_softmax(const Workspace* w, const State* state, int width, Py_s
     cdef Py_ssize_t i, d
     for i in range(vectors):
         largest = vmax(vload(w.scores + i * LANES), largest)
-    largest = spread_max(largest, width)
+    largest = spread_max(largest, width) + vload(w.shift)
     if vany(vless(row_max + vset1(<real> 8.0), largest)):
         moved = vselect(vless(row_max + vset1(<real> 8.0), largest), largest, row_max)
         factor = vexp2(row_max - moved)
@@ -273,9 +273,10 @@ cdef void decode_merge(const Problem* p, State* total, const State* part) noexce
             total.acc[d] = total.acc[d] * total_factors[i] + part.acc[d] * part_factors[i]
 
 
-cdef void decode_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
-    """out (OUT), logsumexp and weights: acc / row_sum."""
+cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
+    """out (OUT), logsumexp and weights: acc / row_sum. True: to be done again."""
     cdef Py_ssize_t i, lane, d
+    cdef bint again = False
     cdef real row_sum, inverse
     cdef real* row
     for i in range(task.num_rows):
@@ -288,5 +289,9 @@ cdef void decode_finish(const Problem* p, const Workspace* w, const Task* task, 
         row = state.acc + i * p.v_stride
         for d in range(p.head_dim_v):
             row[d] *= inverse
+        again = retry(row, p.head_dim_v, w.shift + i) or again
         store_row(row_of(&p.out, task.batch, w.lanes[i].head, w.lanes[i].query), p.out.stride[3], row, p.head_dim_v,
                   p.out.kind)
+    for lane in range(p.decode_width, LANES):
+        w.shift[lane] = w.shift[lane % p.decode_width]
+    return again

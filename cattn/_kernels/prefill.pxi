@@ -118,8 +118,8 @@ cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, con
         d += 1
 
 
-cdef inline void update_reference(const int VECTORS, const vf* tile_max, real* row_max, real* row_sum, real* acc,
-                                  Py_ssize_t head_dim_v) noexcept nogil:
+cdef inline void update_reference(const int VECTORS, vf* tile_max, const real* shift, real* row_max, real* row_sum,
+                                  real* acc, Py_ssize_t head_dim_v) noexcept nogil:
     """row_max is a reference, not the maximum: a lane moves it only when its scores exceed it by more than 2**8, which
     random scores never do after the first block, and then rescales what it has summed. Lanes that stay multiply by
     an exact 1. Starting at LOWEST instead of -inf keeps -inf - row_max from being NaN."""
@@ -129,6 +129,7 @@ cdef inline void update_reference(const int VECTORS, const vf* tile_max, real* r
     cdef int v
     cdef bint grew = False
     for v in range(VECTORS):
+        tile_max[v] = tile_max[v] + vload(shift + v * LANES)
         grew = grew or vany(vless(vload(row_max + v * LANES) + vset1(<real> 8.0), tile_max[v]))
     if not grew:
         return
@@ -202,7 +203,7 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
             for i in range(VECTORS):
                 tile_max[i] = vmax(vload(w.scores + (j * VECTORS + i) * LANES), tile_max[i])
     keep_scores(p, w.scores, width, batch, key_start, n, lanes)
-    update_reference(VECTORS, tile_max, row_max, row_sum, acc, p.head_dim_v)
+    update_reference(VECTORS, tile_max, w.shift + first_lane, row_max, row_sum, acc, p.head_dim_v)
     exponentiate(VECTORS, w.scores, row_max, row_sum, n)
     drop_tile(p, w.scores, width, batch, key_start, n, lanes)
 
@@ -295,12 +296,13 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, const 
         first += panel
 
 
-cdef void prefill_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
-    """out (OUT), logsumexp and weights: acc / row_sum, transposed, panel by panel."""
+cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
+    """out (OUT), logsumexp and weights: acc / row_sum, transposed, panel by panel. True: to be done again."""
     cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
     cdef Py_ssize_t first = 0, i, v, d, lane, width, num_rows
     cdef real inverse[MAX_WIDTH]
     cdef real* acc
+    cdef bint again = False
     cdef int panel
     while first < vectors:
         panel = panel_vectors(vectors - first)
@@ -319,6 +321,8 @@ cdef void prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
         for i in range(num_rows):
             lane = first * LANES + i
+            again = retry(w.rows + i * p.head_dim_v, p.head_dim_v, w.shift + lane) or again
             store_row(row_of(&p.out, task.batch, w.lanes[lane].head, w.lanes[lane].query), p.out.stride[3],
                       w.rows + i * p.head_dim_v, p.head_dim_v, p.out.kind)
         first += panel
+    return again

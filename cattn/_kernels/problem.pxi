@@ -19,7 +19,8 @@ cdef struct Problem:
     Py_ssize_t batch, num_kv_heads, group_size, seq_len_q, head_dim, head_dim_v, seq_len_kv
     Py_ssize_t window_left, window_right   # -1: unbounded; is_causal is window_right = 0
     real scale, softcap             # both times log2(e); softcap 0: none
-    uint32_t dropout_threshold      # 0: no dropout
+    bint dropout
+    uint32_t dropout_threshold
     real keep_scale
     uint64_t seed
     Py_ssize_t batch_offset         # of this call's first batch row, for dropout
@@ -47,6 +48,7 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* v_finite                  # [block_kv][v_stride]
     real* rows                      # query or result rows, or LANES mask rows of block_kv
     real* transposed                # [block_kv][LANES]
+    real* shift                     # [block_rows], decode: [LANES]; see retry
     Lane* lanes                     # [block_rows]
 
 cdef struct Task:
@@ -86,6 +88,7 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
     w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
                           * sizeof(real))
+    w.shift = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
     w.lanes = <Lane*> take(base, &size, p.block_rows * sizeof(Lane))
     w.transposed = <real*> take(base, &size, keys * LANES * sizeof(real))
     w.visible = <real*> take(base, &size, keys * width * sizeof(real))
@@ -176,7 +179,7 @@ cdef bint modify_tile(const Problem* p, const Workspace* w, Py_ssize_t width, Py
 cdef void drop_tile(const Problem* p, real* probs, Py_ssize_t width, Py_ssize_t batch, Py_ssize_t key_start,
                     Py_ssize_t n, const Lane* lanes) noexcept nogil:
     cdef Py_ssize_t i
-    if p.dropout_threshold == 0:
+    if not p.dropout:
         return
     for i in range(width):
         drop_weights(probs + i, width, key_start, n, p.dropout_threshold, p.keep_scale, p.seed,
@@ -270,6 +273,21 @@ cdef void finish_weights(real* row, Py_ssize_t n, real reference, real inverse_s
         memcpy(row, last, tail * sizeof(real))
 
 
+cdef bint retry(const real* row, Py_ssize_t n, real* shift) noexcept nogil:
+    """True, once, for a result row with an infinity or NaN. Probabilities are relative to a reference near the maximum
+    and may add up to 2**8 * keys, so that huge values can overflow acc where the result would not. The task is then done
+    again with the reference of this row 2**40 higher; other rows keep their bits. (Always so high: then values below
+    1e-26 would lose digits.) Infinities and NaN that were in the input come out again."""
+    cdef Py_ssize_t d
+    cdef real check = 0.0
+    for d in range(n):
+        check += row[d] * <real> 0.0
+    if check == 0.0 or shift[0] != 0.0:
+        return False
+    shift[0] = 40.0
+    return True
+
+
 cdef real finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max, real row_sum) noexcept nogil:
     """What the row's acc is to be multiplied by: 1 / (row_sum + sink), 0 where no key is seen. Its logsumexp and its
     weights (OUT) on the way."""
@@ -285,7 +303,7 @@ cdef real finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max
     if p.weights != NULL:
         row = weights_row(p, batch, lane)
         finish_weights(row, p.seq_len_kv, row_max, inverse)
-        if p.dropout_threshold != 0:
+        if p.dropout:
             drop_weights(row, 1, 0, p.seq_len_kv, p.dropout_threshold, p.keep_scale, p.seed,
                          <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + batch))
     return inverse
