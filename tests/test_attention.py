@@ -593,7 +593,7 @@ def assert_same_halves(a, b):
     with np.errstate(invalid="ignore"):  # signalling NaN
         nan = np.isnan(b)
         np.testing.assert_array_equal(np.isnan(a), nan)
-    a, b = (np.where(nan | (x == 0), x.dtype.type(0), x).view(np.uint16) for x in (a, b))
+        a, b = (np.where(nan | (x == 0), x.dtype.type(0), x).view(np.uint16) for x in (a, b))
     np.testing.assert_array_equal(a, b)
 
 

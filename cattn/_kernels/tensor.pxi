@@ -49,7 +49,7 @@ cdef void load_row(real* row, const char* p, Py_ssize_t stride, Py_ssize_t n, Ki
     if kind == real_kind() and stride == sizeof(real):
         memcpy(row, p, n * sizeof(real))
         return
-    if not IS_DOUBLE and stride == 2:
+    if not IS_DOUBLE and stride == 2 and (kind == F16 or kind == BF16):
         while i + LANES <= n:
             vstore(row + i, vload_f16(<const uint16_t*> (p + 2 * i)) if kind == F16
                    else vload_bf16(<const uint16_t*> (p + 2 * i)))
