@@ -74,14 +74,17 @@ def installed(peer):
 
 
 def float64_answer(work):
-    """(answer in float64, error that is still right): ten times that of NumPy in the dtype of the workload.
+    """(answer in float64, error that is still right).
 
-    A wrong mask or a lost key is thousands of times off. How accurate a right result is, the report shows.
+    cattn promises twice the error of the same formula in NumPy and 4 ulps of the largest value; here everybody has ten
+    times the error of NumPy. A wrong mask or a lost key is far beyond it. How accurate each one is, the report shows.
     """
     arrays = work.arrays()
     expected = work.expected(arrays)
     run, to_array = getattr(Numpy(), work.kind)(work, arrays)
-    rounding = EPSILON[work.dtype] * float(np.abs(expected).max())
+    largest = float(np.abs(arrays.get("value", expected)).max())
+    rounding = 4 * min(EPSILON[work.dtype], EPSILON["float32"]) * largest  # 16 bits: computed in float32,
+    rounding += EPSILON[work.dtype] * float(np.abs(expected).max())  # rounded at the end
     return expected, 10 * max_error(to_array(run()), expected) + rounding
 
 

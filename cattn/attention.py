@@ -84,7 +84,7 @@ def scaled_dot_product_attention(
     module = _kernels.f64() if q_kind == F64 else _kernels.f32
     arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (out, q_kind)]
     views = [_four_axes(array, kind, leading, one_head) for array, kind in arrays]
-    for batch_offset, (q, k, v, mask, result) in _batches(views, leading):
+    for batch_offset, (q, k, v, mask, result) in _batches(views, leading) if out.size else ():
         batch = slice(batch_offset, batch_offset + q.shape[0])
         rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
         module.attend(

@@ -289,9 +289,7 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
         row = state.acc + i * p.v_stride
         for d in range(p.head_dim_v):
             row[d] *= inverse
-        again = retry(row, p.head_dim_v, w.shift + i) or again
-        store_row(row_of(&p.out, task.batch, w.lanes[i].head, w.lanes[i].query), p.out.stride[3], row, p.head_dim_v,
-                  p.out.kind)
+        again = store_result(p, w, task.batch, w.lanes[i], w.shift + i, row) or again
     for lane in range(p.decode_width, LANES):
         w.shift[lane] = w.shift[lane % p.decode_width]
     return again

@@ -321,8 +321,6 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
         for i in range(num_rows):
             lane = first * LANES + i
-            again = retry(w.rows + i * p.head_dim_v, p.head_dim_v, w.shift + lane) or again
-            store_row(row_of(&p.out, task.batch, w.lanes[lane].head, w.lanes[lane].query), p.out.stride[3],
-                      w.rows + i * p.head_dim_v, p.head_dim_v, p.out.kind)
+            again = store_result(p, w, task.batch, w.lanes[lane], w.shift + lane, w.rows + i * p.head_dim_v) or again
         first += panel
     return again

@@ -48,7 +48,7 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* v_finite                  # [block_kv][v_stride]
     real* rows                      # query or result rows, or LANES mask rows of block_kv
     real* transposed                # [block_kv][LANES]
-    real* shift                     # [block_rows], decode: [LANES]; see retry
+    real* shift                     # [block_rows], decode: [LANES]; see store_result
     Lane* lanes                     # [block_rows]
 
 cdef struct Task:
@@ -273,19 +273,30 @@ cdef void finish_weights(real* row, Py_ssize_t n, real reference, real inverse_s
         memcpy(row, last, tail * sizeof(real))
 
 
-cdef bint retry(const real* row, Py_ssize_t n, real* shift) noexcept nogil:
-    """True, once, for a result row with an infinity or NaN. Probabilities are relative to a reference near the maximum
-    and may add up to 2**8 * keys, so that huge values can overflow acc where the result would not. The task is then done
-    again with the reference of this row 2**40 higher; other rows keep their bits. (Always so high: then values below
-    1e-26 would lose digits.) Infinities and NaN that were in the input come out again."""
+cdef bint store_result(const Problem* p, const Workspace* w, Py_ssize_t batch, Lane lane, real* shift,
+                       real* row) noexcept nogil:
+    """Stores a row of out. True where it has to be done again.
+
+    Probabilities are relative to a reference near the maximum and may add up to 2**8 * keys, so that huge values can
+    overflow acc where the result would not. A row with an infinity or NaN is done once more, with a reference 2**40
+    higher, and only those numbers are taken from there: others would lose digits below 1e-26. Other rows keep their
+    bits. Infinities and NaN that were in the input come out again."""
+    cdef char* target = row_of(&p.out, batch, lane.head, lane.query)
     cdef Py_ssize_t d
     cdef real check = 0.0
-    for d in range(n):
-        check += row[d] * <real> 0.0
-    if check == 0.0 or shift[0] != 0.0:
-        return False
-    shift[0] = 40.0
-    return True
+    cdef bint again = False
+    if shift[0] == 0.0:
+        for d in range(p.head_dim_v):
+            check += row[d] * <real> 0.0
+        again = check != 0.0
+        shift[0] = 40.0 if again else 0.0
+    else:
+        load_row(w.v_rows, target, p.out.stride[3], p.head_dim_v, p.out.kind)
+        for d in range(p.head_dim_v):
+            if w.v_rows[d] * <real> 0.0 == 0.0:
+                row[d] = w.v_rows[d]
+    store_row(target, p.out.stride[3], row, p.head_dim_v, p.out.kind)
+    return again
 
 
 cdef real finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max, real row_sum) noexcept nogil:

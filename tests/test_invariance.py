@@ -1,0 +1,251 @@
+"""What must not matter does not change a bit: threads, batch mates, padding, strides, what else is asked for."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from problems import BFLOAT16, DTYPES, FLOATS, INF, LAYOUTS, NAN, assert_same_bits, normal, problem
+from tolerance import everything
+
+import cattn
+
+attention = cattn.scaled_dot_product_attention
+
+all_dtypes = pytest.mark.parametrize(
+    ("dtype", "kv_dtype"), DTYPES, ids=[f"{q}" if q == kv else f"{q}-{kv}" for q, kv in DTYPES]
+)
+
+
+def some_options(num_heads, batch, seq_len_kv):
+    """Everything at once, for 2 batch rows or more."""
+    rng = np.random.default_rng(0)
+    return {
+        "is_causal": True, "q_offset": rng.integers(0, seq_len_kv, batch), "window": (seq_len_kv // 2, None),
+        "softcap": 5.0, "alibi_slopes": rng.random((batch, num_heads)), "sinks": rng.standard_normal(num_heads),
+        "kv_lens": rng.integers(seq_len_kv // 2, seq_len_kv, batch),
+        "attn_mask": np.where(rng.random((batch, 1, 1, seq_len_kv)) < 0.9, 0.5, -INF),
+    }
+
+
+# Shapes: prefill with blocks of rows that threads share out in other ways, few rows (decoding), few rows in groups, and
+# keys enough to be split between threads.
+SHAPES = {
+    "prefill": {"seq_len_q": 210, "seq_len_kv": 300, "num_heads": 3, "head_dim": 33},
+    "grouped": {"seq_len_q": 50, "seq_len_kv": 300, "num_heads": 6, "num_kv_heads": 2, "head_dim": 64},
+    "decode": {"seq_len_q": 1, "seq_len_kv": 3000, "num_heads": 4, "head_dim": 64},
+    "grouped decode": {"seq_len_q": 2, "seq_len_kv": 3000, "num_heads": 8, "num_kv_heads": 2, "head_dim": 40},
+    "long": {"seq_len_q": 20, "seq_len_kv": 9000, "num_heads": 1, "head_dim": 16},
+}
+shapes = pytest.mark.parametrize("shape", SHAPES)
+
+
+@functools.cache
+def arrays_of(shape, dtype=FLOATS[0], kv_dtype=None):
+    return problem(**SHAPES[shape], dtype=dtype, kv_dtype=kv_dtype)
+
+
+@functools.cache
+def options_of(shape):
+    return some_options(SHAPES[shape]["num_heads"], 2, SHAPES[shape]["seq_len_kv"])
+
+
+@all_dtypes
+@shapes
+def test_threads(isa, shape, dtype, kv_dtype):
+    arrays = arrays_of(shape, dtype, kv_dtype)
+    for options in ({}, {"is_causal": True}, options_of(shape) | {"dropout_p": 0.1, "seed": 1}):
+        expected = attention(*arrays, num_threads=1, return_logsumexp=True, **options)
+        with_weights = everything(*arrays, num_threads=1, **options)
+        for num_threads in (2, 3, 7):
+            assert_same_bits(attention(*arrays, num_threads=num_threads, return_logsumexp=True, **options), expected)
+            assert_same_bits(everything(*arrays, num_threads=num_threads, **options), with_weights)
+
+
+@shapes
+def test_repeated_and_concurrent_calls(isa, shape):
+    arrays, options = arrays_of(shape), options_of(shape)
+    expected = everything(*arrays, **options)
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(everything, *arrays, **options, num_threads=1 + number % 2) for number in range(12)]
+        for call in calls:
+            assert_same_bits(call.result(), expected)
+    assert_same_bits(everything(*arrays, **options), expected)
+
+
+@all_dtypes
+@shapes
+def test_batch_mates(isa, shape, dtype, kv_dtype):
+    """A batch row alone gives what it gives beside others, whatever those hold. (Dropout depends on the index.)"""
+    arrays, options = arrays_of(shape, dtype, kv_dtype), options_of(shape)
+    expected = everything(*arrays, **options)
+    plain = everything(*arrays)
+    for row in (slice(0, 1), slice(1, 2)):
+        own = {name: option[row] if name in ("q_offset", "alibi_slopes", "kv_lens", "attn_mask") else option
+               for name, option in options.items()}
+        alone = [x[row] for x in arrays]
+        assert_same_bits(everything(*alone, **own), tuple(x[row] for x in expected))
+        assert_same_bits(everything(*alone), tuple(x[row] for x in plain))
+        spoilt = [x.copy() for x in arrays]
+        for x in spoilt:
+            x[1 - row.start] = NAN
+        assert_same_bits(tuple(x[row] for x in everything(*spoilt, **options)), tuple(x[row] for x in expected))
+
+
+@shapes
+def test_other_rows_and_heads(isa, shape):
+    """NaN in one query, or in one head, stays there."""
+    arrays = arrays_of(shape)
+    expected = attention(*arrays)
+    spoilt = arrays[0].copy()
+    spoilt[:, 0, 0] = NAN
+    out = attention(spoilt, *arrays[1:])
+    assert np.isnan(out[:, 0, 0]).all()
+    assert_same_bits(out[:, 0, 1:], expected[:, 0, 1:])
+    assert_same_bits(out[:, 1:], expected[:, 1:])
+
+
+@all_dtypes
+@shapes
+def test_padding_behind_the_lengths(isa, shape, dtype, kv_dtype):
+    """Longer arrays with any garbage at and past kv_lens: the same bits, up to a block more or less."""
+    query, key, value = arrays_of(shape, dtype, kv_dtype)
+    full = key.shape[2]
+    for length in (full, full - 1, 129, 128, 64, 3):
+        expected = attention(query, key[:, :, :length], value[:, :, :length], return_logsumexp=True)
+        for more in (1, 200):
+            padded = [np.full((2, x.shape[1], length + more, x.shape[3]), NAN, kv_dtype) for x in (key, value)]
+            for long, short in zip(padded, (key, value), strict=True):
+                long[:, :, :length] = short[:, :, :length]
+            for garbage in (NAN, INF):
+                for long in padded:
+                    long[:, :, length:] = garbage
+                lengths = np.full(2, length)
+                out, weights, logsumexp = everything(query, *padded, kv_lens=lengths)
+                assert_same_bits((out, logsumexp), expected)
+                assert not weights[..., length:].any()
+
+
+@all_dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(isa, layout, dtype, kv_dtype):
+    """Few rows per key and many: rows of K and V that are used in place, and rows that are copied."""
+    for shape in ("prefill", "decode", "grouped"):
+        arrays = [x[:1, :, :, :17] for x in arrays_of(shape, dtype, kv_dtype)]
+        expected = everything(*(x.copy() for x in arrays))
+        strided = [LAYOUTS[layout](x) for x in arrays]
+        for x, y in zip(strided, arrays, strict=True):
+            np.testing.assert_array_equal(x, y)
+        assert_same_bits(everything(*strided), expected)
+        for number in range(3):
+            one = [strided[i] if i == number else arrays[i] for i in range(3)]
+            assert_same_bits(everything(*one), expected)
+
+
+@shapes
+def test_out_weights_and_logsumexp_change_nothing(isa, shape):
+    for options in ({}, options_of(shape), {"dropout_p": 0.5, "seed": 7}):
+        arrays = arrays_of(shape)
+        expected = attention(*arrays, **options)
+        out, weights, logsumexp = everything(*arrays, **options)
+        assert_same_bits(out, expected)
+        assert_same_bits(attention(*arrays, **options, return_weights=True), (expected, weights))
+        assert_same_bits(attention(*arrays, **options, return_logsumexp=True), (expected, logsumexp))
+        given = np.full(expected.shape[::-1], NAN, np.float32).T
+        assert attention(*arrays, **options, out=given) is given
+        assert_same_bits(given.copy(), expected)
+
+
+@all_dtypes
+def test_grouped_heads_are_repeated_heads(isa, dtype, kv_dtype):
+    """By index or by np.repeat, where both have rows enough for the kernel with queries in its lanes."""
+    query, key, value = problem(50, 300, 40, num_heads=6, num_kv_heads=2, dtype=dtype, kv_dtype=kv_dtype)
+    repeated = [np.repeat(x, 3, axis=1) for x in (key, value)]
+    for options in ({}, some_options(6, 2, 300), {"dropout_p": 0.2, "seed": 4}):
+        assert_same_bits(everything(query, key, value, **options), everything(query, *repeated, **options))
+
+
+@pytest.mark.parametrize("cuts", [[20, 100], [33, 66], [64, 128], [150, 170]])
+@all_dtypes
+def test_queries_in_chunks(isa, cuts, dtype, kv_dtype):
+    """Chunks of the queries, each with its q_offset, and all at once. (Dropout depends on the index.)"""
+    query, key, value = problem(190, 200, 24, dtype=dtype, kv_dtype=kv_dtype)
+    options = {"is_causal": True, "window": (90, None), "alibi_slopes": np.array([0.1, 0.3]), "softcap": 4.0,
+               "sinks": np.ones(2), "kv_lens": np.array([200, 150])}
+    expected = everything(query, key, value, **options, q_offset=10)
+    chunks = []
+    for start, end in zip([0, *cuts], [*cuts, 190], strict=True):
+        chunks.append(everything(query[:, :, start:end], key, value, **options, q_offset=10 + start))
+    joined = [np.concatenate([chunk[number] for chunk in chunks], axis=2) for number in range(3)]
+    assert_same_bits(tuple(joined), expected)
+
+
+@all_dtypes
+def test_sixteen_bits_are_wide_numbers_rounded(isa, dtype, kv_dtype):
+    """The same bits as in float32, but for the last rounding."""
+    if kv_dtype == dtype and dtype.itemsize > 2:
+        pytest.skip("no 16-bit array")
+    for shape in SHAPES:
+        arrays = arrays_of(shape, dtype, kv_dtype)
+        wide = everything(*(x.astype(np.float32) for x in arrays), **options_of(shape))
+        out, weights, logsumexp = everything(*arrays, **options_of(shape))
+        assert_same_bits((out, weights, logsumexp), (wide[0].astype(dtype), wide[1].astype(dtype), wide[2]))
+
+
+@shapes
+def test_one_mask_in_many_forms(isa, shape):
+    """bool or additive, of any dtype, broadcast or written out, or said by is_causal, window and kv_lens."""
+    arrays = arrays_of(shape)
+    seq_len_q, seq_len_kv = arrays[0].shape[2], arrays[1].shape[2]
+    i, j = np.arange(seq_len_q)[:, None] + seq_len_kv // 3, np.arange(seq_len_kv)
+    # The sums of a single row start where its window does.
+    left = seq_len_kv // 4 if seq_len_q > 1 else seq_len_kv
+    said = {"is_causal": True, "q_offset": seq_len_kv // 3, "window": (left, None),
+            "kv_lens": np.array([seq_len_kv, seq_len_kv // 3 + 5])}
+    seen = (j <= i) & (j >= i - left) & (j < said["kv_lens"][:, None, None, None])
+    expected = everything(*arrays, **said)
+    masks = [seen, *(np.where(seen, 0, -INF).astype(kind) for kind in FLOATS)]
+    for mask in masks:
+        assert_same_bits(everything(*arrays, attn_mask=mask), expected)
+        written_out = np.broadcast_to(mask, (2, arrays[0].shape[1], seq_len_q, seq_len_kv)).copy()
+        assert_same_bits(everything(*arrays, attn_mask=written_out), expected)
+        assert_same_bits(everything(*arrays, attn_mask=mask, **said), expected)
+
+
+@shapes
+def test_bias_broadcast_or_written_out(isa, shape):
+    arrays = arrays_of(shape)
+    full = (*arrays[0].shape[:3], arrays[1].shape[2])
+    for kept in ((0, 0, 0, 1), (0, 1, 0, 1), (1, 0, 0, 1), (0, 0, 1, 0), (0, 0, 1, 1), (1, 1, 0, 0)):
+        bias = normal(*(n if keep else 1 for n, keep in zip(full, kept, strict=True)), dtype=BFLOAT16)
+        expected = everything(*arrays, attn_mask=np.broadcast_to(bias, full).copy())
+        assert_same_bits(everything(*arrays, attn_mask=bias), expected)
+
+
+def test_leading_axes_are_one_batch(isa):
+    """However they come: broadcast, merged by strides or one call for each."""
+    arrays = problem(9, 70, 16, leading=(6,), num_heads=4, num_kv_heads=2)
+    options = some_options(4, 6, 70) | {"dropout_p": 0.3, "seed": 2}
+    expected = everything(*arrays, **options)
+
+    def split(x):
+        return x.reshape(2, 3, *x.shape[1:]) if np.ndim(x) and len(x) == 6 else x
+
+    nested = [split(x) for x in arrays]
+    nested_options = {name: split(option) for name, option in options.items()}
+    swapped = [x.swapaxes(0, 1).copy().swapaxes(0, 1) for x in nested]
+    for same in (nested, swapped, [swapped[0], *nested[1:]]):
+        results = everything(*same, **nested_options)
+        assert_same_bits(tuple(x.reshape(6, *x.shape[2:]) for x in results), expected)
+
+
+@shapes
+def test_three_axes_are_one_head(isa, shape):
+    arrays = [x[:, 0] for x in arrays_of(shape)]
+    options = some_options(1, 2, arrays[1].shape[1]) | {"dropout_p": 0.3, "seed": 2}
+    with_head = everything(*(x[:, None] for x in arrays), **options)
+    options["attn_mask"] = options["attn_mask"][:, 0]
+    assert_same_bits(everything(*arrays, **options), tuple(x[:, 0] for x in with_head))
+    single = {name: option[0] if name in ("q_offset", "kv_lens", "attn_mask") else option
+              for name, option in options.items()} | {"alibi_slopes": options["alibi_slopes"][0]}
+    assert_same_bits(everything(*(x[0] for x in arrays), **single), tuple(x[0, 0] for x in with_head))
