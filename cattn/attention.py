@@ -82,9 +82,12 @@ def scaled_dot_product_attention(
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
 
     module = _kernels.f64() if q_kind == F64 else _kernels.f32
-    arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (out, q_kind)]
-    views = [_four_axes(array, kind, leading, one_head) for array, kind in arrays]
-    for batch_offset, (q, k, v, mask, result) in _batches(views, leading) if out.size else ():
+    if query.ndim == 4 and key.shape[0] == value.shape[0] == query.shape[0] and attn_mask is None and kv_kind < F16:
+        batches = ((0, (query, key, value, None, out)),)  # as it came: the way of small calls
+    else:
+        arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (out, q_kind)]
+        batches = _batches([_four_axes(array, kind, leading, one_head) for array, kind in arrays], leading)
+    for batch_offset, (q, k, v, mask, result) in batches if out.size else ():
         batch = slice(batch_offset, batch_offset + q.shape[0])
         rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
         module.attend(
@@ -123,6 +126,10 @@ def _kind(name, array):
 
 def _check_shapes(query, key, value):
     """The leading axes of the result, broadcast."""
+    if (query.ndim == 4 and query.shape[0] == key.shape[0] and key.shape[:3] == value.shape[:3]
+            and 1 <= query.shape[3] == key.shape[3] <= _MAX_HEAD_DIM and 1 <= value.shape[3] <= _MAX_HEAD_DIM
+            and query.shape[1] % (key.shape[1] or sys.maxsize) == 0 and key.shape[1]):
+        return query.shape[:1]
     if query.ndim < 2:
         raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}")
     for name, array in (("key", key), ("value", value)):
@@ -156,7 +163,7 @@ def _shape_text(leading, core, name, query, key):
 
 
 def _check_number(name, value, least):
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
         raise TypeError(f"{name}: expected a number, got {value!r}")
     try:
         number = float(value)
