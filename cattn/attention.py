@@ -82,7 +82,8 @@ def scaled_dot_product_attention(
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
 
     module = _kernels.f64() if q_kind == F64 else _kernels.f32
-    if query.ndim == 4 and key.shape[0] == value.shape[0] == query.shape[0] and attn_mask is None and kv_kind < F16:
+    if (query.ndim == key.ndim == value.ndim == 4 and key.shape[0] == value.shape[0] == query.shape[0]
+            and attn_mask is None and kv_kind < F16):
         batches = ((0, (query, key, value, None, out)),)  # as it came: the way of small calls
     else:
         arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (out, q_kind)]
@@ -126,9 +127,9 @@ def _kind(name, array):
 
 def _check_shapes(query, key, value):
     """The leading axes of the result, broadcast."""
-    if (query.ndim == 4 and query.shape[0] == key.shape[0] and key.shape[:3] == value.shape[:3]
-            and 1 <= query.shape[3] == key.shape[3] <= _MAX_HEAD_DIM and 1 <= value.shape[3] <= _MAX_HEAD_DIM
-            and query.shape[1] % (key.shape[1] or sys.maxsize) == 0 and key.shape[1]):
+    if (query.ndim == key.ndim == value.ndim == 4 and query.shape[0] == key.shape[0]
+            and key.shape[:3] == value.shape[:3] and key.shape[1] and query.shape[1] % key.shape[1] == 0
+            and 1 <= query.shape[3] == key.shape[3] <= _MAX_HEAD_DIM and 1 <= value.shape[3] <= _MAX_HEAD_DIM):
         return query.shape[:1]
     if query.ndim < 2:
         raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}")

@@ -132,9 +132,11 @@ cdef void decode_softmax(const Workspace* w, const State* state, int width, Py_s
     cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
     cdef vf row_max = vload(state.row_max), moved, factor, prob
     cdef real factors[16]
+    cdef real* acc = state.acc
+    cdef real* scores = w.scores
     cdef Py_ssize_t i, d
     for i in range(vectors):
-        largest = vmax(vload(w.scores + i * LANES), largest)
+        largest = vmax(vload(scores + i * LANES), largest)
     largest = spread_max(largest, width) + vload(w.shift)
     if vany(vless(row_max + vset1(<real> 8.0), largest)):
         moved = vselect(vless(row_max + vset1(<real> 8.0), largest), largest, row_max)
@@ -145,11 +147,11 @@ cdef void decode_softmax(const Workspace* w, const State* state, int width, Py_s
         vstore(factors, factor)
         for i in range(width):
             for d in range(dims):
-                state.acc[i * dims + d] *= factors[i]
+                acc[i * dims + d] *= factors[i]
     for i in range(vectors):
-        prob = vexp2(vload(w.scores + i * LANES) - row_max)
+        prob = vexp2(vload(scores + i * LANES) - row_max)
         total = total + prob
-        vstore(w.scores + i * LANES, prob)
+        vstore(scores + i * LANES, prob)
     vstore(state.row_sum, vload(state.row_sum) + total)
 
 
@@ -247,11 +249,12 @@ cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) no
     """w.queries (OUT)[row][q_stride] = scale * q, dimensions padded with 0."""
     cdef Py_ssize_t i, d
     cdef real* row
+    cdef real scale = p.scale
     for i in range(p.decode_width):
         row = w.queries + i * p.q_stride
         load_row(row, row_of(&p.q, task.batch, w.lanes[i].head, w.lanes[i].query), p.q.stride[3], p.head_dim, p.q.kind)
         for d in range(p.head_dim):
-            row[d] *= p.scale
+            row[d] *= scale
         for d in range(p.head_dim, p.q_stride):
             row[d] = 0.0
 
@@ -263,6 +266,8 @@ cdef void decode_merge(const Problem* p, State* total, const State* part) noexce
     cdef vf part_factor = vexp2(vload(part.row_max) - row_max)
     cdef real total_factors[16]
     cdef real part_factors[16]
+    cdef real* acc = total.acc
+    cdef const real* part_acc = part.acc
     cdef Py_ssize_t i, d
     vstore(total.row_max, row_max)
     vstore(total.row_sum, vload(total.row_sum) * total_factor + vload(part.row_sum) * part_factor)
@@ -270,7 +275,7 @@ cdef void decode_merge(const Problem* p, State* total, const State* part) noexce
     vstore(part_factors, part_factor)
     for i in range(p.decode_width):
         for d in range(i * p.v_stride, (i + 1) * p.v_stride):
-            total.acc[d] = total.acc[d] * total_factors[i] + part.acc[d] * part_factors[i]
+            acc[d] = acc[d] * total_factors[i] + part_acc[d] * part_factors[i]
 
 
 cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
@@ -285,7 +290,9 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
         while lane < LANES:
             row_sum += state.row_sum[lane]
             lane += p.decode_width
-        inverse = finish_row(p, task.batch, w.lanes[i], state.row_max[i], row_sum)
+        # no key seen: 0 / 0 is 0 here
+        inverse = 1 / (row_sum + sink_term(p, w.lanes[i], state.row_max[i])) if row_sum != 0 else <real> 0.0
+        finish_row(p, task.batch, w.lanes[i], state.row_max[i], row_sum, inverse)
         row = state.acc + i * p.v_stride
         for d in range(p.head_dim_v):
             row[d] *= inverse

@@ -18,7 +18,7 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, tanh
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 
 cdef extern from *:
@@ -50,6 +50,7 @@ cdef extern from "simd.h" nogil:
     vf vselect(vi, vf, vf)
     vi vless(vf, vf)
     vi vequal(vf, vf)
+    vi vdiffer(vf, vf)
     vf vabs(vf)
     vf vcopysign(vf, vf)
     int vany(vi)

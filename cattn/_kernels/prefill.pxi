@@ -219,21 +219,27 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
 cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
     """w.queries (OUT)[panel][dim][width] = scale * q."""
     cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
-    cdef Py_ssize_t first = 0, v, i, j
+    cdef Py_ssize_t first = 0, v, i, d, width
+    cdef bint in_place = rows_are_real(&p.q)
+    cdef const Lane* lanes
+    cdef real* packed
     cdef int panel
-    cdef real* row
-    cdef const Lane* lane
     while first < vectors:
         panel = panel_vectors(vectors - first)
+        width = panel * LANES
         for v in range(panel):
-            for i in range(LANES):
-                lane = w.lanes + (first + v) * LANES + i
-                row = w.rows + i * p.head_dim
-                load_row(row, row_of(&p.q, task.batch, lane.head, lane.query), p.q.stride[3], p.head_dim, p.q.kind)
-                for j in range(p.head_dim):
-                    row[j] *= p.scale
-            transpose(w.queries + first * LANES * p.q_stride + v * LANES, panel * LANES, w.rows, p.head_dim,
-                      LANES, p.head_dim)
+            lanes = w.lanes + (first + v) * LANES
+            packed = w.queries + first * LANES * p.q_stride + v * LANES
+            if in_place and lanes[LANES - 1].query == lanes[0].query + LANES - 1:   # rows of one head, none repeated
+                transpose(packed, width, <const real*> row_of(&p.q, task.batch, lanes[0].head, lanes[0].query),
+                          p.q.stride[2] // <Py_ssize_t> sizeof(real), LANES, p.head_dim)
+            else:
+                for i in range(LANES):
+                    load_row(w.rows + i * p.head_dim, row_of(&p.q, task.batch, lanes[i].head, lanes[i].query),
+                             p.q.stride[3], p.head_dim, p.q.kind)
+                transpose(packed, width, w.rows, p.head_dim, LANES, p.head_dim)
+            for d in range(p.head_dim):
+                vstore(packed + d * width, vload(packed + d * width) * vset1(p.scale))
         first += panel
 
 
@@ -299,28 +305,51 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, const 
 cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
     """out (OUT), logsumexp and weights: acc / row_sum, transposed, panel by panel. True: to be done again."""
     cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
-    cdef Py_ssize_t first = 0, i, v, d, lane, width, num_rows
-    cdef real inverse[MAX_WIDTH]
+    cdef Py_ssize_t first = 0, i, v, d, width, num_rows
+    cdef bint out_in_place = rows_are_real(&p.out)
+    cdef bint again = False, all_right
+    cdef real inverse_sum[MAX_WIDTH]
+    cdef vf check[MAX_PANEL]
+    cdef vf row_sum, result
+    cdef const Lane* lanes
+    cdef real* shift
     cdef real* acc
-    cdef bint again = False
     cdef int panel
     while first < vectors:
         panel = panel_vectors(vectors - first)
         width = panel * LANES
         num_rows = min(width, task.num_rows - first * LANES)
-        for i in range(width):
-            lane = first * LANES + i
-            inverse[i] = 0.0
-            if i < num_rows:
-                inverse[i] = finish_row(p, task.batch, w.lanes[lane], state.row_max[lane], state.row_sum[lane])
+        lanes = w.lanes + first * LANES
+        shift = w.shift + first * LANES
         acc = state.acc + first * LANES * p.v_stride
+        for i in range(width):
+            inverse_sum[i] = sink_term(p, lanes[i], state.row_max[first * LANES + i]) if p.sinks != NULL else 0
+        for v in range(panel):
+            row_sum = vload(state.row_sum + (first + v) * LANES)
+            result = vset1(<real> 1.0) / (row_sum + vload(inverse_sum + v * LANES))
+            # no key seen: 0 / 0 is 0 here
+            result = vselect(vequal(row_sum, vset1(<real> 0.0)), vset1(<real> 0.0), result)
+            vstore(inverse_sum + v * LANES, result)
+            check[v] = vload(shift + v * LANES)
         for d in range(p.head_dim_v):
             for v in range(panel):
                 i = d * width + v * LANES
-                vstore(acc + i, vload(acc + i) * vload(inverse + v * LANES))
-        transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
-        for i in range(num_rows):
-            lane = first * LANES + i
-            again = store_result(p, w, task.batch, w.lanes[lane], w.shift + lane, w.rows + i * p.head_dim_v) or again
+                result = vload(acc + i) * vload(inverse_sum + v * LANES)
+                check[v] = vfma(result, vset1(<real> 0.0), check[v])   # NaN from the first NaN or infinity on
+                vstore(acc + i, result)
+        all_right = True
+        for v in range(panel):
+            all_right = all_right and not vany(vdiffer(check[v], vset1(<real> 0.0)))
+        if p.logsumexp != NULL or p.weights != NULL:
+            for i in range(num_rows):
+                finish_row(p, task.batch, lanes[i], state.row_max[first * LANES + i],
+                           state.row_sum[first * LANES + i], inverse_sum[i])
+        if all_right and out_in_place and lanes[width - 1].query == lanes[0].query + width - 1:
+            transpose(<real*> row_of(&p.out, task.batch, lanes[0].head, lanes[0].query),
+                      p.out.stride[2] // <Py_ssize_t> sizeof(real), acc, width, p.head_dim_v, width)
+        else:
+            transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
+            for i in range(num_rows):
+                again = store_result(p, w, task.batch, lanes[i], shift + i, w.rows + i * p.head_dim_v) or again
         first += panel
     return again

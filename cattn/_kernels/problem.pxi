@@ -101,8 +101,7 @@ cdef void reset(const Problem* p, State* s) noexcept nogil:
     for i in range(max(p.block_rows, LANES)):
         s.row_max[i] = <real> LOWEST
         s.row_sum[i] = 0.0
-    for i in range(p.block_rows * p.v_stride):
-        s.acc[i] = 0.0
+    memset(s.acc, 0, p.block_rows * p.v_stride * sizeof(real))
 
 
 cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* lanes) noexcept nogil:
@@ -111,17 +110,17 @@ cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* l
     cdef Py_ssize_t block = p.num_blocks - 1 - number % p.num_blocks   # the last rows first: most work where causal
     cdef Py_ssize_t first_row = block * p.block_rows
     cdef Py_ssize_t rows = p.group_size * p.seq_len_q
-    cdef Py_ssize_t i, row
+    cdef Py_ssize_t i, q_offset
     cdef Lane lane
     task.kv_head = number // p.num_blocks % p.num_kv_heads
     task.batch = number // p.num_blocks // p.num_kv_heads
     task.num_rows = min(p.block_rows, rows - first_row)
     task.low, task.high = p.seq_len_kv, 0
+    lane.head = task.kv_head * p.group_size + first_row // p.seq_len_q
+    lane.query = first_row % p.seq_len_q
+    q_offset = p.q_offset if p.q_offsets == NULL else p.q_offsets[task.batch]
     for i in range(p.block_rows):
-        row = min(first_row + i, rows - 1)
-        lane.head = task.kv_head * p.group_size + row // p.seq_len_q
-        lane.query = row % p.seq_len_q
-        lane.position = lane.query + (p.q_offset if p.q_offsets == NULL else p.q_offsets[task.batch])
+        lane.position = lane.query + q_offset
         lane.low = 0 if p.window_left < 0 else max(0, lane.position - p.window_left)
         lane.high = p.seq_len_kv if p.kv_lens == NULL else p.kv_lens[task.batch]
         if p.window_right >= 0:
@@ -135,6 +134,11 @@ cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* l
         if p.slopes != NULL:
             lane.slope = p.slopes[task.batch * p.slopes_stride + lane.head] * <real> LOG2_E
         lanes[i] = lane
+        if first_row + i + 1 < rows:
+            lane.query += 1
+            if lane.query == p.seq_len_q:
+                lane.query = 0
+                lane.head += 1
     if task.high == 0:
         task.low = 0
 
@@ -186,24 +190,33 @@ cdef void drop_tile(const Problem* p, real* probs, Py_ssize_t width, Py_ssize_t 
                      <uint32_t> lanes[i].query, <uint32_t> lanes[i].head, <uint32_t> (p.batch_offset + batch))
 
 
+cdef bint all_finite(const real* x, Py_ssize_t n) noexcept nogil:
+    cdef vf check = vset1(<real> 0.0)
+    cdef real tail = 0.0
+    cdef Py_ssize_t i
+    for i in range(n // LANES):
+        check = vfma(vload(x), vset1(<real> 0.0), check)  # NaN from the first NaN or infinity on
+        x += LANES
+    for i in range(n % LANES):
+        tail += x[i] * <real> 0.0
+    return tail == 0.0 and not vany(vdiffer(check, check))
+
+
 cdef bint make_finite(real* finite, Py_ssize_t finite_stride, const real* v_rows, Py_ssize_t v_stride, Py_ssize_t n,
                       Py_ssize_t head_dim_v) noexcept nogil:
     """True when V has a NaN or infinity in these n rows; finite (OUT) is then a copy with 0 in their place. A key that
     some rows do not see has probability 0 there, and 0 * NaN would leak its value."""
     cdef Py_ssize_t j, d
-    cdef real check = 0.0
-    cdef real zero
+    cdef real value
+    cdef bint finite_so_far = True
     for j in range(n):
-        zero = 0.0
-        for d in range(head_dim_v):
-            zero += v_rows[j * v_stride + d] * <real> 0.0  # NaN for NaN and infinity
-        check += zero
-    if check == 0.0:
+        finite_so_far = finite_so_far and all_finite(v_rows + j * v_stride, head_dim_v)
+    if finite_so_far:
         return False
     for j in range(n):
         for d in range(head_dim_v):
-            zero = v_rows[j * v_stride + d] * <real> 0.0
-            finite[j * finite_stride + d] = v_rows[j * v_stride + d] if zero == 0.0 else <real> 0.0
+            value = v_rows[j * v_stride + d]
+            finite[j * finite_stride + d] = value if value * <real> 0.0 == 0.0 else <real> 0.0
     return True
 
 
@@ -283,12 +296,9 @@ cdef bint store_result(const Problem* p, const Workspace* w, Py_ssize_t batch, L
     bits. Infinities and NaN that were in the input come out again."""
     cdef char* target = row_of(&p.out, batch, lane.head, lane.query)
     cdef Py_ssize_t d
-    cdef real check = 0.0
     cdef bint again = False
     if shift[0] == 0.0:
-        for d in range(p.head_dim_v):
-            check += row[d] * <real> 0.0
-        again = check != 0.0
+        again = not all_finite(row, p.head_dim_v)
         shift[0] = 40.0 if again else 0.0
     else:
         load_row(w.v_rows, target, p.out.stride[3], p.head_dim_v, p.out.kind)
@@ -299,22 +309,21 @@ cdef bint store_result(const Problem* p, const Workspace* w, Py_ssize_t batch, L
     return again
 
 
-cdef real finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max, real row_sum) noexcept nogil:
-    """What the row's acc is to be multiplied by: 1 / (row_sum + sink), 0 where no key is seen. Its logsumexp and its
-    weights (OUT) on the way."""
-    cdef double total = row_sum
-    cdef real inverse
+cdef inline real sink_term(const Problem* p, Lane lane, real row_max) noexcept nogil:
+    """What a sink adds to row_sum."""
+    return <real> exp2(p.sinks[lane.head] * LOG2_E - row_max) if p.sinks != NULL else <real> 0.0
+
+
+cdef void finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max, real row_sum,
+                     real inverse_sum) noexcept nogil:
+    """A row's logsumexp and weights (OUT), where asked for."""
     cdef real* row
-    if p.sinks != NULL:
-        total += exp2(p.sinks[lane.head] * LOG2_E - row_max)
-    inverse = <real> (1.0 / total) if row_sum != 0 else <real> 0.0
     if p.logsumexp != NULL:
         p.logsumexp[(batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query] = (
             <real> ((row_max + log2(<double> row_sum)) / LOG2_E) if row_sum != 0 else <real> -INFINITY)
     if p.weights != NULL:
         row = weights_row(p, batch, lane)
-        finish_weights(row, p.seq_len_kv, row_max, inverse)
+        finish_weights(row, p.seq_len_kv, row_max, inverse_sum)
         if p.dropout:
             drop_weights(row, 1, 0, p.seq_len_kv, p.dropout_threshold, p.keep_scale, p.seed,
                          <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + batch))
-    return inverse

@@ -62,6 +62,7 @@ SIMD vf vfma(vf a, vf b, vf c) { return a * b + c; } /* one instruction under -f
 SIMD vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 SIMD vi vless(vf a, vf b) { return a < b; }
 SIMD vi vequal(vf a, vf b) { return a == b; }
+SIMD vi vdiffer(vf a, vf b) { return a != b; }
 SIMD vf vabs(vf x) { return (vf)((vi)x & ~(vi)vset1((real)-0.0)); }
 SIMD vf vcopysign(vf magnitude, vf sign) { vi s = (vi)vset1((real)-0.0); return (vf)(((vi)magnitude & ~s) | ((vi)sign & s)); }
 
