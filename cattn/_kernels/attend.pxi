@@ -42,9 +42,9 @@ cdef int describe(Tensor* t, array, Kind kind) except -1:
 
 
 cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
-    """Which kernel, and how the work is cut. What decides bits (decode_width, block_kv, split_kv) follows from the shape
-    of one batch row alone. The query rows of a key head are cut into blocks: large, so that K and V are read seldom,
-    but enough of them for all threads; which block a row is in decides no bit of its result."""
+    """Which kernel, and how the work is cut. What decides bits (decode_width, block_kv, split_kv) follows from the
+    shape of one batch row alone. The query rows of a key head are cut into blocks: large, so that K and V are read
+    seldom, but enough of them for all threads; which block a row is in decides no bit of its result."""
     cdef Py_ssize_t rows = p.group_size * p.seq_len_q
     cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES
     cdef Py_ssize_t size = MAX_ROWS // LANES
@@ -193,7 +193,7 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
         threads = 1
     plan(&p, threads)
     num_tasks = p.batch * p.num_kv_heads * p.num_blocks
-    if num_tasks == 0 or p.seq_len_q == 0:
+    if num_tasks == 0 or p.group_size * p.seq_len_q == 0:
         return
     if threads > 1 and num_tasks < TASKS_PER_THREAD * threads and p.num_splits > 1 and p.weights == NULL:
         num_parts = num_tasks * p.num_splits

@@ -12,8 +12,8 @@
 #     merge the splits in order; out = O / row_sum
 #
 # The prefetches are worth 1.3 to 1.8 x: the hardware's own streams stop at each page and at each change of array.
-# Exactness: as prefill; a dot product is LANES partial sums, so it is a little more exact, and its bits are not those of
-# the same row in prefill. Which kernel a call takes depends on rows per key head alone.
+# Exactness: as prefill; a dot product is LANES partial sums, so it is a little more exact, and its bits are not those
+# of the same row in prefill. Which kernel a call takes depends on rows per key head alone.
 
 cdef enum:
     MAX_DECODE_ROWS = 8     # more rows need the arithmetic that prefill has

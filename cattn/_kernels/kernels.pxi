@@ -27,12 +27,10 @@ cdef extern from *:
     #define LOG2_E 1.4426950408889634
     /* What a score or a mask entry may be at most: the sum of two stays finite, also after * log2(e). */
     #define BIAS_LIMIT (IS_DOUBLE ? DBL_MAX / 4 : FLT_MAX / 4)
-    /* Below every score but -inf, and s - LOWEST does not overflow for s = -inf + ... : see update_reference. */
+    /* Where row_max starts: no finite score is below, and -inf - LOWEST is -inf, where -inf + inf would be NaN. */
     #define LOWEST (IS_DOUBLE ? -DBL_MAX : -FLT_MAX)
     """
     const double LOG2_E, BIAS_LIMIT, LOWEST, FLT_MAX
-
-
     void prefetch "__builtin_prefetch"(const void*) nogil
 
 

@@ -25,8 +25,10 @@
 # Assumes: checked arguments; what it may touch is described by Problem. Never: allocates, raises, takes the GIL.
 
 cdef enum:
-    MAX_PANEL = 3       # vectors of queries in a panel: 4 keys x 3 vectors = 12 accumulators hide the FMA latency
+    MAX_PANEL = 3       # vectors of queries in a panel: 4 keys x 3 vectors = 12 accumulators hide the FMA latency;
+                        # 6 x 2 is 1 to 2 % slower, and 8 x 3 no faster where there are 32 registers
     MAX_WIDTH = 48      # MAX_PANEL * LANES, at most
+    DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MAX_ROWS = 192      # query rows in a block: K and V pass through the cache once a block; flat from 96 to 384
 
 
@@ -64,10 +66,21 @@ cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf*
                             const real* k, Py_ssize_t k_stride, Py_ssize_t head_dim) noexcept nogil:
     """scores[ROWS][width] (OUT) = ROWS keys times the panel's queries; tile_max (IN/OUT) follows them."""
     cdef vf acc[8 * MAX_PANEL]
-    cdef int r, v
-    for r in range(ROWS * VECTORS):
-        acc[r] = vset1(<real> 0.0)
-    multiply(ROWS, VECTORS, acc, k, k_stride, 1, q, head_dim)
+    cdef Py_ssize_t d = 0, dims
+    cdef int i, r, v
+    while True:
+        dims = min(head_dim - d, DIMS_AT_ONCE)
+        for i in range(ROWS * VECTORS):
+            acc[i] = vset1(<real> 0.0)
+        multiply(ROWS, VECTORS, acc, k + d, k_stride, 1, q + d * VECTORS * LANES, dims)
+        if d:
+            for i in range(ROWS * VECTORS):
+                acc[i] = acc[i] + vload(scores + i * LANES)
+        d += dims
+        if d == head_dim:
+            break
+        for i in range(ROWS * VECTORS):
+            vstore(scores + i * LANES, acc[i])
     for r in range(ROWS):
         for v in range(VECTORS):
             tile_max[v] = vmax(acc[r * VECTORS + v], tile_max[v])  # a NaN score is passed over; exp2 keeps it
@@ -76,7 +89,7 @@ cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf*
 
 cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const real* q, const real* k,
                             Py_ssize_t k_stride, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
-    cdef int ROWS = 8 if VECTORS == 1 or REGISTERS == 32 else 4
+    cdef int ROWS = 8 if VECTORS == 1 else 4
     cdef Py_ssize_t j = 0
     while j + ROWS <= n:
         if ROWS == 8:
@@ -105,7 +118,7 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
 
 cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const real* v_rows, Py_ssize_t v_stride,
                             Py_ssize_t n, Py_ssize_t head_dim_v) noexcept nogil:
-    cdef int ROWS = 8 if VECTORS == 1 or REGISTERS == 32 else 4
+    cdef int ROWS = 8 if VECTORS == 1 else 4
     cdef Py_ssize_t d = 0
     while d + ROWS <= head_dim_v:
         if ROWS == 8:
