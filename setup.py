@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("cattn/_kernels")
+CPU = "cattn._kernels.cpu"
 ISAS = runpy.run_path(str(KERNELS / "isa.py"))["compiled_for"](platform.machine())
 
 FLAGS = [
@@ -48,6 +49,8 @@ class BuildExt(build_ext):
         if not openmp:
             self.warn("the compiler has no OpenMP: cattn will use one thread")
         for extension in self.extensions:
+            if extension.name == CPU:  # imported before the choice of what OpenMP is told: must not load it
+                continue
             extension.extra_compile_args += openmp
             extension.extra_link_args += openmp
         self.parallel = self.parallel or os.cpu_count()
@@ -79,7 +82,7 @@ def extension(name, flags, macros=()):
 
 
 def extensions():
-    yield extension("cpu", [])
+    yield extension(CPU.rpartition(".")[2], [])
     for isa in ISAS:
         flags = [*(f"-m{feature}" for feature in isa.features), *isa.flags]
         yield extension(isa.name, flags)

@@ -65,7 +65,7 @@ def argument_parser():
         "--workloads", type=partial(some_of, names), metavar="NAME,...", help="default: all that are not slow"
     )
     add("--all", action="store_true", help="the slow workloads as well")
-    add("--seconds", type=seconds, default=0.5, help="for each implementation of a workload (%(default)s)")
+    add("--seconds", type=seconds, default=0.3, help="for each implementation of a workload (%(default)s)")
     add("--json", type=new_file, metavar="FILE", help="write the results")
     add("--plot", type=new_file, metavar="FILE.png", help="draw them (needs matplotlib)")
     add("--list", action="store_true", help="print the workloads and why each is there")

@@ -76,8 +76,8 @@ def installed(peer):
 def float64_answer(work):
     """(answer in float64, error that is still right).
 
-    cattn promises twice the error of the same formula in NumPy and 4 ulps of the largest value; here everybody has ten
-    times the error of NumPy. A wrong mask or a lost key is far beyond it. How accurate each one is, the report shows.
+    cattn promises twice the error of NumPy and 4 ulps of the largest value; ten times and 4 ulps pass here,
+    for everybody. A wrong mask or a lost key is far beyond that. The report shows how accurate each one is.
     """
     arrays = work.arrays()
     expected = work.expected(arrays)
@@ -153,7 +153,11 @@ def run(works, peers, thread_counts, seconds, progress=lambda message: None):
         for process in processes.values():
             process.close()
     return {
-        "machine": {"cpu": cpu_model(), "isa": cattn.isa, "system": platform.platform()},
+        "machine": {
+            "cpu": cpu_model(),
+            "isa": cattn.isa,
+            "system": f"{platform.system()} {platform.machine()}",
+        },
         "versions": {"python": platform.python_version()} | versions,
         "limits": limits,
         "rows": rows,
