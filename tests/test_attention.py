@@ -85,6 +85,21 @@ def test_keys(isa, seq_len_kv, dtype):
     check(*arrays, is_causal=True, q_offset=seq_len_kv - 10, kv_lens=seq_len_kv - seq_len_kv // 8)
 
 
+@both_precisions
+@pytest.mark.parametrize(("seq_len_q", "seq_len_kv"), [
+    (1, 1023), (1, 1024), (1, 1025), (3, 2049), (8, 5000), (20, 4095), (20, 4096), (20, 4097), (9, 8193), (1, 16384),
+])
+def test_many_keys(isa, seq_len_q, seq_len_kv, dtype):
+    """Where keys are cut into splits whose results are merged."""
+    query, key, value = problem(seq_len_q, seq_len_kv, 8, 3, leading=None, dtype=dtype)
+    check(query, key, value, num_threads=2)
+    check(query, key, value, is_causal=True, q_offset=seq_len_kv - 1500, window=(1000, None))
+    key[:, -1] = np.linspace(0, 50, seq_len_kv)  # each split's maximum exceeds the one before
+    query[:, -1] = 1 + np.arange(seq_len_q)
+    check(query, key, value, num_threads=3)
+    check(query, key[::-1], value)
+
+
 @all_dtypes
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(isa, head_dim, dtype, kv_dtype):
@@ -109,6 +124,8 @@ def test_grouped_queries(isa, num_heads, num_kv_heads, seq_len_q, dtype):
     ((1, 5, 8), (3, 7, 8), (1, 7, 3), (3,)),
     ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), (2,)),
     ((1, 4, 5, 8), (2, 2, 7, 8), (1, 2, 7, 3), (2,)),
+    ((2, 4, 5, 8), (2, 2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
+    ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
     ((2, 3, 4, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 3), (2, 3)),
     ((2, 3, 4, 5, 8), (3, 2, 7, 8), (2, 1, 2, 7, 3), (2, 3)),
     ((1, 1, 4, 5, 8), (2, 1, 1, 7, 8), (1, 3, 1, 7, 3), (2, 3)),
@@ -618,17 +635,16 @@ def test_every_half_passes_through(isa, dtype, layout):
 @pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
 def test_every_half_is_read_in_keys_and_masks(isa, dtype):
     """The logsumexp of one key is its score."""
-    halves = HALVES.view(dtype)
-    one = np.ones((1, 1), dtype)
-    scores = halves.astype(np.float32)
-    with np.errstate(all="ignore"):
-        by_key = everything(np.ones((1, 1, 1, 1), np.float32), halves[:, None, None, None], one[None, None])[2]
-        by_mask = everything(np.zeros((2**16, 1, 1, 1), dtype), one[None, None], one[None, None],
-                             attn_mask=halves[:, None, None, None])[2]
-    for logsumexp in (by_key.ravel(), by_mask.ravel()):
+    halves = HALVES.view(dtype)[:, None, None, None]
+    one, zero = np.ones((1, 1, 1, 1), dtype), np.zeros(halves.shape, dtype)
+    by_key = everything(one.astype(np.float32), halves, one)[2]
+    by_mask = everything(zero, one, one, attn_mask=halves)[2]
+    with np.errstate(invalid="ignore"):
+        scores = halves.astype(np.float32)[..., 0]
         expected = np.where(scores == INF, NAN, scores)  # inf - inf
-        small = ~(np.abs(scores) > 2**125)  # times log2(e) in float32
-        np.testing.assert_allclose(logsumexp[small], expected[small], rtol=3e-7, atol=1e-44)
+        compared = ~(abs(scores) > 2**125) | np.isinf(scores)  # else times log2(e) beyond float32
+    for logsumexp in (by_key, by_mask):
+        np.testing.assert_allclose(logsumexp[compared], expected[compared], rtol=3e-7, atol=1e-44)
 
 
 @pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
@@ -638,10 +654,11 @@ def test_results_are_rounded_to_nearest_even(isa, dtype):
         halves = HALVES.view(dtype)
         halves = halves[np.isfinite(halves)]
         other = np.random.default_rng(0).permutation(halves)
-        mean = (halves.astype(np.float32) + other.astype(np.float32)) * np.float32(0.5)
+        half = np.float32(0.5)
+        mean = half * halves.astype(np.float32) + half * other.astype(np.float32)
         assert_same_halves(attention(zero, np.zeros((2, 4), dtype), np.stack([halves, other]))[0], mean.astype(dtype))
         # Neighbours: ties. And dropout of 0.3 that keeps this one weight: a factor with a full significand.
-        mean = (halves[:-1].astype(np.float32) + halves[1:].astype(np.float32)) * np.float32(0.5)
+        mean = half * halves[:-1].astype(np.float32) + half * halves[1:].astype(np.float32)
         neighbours = attention(zero, np.zeros((2, 4), dtype), np.stack([halves[:-1], halves[1:]]))[0]
         assert_same_halves(neighbours, mean.astype(dtype))
         seed = next(seed for seed in itertools.count() if dropout_keep(seed, 0.3, 1, 1, 1, 1))
@@ -673,10 +690,22 @@ def test_large_and_small_values(isa, size, dtype):
     check(query, key / dtype.type(1e20), value * dtype.type(size), dropout_p=0.5, seed=2)
 
 
-def test_values_near_the_largest_number(isa):
-    """An average overflows no more than plain NumPy's does."""
-    query, key, value = problem(20, 300, 8)
-    check(query, key, np.sign(value) * np.float32(1e38))
+@pytest.mark.parametrize("seq_len_q", [1, 5, 20])
+@pytest.mark.parametrize(("dtype", "size"), [(F32, 3e38), (F64, 1.7e308), (BFLOAT16, 3e38), (F16, 6e4)], ids=str)
+def test_values_near_the_largest_number(isa, dtype, size, seq_len_q):
+    """An average overflows no more than plain NumPy's does, and finite results stay next to infinite ones."""
+    query, key, value = problem(seq_len_q, 300, 8, dtype=dtype)
+    large = np.where(value < 0, -size, size).astype(dtype)
+    check(query, key, large)
+    check(query, key, abs(large), is_causal=True, q_offset=290, sinks=np.zeros(2))
+    mixed = np.where(np.arange(8) % 3 == 0, value, abs(large))  # columns of ordinary numbers
+    mixed[1, 1, 250, 4:6] = INF, NAN
+    out = check(query, key, mixed)[0]
+    if dtype.itemsize > 2:
+        assert_same_bits(out[..., ::3], attention(query, key, value)[..., ::3])
+    other = mixed.copy()
+    other[0] = value[0]
+    assert_same_bits(attention(query, key, other)[0], attention(query, key, value)[0])
 
 
 def test_tiny_queries_and_keys_give_the_mean(isa):

@@ -189,7 +189,7 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     p.batch_offset = batch_offset
     threads = num_threads
     if (2.0 * p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv * (p.head_dim + p.head_dim_v)
-            < SERIAL_FLOPS):
+            < SERIAL_FLOPS) or cattn_child_is_serial:
         threads = 1
     plan(&p, threads)
     num_tasks = p.batch * p.num_kv_heads * p.num_blocks

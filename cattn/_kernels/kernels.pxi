@@ -9,7 +9,7 @@ Read in this order:
     decode.pxi     the kernel for few query rows: dimensions in the SIMD lanes
     attend.pxi     their entry from Python: typed memoryviews in, OpenMP loops over tasks
     sinusoid.pxi   the table of positional encodings
-    build_info.pxi compiler and OpenMP runtime, for show_config
+    openmp.pxi     the OpenMP runtime: forks; what show_config tells of it
     measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force
 
 Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Python but the entries (plain `def`).
@@ -62,6 +62,7 @@ cdef extern from "simd.h" nogil:
     uint16_t narrow_bf16(float)
 
 
+include "openmp.pxi"
 include "tensor.pxi"
 include "dropout.pxi"
 include "modify.pxi"
@@ -71,4 +72,3 @@ include "decode.pxi"
 include "attend.pxi"
 include "sinusoid.pxi"
 include "measure.pxi"
-include "build_info.pxi"

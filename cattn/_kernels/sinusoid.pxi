@@ -80,7 +80,7 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
     half = (dim + 1) // 2
     offsets = min(BLOCK, length)
     blocks = (length + BLOCK - 1) // BLOCK
-    num_threads = <int> min(num_threads, blocks)
+    num_threads = 1 if cattn_child_is_serial else <int> min(num_threads, blocks)
     frequency = <double*> malloc((half + 2 * offsets * dim + 2 * num_threads * dim) * sizeof(double))
     if frequency == NULL:
         raise MemoryError("sinusoidal_encoding: no memory for the scratch rows")
