@@ -25,8 +25,9 @@
 # Assumes: checked arguments; what it may touch is described by Problem. Never: allocates, raises, takes the GIL.
 
 cdef enum:
-    MAX_PANEL = 3       # vectors of queries in a panel: 4 keys x 3 vectors = 12 accumulators hide the FMA latency;
-                        # 6 x 2 is 1 to 2 % slower, and 8 x 3 no faster where there are 32 registers
+    # Vectors of queries in a panel: 4 keys x 3 vectors = 12 accumulators hide the FMA latency. 6 x 2 is 1 to 2 %
+    # slower, and 8 x 3 no faster where there are 32 registers.
+    MAX_PANEL = 3
     MAX_WIDTH = 48      # MAX_PANEL * LANES, at most
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MAX_ROWS = 192      # query rows in a block: K and V pass through the cache once a block; flat from 96 to 384
