@@ -8,7 +8,6 @@ quota: in a container of half a CPU on a host of 64 cores it would start 64 thre
 import math
 import operator
 import os
-from pathlib import Path
 
 _chosen: int | None = None
 
@@ -61,7 +60,7 @@ def _default() -> tuple[int, str]:
     return cpus, "CPU affinity"
 
 
-def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
+def _cgroup_quota(root="/sys/fs/cgroup", membership="/proc/self/cgroup") -> float | None:
     """The CPUs that the quota of this process's cgroup pays for, the least along its path to the root; None: no limit.
 
     cgroup v2 keeps "quota period" in cpu.max ("max" for none), v1 a file for each (-1 for none).
@@ -69,25 +68,25 @@ def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
     quotas = []
     for line in _read(membership).splitlines():
         number, controllers, path = line.split(":", 2)
-        if number != "0" and "cpu" not in controllers.split(","):
+        if number == "0":
+            base, names = root, ("cpu.max",)
+        elif "cpu" in controllers.split(","):
+            base, names = os.path.join(root, "cpu"), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        else:
             continue
-        base = root if number == "0" else root / "cpu"
-        folder = base / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            if number == "0":
-                fields = _read(place / "cpu.max").split()
-            else:
-                fields = [*_read(place / "cpu.cfs_quota_us").split(), *_read(place / "cpu.cfs_period_us").split()]
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            folder = os.path.join(base, *parts[:depth])
+            fields = [field for name in names for field in _read(os.path.join(folder, name)).split()]
             if len(fields) == 2 and fields[0] not in ("max", "-1"):
                 quotas.append(int(fields[0]) / int(fields[1]))
-            if place == base:
-                break
     return min(quotas, default=None)
 
 
-def _read(path: Path) -> str:
+def _read(path) -> str:
     try:
-        return path.read_text()
+        with open(path) as file:
+            return file.read()
     except OSError:
         return ""
 

@@ -371,6 +371,9 @@ def test_dropout(isa, dropout_p, dtype, kv_dtype):
     arrays = problem(20, 141, 8, dtype=dtype, kv_dtype=kv_dtype)
     check(*arrays, dropout_p=dropout_p, seed=5)
     check(*arrays, dropout_p=dropout_p, seed=5, is_causal=True, q_offset=60, sinks=np.ones(2))
+    for left in range(4):  # the first key seen is any word of the four that belong together
+        check(*arrays, dropout_p=dropout_p, seed=6, window=(left, 30), q_offset=90)
+        check(arrays[0][:, :, :2], *arrays[1:], dropout_p=dropout_p, seed=6, window=(left, None), q_offset=90)
 
 
 def test_dropout_so_rare_that_nothing_drops(isa):
