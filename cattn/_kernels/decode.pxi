@@ -110,7 +110,7 @@ cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ss
                                Py_ssize_t k_bytes, Py_ssize_t next_n) noexcept nogil:
     """acc[WIDTH][dims] (IN/OUT) over n keys; next_k: the next_n rows of K to prefetch."""
     # 8 accumulators, or 16 where there are 32 registers: with 4 for one row, decoding was 15 % slower
-    cdef int VECTORS = 8 if WIDTH == 1 else 4 if 4 * WIDTH <= REGISTERS // 2 else 2 if 2 * WIDTH <= REGISTERS // 2 else 1
+    cdef int VECTORS = 8 if WIDTH == 1 else min(4, max(1, REGISTERS // 2 // WIDTH))
     cdef Py_ssize_t d = 0
     while d + VECTORS * LANES <= dims:
         if VECTORS == 8:

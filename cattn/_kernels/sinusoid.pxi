@@ -1,36 +1,37 @@
-# The table of sinusoidal encodings, row[pos] = sin and cos of pos * frequency. By angle addition in float64,
-#     sin(a + b) = sin a cos b + cos a sin b        cos(a + b) = cos a cos b - sin a sin b,
-# position a + b = start of its block + offset in the block, so that sine and cosine are evaluated for one row a block
-# and BLOCK rows of offsets only. There is no recurrence: errors stay at 2e-16 wherever the row is, besides the rounding
-# of the angle a itself (1e-8 at position 1e8).
-#     for each block of positions
-#         seeds: sin_cos[column], cos_sin[column] of the block's start
-#         for each offset in the block, for each column
-#             out = sin_cos * same[offset] + cos_sin * other[offset]
-# `same` holds cos b in every column and `other` sin b, -sin b in sine and cosine columns: one loop over contiguous
-# columns serves every layout and odd dimensions.
+# The table of sinusoidal encodings: sine and cosine of position * frequency, by angle addition in float64,
+#     sin(a + b) = sin a cos b + cos a sin b        cos(a + b) = cos a cos b - sin a sin b.
+# A position is far + 64 * block + offset; each part is a rotation, kept as two rows with an entry for every column of
+# the table: same[] is the cosine of the part's angle, other[] its sine, negative in cosine columns. Then
+#     (a then b).same  = a.same * b.same  - a.other * b.other
+#     (a then b).other = a.other * b.same + a.same  * b.other
+# and a row of the table is `other` in sine columns and `same` in cosine columns: contiguous loops over the columns, for
+# every layout and for odd dimensions. Sine and cosine themselves are evaluated for about 12 rows, and one in 4096.
+#     64 rotations of offsets, 64 of blocks: by doubling from those of 1, 2, 4, ... positions
+#     for each block of 64 positions
+#         seed = far rotation, then the block's
+#         for each offset, for each column: out = seed then offset
+# Errors: below 2e-15 from at most 14 products, besides the rounding of the far angle (1e-8 at position 1e8).
 
 cdef enum:
-    BLOCK = 64   # positions a block: balances the BLOCK rows of offsets against one row of seeds a block
+    STEPS = 64               # offsets in a block, and blocks to the next far position
+    SERIAL_NUMBERS = 20_000  # below about 10 us of work a second thread does not pay
 
 
-cdef void combine(double* out, const double* sin_cos, const double* cos_sin, const double* same, const double* other,
-                  Py_ssize_t dim) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(dim):
-        out[c] = sin_cos[c] * same[c] + cos_sin[c] * other[c]
+cdef struct Rotation:
+    double* same
+    double* other
 
 
-cdef void combine_f32(float* out, const double* sin_cos, const double* cos_sin, const double* same,
-                      const double* other, Py_ssize_t dim) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(dim):
-        out[c] = <float> (sin_cos[c] * same[c] + cos_sin[c] * other[c])
+cdef inline Rotation rotation_at(double* base, Py_ssize_t number, Py_ssize_t dim) noexcept nogil:
+    cdef Rotation r
+    r.same = base + 2 * number * dim
+    r.other = r.same + dim
+    return r
 
 
-cdef void fill_seeds(double* sin_cos, double* cos_sin, double position, const double* frequency, Py_ssize_t dim,
-                     bint concatenated) noexcept nogil:
-    """Sine (cosine) of the position's angles, by columns of the table; cos_sin (OUT) is its derivative's magnitude."""
+cdef void rotate_by(Rotation out, double position, const double* frequency, Py_ssize_t dim,
+                    bint concatenated) noexcept nogil:
+    """out (OUT): the rotation of `position`, by sine and cosine."""
     cdef Py_ssize_t pair, sine, cosine, half = (dim + 1) // 2
     cdef double s, c
     for pair in range(half):
@@ -38,24 +39,65 @@ cdef void fill_seeds(double* sin_cos, double* cos_sin, double position, const do
         c = c_cos(position * frequency[pair])
         sine = pair if concatenated else 2 * pair
         cosine = half + pair if concatenated else 2 * pair + 1
-        sin_cos[sine] = s
-        cos_sin[sine] = c
+        out.same[sine] = c
+        out.other[sine] = s
         if cosine < dim:
-            sin_cos[cosine] = c
-            cos_sin[cosine] = s
+            out.same[cosine] = c
+            out.other[cosine] = -s
 
 
-cdef void fill_block(char* rows, Py_ssize_t row_bytes, bint single, Py_ssize_t n, double position,
-                     const double* frequency, const double* same, const double* other, double* seed, Py_ssize_t dim,
-                     bint concatenated) noexcept nogil:
-    """The n rows (OUT) of one block, the first at `position`. seed (SCRATCH): two rows."""
-    cdef Py_ssize_t r
-    fill_seeds(seed, seed + dim, position, frequency, dim, concatenated)
+cdef void compose(Rotation out, Rotation a, Rotation b, Py_ssize_t dim) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(dim):
+        out.same[c] = a.same[c] * b.same[c] - a.other[c] * b.other[c]
+        out.other[c] = a.other[c] * b.same[c] + a.same[c] * b.other[c]
+
+
+cdef void multiples(double* rotations, Py_ssize_t count, double step, const double* frequency, Py_ssize_t dim,
+                    bint concatenated) noexcept nogil:
+    """rotations (OUT): of 0, step, 2 * step, ... (count - 1) * step."""
+    cdef Py_ssize_t i, power = 1
+    rotate_by(rotation_at(rotations, 0, dim), 0.0, frequency, dim, concatenated)
+    while power < count:
+        rotate_by(rotation_at(rotations, power, dim), power * step, frequency, dim, concatenated)
+        for i in range(power + 1, min(2 * power, count)):
+            compose(rotation_at(rotations, i, dim), rotation_at(rotations, power, dim),
+                    rotation_at(rotations, i - power, dim), dim)
+        power *= 2
+
+
+cdef void fill_row(char* row, bint single, const double* seed, const double* turned, Rotation offset,
+                   Py_ssize_t dim) noexcept nogil:
+    """row (OUT) = seed * offset.same + turned * offset.other, in float32 or float64."""
+    cdef float* f32 = <float*> row
+    cdef double* f64 = <double*> row
+    cdef Py_ssize_t c
+    if single:
+        for c in range(dim):
+            f32[c] = <float> (seed[c] * offset.same[c] + turned[c] * offset.other[c])
+    else:
+        for c in range(dim):
+            f64[c] = seed[c] * offset.same[c] + turned[c] * offset.other[c]
+
+
+cdef void fill_block(char* rows, Py_ssize_t row_bytes, bint single, Py_ssize_t n, Rotation far, Rotation block,
+                     double* offsets, Rotation seed, Py_ssize_t dim, bint concatenated) noexcept nogil:
+    """The n rows (OUT) of one block. seed (SCRATCH)."""
+    cdef Py_ssize_t r, pair, cosine, half = (dim + 1) // 2
+    cdef double cosine_a
+    compose(seed, far, block, dim)
+    # Now what fill_row needs: sine columns start from (sin a, cos a), which is (other, same), cosine columns from
+    # (cos a, sin a), which is (same, -other).
+    for pair in range(half):
+        cosine = half + pair if concatenated else 2 * pair + 1
+        r = pair if concatenated else 2 * pair
+        cosine_a = seed.same[r]
+        seed.same[r] = seed.other[r]
+        seed.other[r] = cosine_a
+        if cosine < dim:
+            seed.other[cosine] = -seed.other[cosine]
     for r in range(n):
-        if single:
-            combine_f32(<float*> (rows + r * row_bytes), seed, seed + dim, same + r * dim, other + r * dim, dim)
-        else:
-            combine(<double*> (rows + r * row_bytes), seed, seed + dim, same + r * dim, other + r * dim, dim)
+        fill_row(rows + r * row_bytes, single, seed.same, seed.other, rotation_at(offsets, r, dim), dim)
 
 
 def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_threads):
@@ -64,10 +106,11 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
     cdef double[:, ::1] f64
     cdef bint single = table.dtype.itemsize == 4
     cdef char* rows
-    cdef Py_ssize_t length, dim, row_bytes, half, offsets, blocks, block, r
+    cdef Py_ssize_t length, dim, row_bytes, half, blocks, block, far, num_far, r
     cdef double* frequency
-    cdef double* same
-    cdef double* other
+    cdef double* offsets
+    cdef double* starts
+    cdef double* fars
     cdef double* seeds
     if single:
         f32 = table
@@ -78,40 +121,28 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
     if length == 0:
         return
     half = (dim + 1) // 2
-    offsets = min(BLOCK, length)
-    blocks = (length + BLOCK - 1) // BLOCK
-    num_threads = 1 if cattn_child_is_serial else <int> min(num_threads, blocks)
-    frequency = <double*> malloc((half + 2 * offsets * dim + 2 * num_threads * dim) * sizeof(double))
+    blocks = (length + STEPS - 1) // STEPS
+    num_far = (blocks + STEPS - 1) // STEPS
+    num_threads = 1 if cattn_child_is_serial or length * dim < SERIAL_NUMBERS else <int> min(num_threads, blocks)
+    frequency = <double*> malloc((half + 2 * dim * (min(STEPS, length) + min(STEPS, blocks) + num_far + num_threads))
+                                 * sizeof(double))
     if frequency == NULL:
         raise MemoryError("sinusoidal_encoding: no memory for the scratch rows")
-    same = frequency + half
-    other = same + offsets * dim
-    seeds = other + offsets * dim
+    offsets = frequency + half
+    starts = offsets + 2 * dim * min(STEPS, length)
+    fars = starts + 2 * dim * min(STEPS, blocks)
+    seeds = fars + 2 * dim * num_far
     with nogil:
         for r in range(half):
             frequency[r] = pow(base, -2.0 * r / dim)
-        for r in prange(offsets, schedule="static", num_threads=num_threads):
-            fill_offsets(same + r * dim, other + r * dim, r, frequency, dim, concatenated)
+        multiples(offsets, min(STEPS, length), 1.0, frequency, dim, concatenated)
+        multiples(starts, min(STEPS, blocks), STEPS, frequency, dim, concatenated)
+        for far in prange(num_far, schedule="static", num_threads=num_threads):
+            rotate_by(rotation_at(fars, far, dim), <double> (offset + far * STEPS * STEPS), frequency, dim,
+                      concatenated)
         with parallel(num_threads=num_threads):
             for block in prange(blocks, schedule="static"):
-                fill_block(rows + block * BLOCK * row_bytes, row_bytes, single, min(BLOCK, length - block * BLOCK),
-                           <double> (offset + block * BLOCK), frequency, same, other, seeds + 2 * dim * threadid(),
-                           dim, concatenated)
+                fill_block(rows + block * STEPS * row_bytes, row_bytes, single, min(STEPS, length - block * STEPS),
+                           rotation_at(fars, block // STEPS, dim), rotation_at(starts, block % STEPS, dim), offsets,
+                           rotation_at(seeds, threadid(), dim), dim, concatenated)
     free(frequency)
-
-
-cdef void fill_offsets(double* same, double* other, Py_ssize_t position, const double* frequency, Py_ssize_t dim,
-                       bint concatenated) noexcept nogil:
-    """same (OUT) = cos b in both columns of a pair; other (OUT) = sin b in its sine column, -sin b in the cosine's."""
-    cdef Py_ssize_t pair, sine, cosine, half = (dim + 1) // 2
-    cdef double s, c
-    for pair in range(half):
-        s = c_sin(position * frequency[pair])
-        c = c_cos(position * frequency[pair])
-        sine = pair if concatenated else 2 * pair
-        cosine = half + pair if concatenated else 2 * pair + 1
-        same[sine] = c
-        other[sine] = s
-        if cosine < dim:
-            same[cosine] = c
-            other[cosine] = -s
