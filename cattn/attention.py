@@ -10,6 +10,7 @@ import numbers
 import sys
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference, threads
 from cattn.reference import _check_dropout, _check_int, _check_seed
@@ -26,10 +27,13 @@ _MAX_HEAD_DIM = 2**31 - 1
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-    q_offset=0, window=None, softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None,
-    return_weights=False, return_logsumexp=False, out=None, num_threads=None, seed=None,
-):
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, q_offset: ArrayLike = 0,
+    window: tuple[int | None, int | None] | None = None, softcap: float = 0.0, alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None, return_weights: bool = False,
+    return_logsumexp: bool = False, out: np.ndarray | None = None, num_threads: int | None = None,
+    seed: int | None = None,
+) -> np.ndarray | tuple[np.ndarray, ...]:
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     q_kind, kv_kind = _kind("query", query), _kind("key", key)
     if value.dtype != key.dtype:

@@ -1,5 +1,14 @@
 # The entry of attention from Python. cattn/attention.py has checked and normalised every argument: 4 axes (batch,
 # heads, seq, dim) by strides, equal batch, window and lengths in range.
+#
+#     plan: which kernel, how large the blocks of rows, how long the splits of the keys
+#     scratch for each thread: the only allocation
+#     without the GIL:
+#         many tasks      for each task, by whichever thread is free: its splits in order, merged; finish
+#         few tasks       for each split of each task, by whichever thread is free; then for each task: merge, finish
+#
+# Tasks go to threads one by one (schedule dynamic): where a neighbour takes a core away, a static share of one head of
+# 2048 rows took 4.9 ms instead of 3.4.
 
 cdef enum:
     SERIAL_FLOPS = 1_000_000   # below about 10 us of work, waking a second thread costs more than it brings
@@ -57,6 +66,7 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         p.num_blocks, p.block_rows = 1, p.decode_width
     else:
         p.q_stride, p.v_stride = p.head_dim, p.head_dim_v
+        # Halve the blocks until every thread has a few. Smaller blocks read K and V more often, from L2 or L3.
         p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), PREFILL_SPLIT
         while (num_threads > 1 and size // 2 >= MIN_BLOCK
                and p.batch * p.num_kv_heads * ((vectors + size - 1) // size) < TASKS_PER_THREAD * num_threads):
@@ -66,6 +76,7 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
     p.num_splits = (p.seq_len_kv + p.split_kv - 1) // p.split_kv
 
 
+# The workspace is laid out anew for each task: a dozen additions, against a structure to keep.
 cdef void start(const Problem* p, Workspace* w, Task* task, char* scratch, Py_ssize_t number) noexcept nogil:
     cdef Py_ssize_t i
     carve(w, scratch, p)
@@ -117,6 +128,7 @@ cdef void do_task(const Problem* p, Py_ssize_t number, char* scratch) noexcept n
     cdef Workspace w
     cdef Task task
     start(p, &w, &task, scratch, number)
+    # Twice for the rare block with a row whose values overflow: see store_result.
     if do_splits(p, &w, &task):
         do_splits(p, &w, &task)
 
@@ -188,6 +200,7 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     p.seed = seed
     p.batch_offset = batch_offset
     threads = num_threads
+    # Half the flops where causal, unknown here: the threshold is no precise thing.
     if (2.0 * p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv * (p.head_dim + p.head_dim_v)
             < SERIAL_FLOPS) or cattn_child_is_serial:
         threads = 1
@@ -202,6 +215,7 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     allocated = <char*> malloc(threads * scratch_size + num_parts * state_size(&p) + 64)
     if allocated == NULL:
         raise MemoryError(f"attention: no memory for {threads} x {scratch_size} bytes of scratch")
+    # 64-byte pieces from here on: no vector of packed queries, scores or acc crosses a cache line.
     scratch = allocated + 64 - <uintptr_t> allocated % 64
     states = scratch + threads * scratch_size
     with nogil:

@@ -20,6 +20,9 @@ cdef enum:
     DECODE_KEYS = 64        # a block: K and V blocks of 32 KB each at head_dim 128 stay in L2 between their two uses
 
 
+# KIND and WIDTH are constants wherever these functions are inlined: there are 3 kinds of rows (real, float16, bfloat16)
+# and 4 widths of rows per key head (1, 2, 4, 8; 3 and 5 to 7 rows repeat the last).
+
 cdef inline vf load_kv(const int KIND, const char* row, Py_ssize_t d) noexcept nogil:
     """LANES numbers of a row of K or V from dimension d on, widened inside the load."""
     if KIND == F16:
@@ -33,8 +36,8 @@ cdef inline void decode_scores(const int KIND, const int WIDTH, real* scores, co
                                const char* k, Py_ssize_t k_bytes, const char* v, Py_ssize_t v_bytes,
                                Py_ssize_t v_row, Py_ssize_t n) noexcept nogil:
     """scores[key][WIDTH] (OUT) for n keys, rounded up to whole groups by repeating the last; dims: a multiple of
-    LANES. The v_row bytes of each of these keys' rows of V are prefetched on the way, a line at a time: in a burst they
-    would fill the queue of misses."""
+    LANES. The v_row bytes of each of these keys' rows of V are prefetched on the way, a line at a time: in a burst
+    they would fill the queue of misses."""
     cdef vf acc[16]
     cdef vf k_d
     cdef const char* row[16]
@@ -43,6 +46,8 @@ cdef inline void decode_scores(const int KIND, const int WIDTH, real* scores, co
     cdef Py_ssize_t size = 2 if KIND == F16 or KIND == BF16 else sizeof(real)
     cdef int key, r, step
     cdef int KEYS = LANES // WIDTH
+    # KEYS * WIDTH accumulators, one a (key, row), that add up dimensions in their lanes. q comes from L1 each time: with
+    # 8 rows that is 8 loads for 8 FMAs, and still faster than memory.
     while j < n:
         for r in range(LANES):
             acc[r] = vset1(<real> 0.0)
@@ -110,6 +115,8 @@ cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ss
                                Py_ssize_t k_bytes, Py_ssize_t next_n) noexcept nogil:
     """acc[WIDTH][dims] (IN/OUT) over n keys; next_k: the next_n rows of K to prefetch."""
     # 8 accumulators, or 16 where there are 32 registers: with 4 for one row, decoding was 15 % slower
+    # Columns of V of up to 8 vectors at a time; the block's rows of V are in cache by now, so that going over them
+    # several times costs little.
     cdef int VECTORS = 8 if WIDTH == 1 else min(4, max(1, REGISTERS // 2 // WIDTH))
     cdef Py_ssize_t d = 0
     while d + VECTORS * LANES <= dims:
@@ -128,7 +135,7 @@ cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ss
 
 
 cdef inline vf spread_max(vf x, int width) noexcept nogil:
-    """In each lane, the largest of the lanes that belong to the same row."""
+    """In each lane, the largest of the lanes that belong to the same row: once a block of 64 keys, so by scalars."""
     cdef real lanes[16]
     cdef int i
     vstore(lanes, x)
@@ -180,6 +187,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
     cdef Py_ssize_t k_bytes, v_bytes
     cdef Py_ssize_t size = 2 if KIND == F16 or KIND == BF16 else sizeof(real)
     cdef bint limited, masked
+    # Keys [all_low, all_high) are seen by all rows. Outside, a tile is limited: some row must not see some key.
     for i in range(WIDTH):
         all_low = max(all_low, w.lanes[i].low)
         all_high = min(all_high, w.lanes[i].high)
@@ -202,6 +210,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
         masked = limited or p.mask.data != NULL
         modify_tile(p, w, WIDTH, task.batch, key_start, n, w.lanes, limited)
         keep_scores(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
+        # What fills the last vector are keys that do not exist.
         i = n * WIDTH
         while i % LANES:
             w.scores[i] = <real> -INFINITY
@@ -209,6 +218,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
         decode_softmax(w, state, WIDTH, i // LANES, p.v_stride)
         drop_tile(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
         if masked:
+            # NaN and infinities behind a mask must not leak: see make_finite
             v_stride = p.v_stride
             v_real = <const real*> v
             if in_place:
@@ -298,7 +308,7 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
     cdef real* row
     for i in range(task.num_rows):
         row_sum = 0.0
-        lane = i
+        lane = i    # the parts of this row's sum are in every decode_width-th lane
         while lane < LANES:
             row_sum += state.row_sum[lane]
             lane += p.decode_width

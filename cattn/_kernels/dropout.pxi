@@ -3,7 +3,8 @@
 # not depend on tiles, threads or the order of the work. Specified by cattn.reference.
 
 cdef inline void philox(uint32_t* x, uint32_t key0, uint32_t key1) noexcept nogil:
-    """x[0..4) (IN: counter, OUT: four random words)."""
+    """x[0..4) (IN: counter, OUT: four random words). Ten rounds of two 32 x 32 -> 64 bit products, whose halves are
+    exchanged and mixed with the key; the constants are the paper's."""
     cdef uint64_t product0, product1
     cdef uint32_t second
     cdef int round
@@ -21,7 +22,10 @@ cdef inline void philox(uint32_t* x, uint32_t key0, uint32_t key1) noexcept nogi
 
 cdef void drop_weights(real* weights, Py_ssize_t stride, Py_ssize_t key_start, Py_ssize_t n, uint32_t threshold,
                        real keep_scale, uint64_t seed, uint32_t query, uint32_t head, uint32_t batch) noexcept nogil:
-    """weights[0, stride, ...] (IN/OUT), those of keys [key_start, key_start + n): * keep_scale, or 0 where dropped."""
+    """weights[0, stride, ...] (IN/OUT), those of keys [key_start, key_start + n): * keep_scale, or 0 where dropped.
+
+    One counter serves four neighbouring keys. A tile may start in the middle of four: then the first words are made
+    and not used, so that a key has the same word wherever tiles begin."""
     cdef uint32_t words[4]
     cdef Py_ssize_t i = 0
     cdef Py_ssize_t word = key_start % 4

@@ -2,7 +2,8 @@
 # a test fails when the kernels fall far below it (then the build has lost -O3 or its inlining).
 
 cdef real spin_fma(Py_ssize_t iterations) noexcept nogil:
-    """12 independent chains of vector FMAs, entirely in registers."""
+    """12 independent chains of vector FMAs, entirely in registers: as many as the kernels' register tile has, enough
+    for two pipes of 4 to 6 cycles. The factor is just below 1, so that nothing overflows or becomes subnormal."""
     cdef vf acc[12]
     cdef vf a = vset1(<real> 0.999999), b = vset1(<real> 1e-6)
     cdef real lanes[16]
@@ -20,7 +21,8 @@ cdef real spin_fma(Py_ssize_t iterations) noexcept nogil:
 
 
 def fma_flops(Py_ssize_t iterations, int num_threads=1):
-    """Runs `iterations` rounds of 12 vector FMAs in each thread; returns the floating-point operations done."""
+    """Runs `iterations` rounds of 12 vector FMAs in each thread; returns the floating-point operations done (an FMA is
+    two). The result goes into a comparison, or the compiler would drop the loop."""
     cdef int thread
     cdef real total = 0.0
     with nogil:
@@ -30,6 +32,7 @@ def fma_flops(Py_ssize_t iterations, int num_threads=1):
 
 
 cdef real sum_chunk(const real* a, Py_ssize_t n) noexcept nogil:
+    """The sum of whole runs of four vectors, with a prefetch a page ahead."""
     cdef vf total[4]
     cdef real lanes[16]
     cdef Py_ssize_t i
@@ -48,7 +51,8 @@ cdef real sum_chunk(const real* a, Py_ssize_t n) noexcept nogil:
 
 
 def read_bytes(const real[::1] a, int num_threads=1):
-    """Reads the array once, cut in equal parts over the threads; returns the bytes read."""
+    """Reads the array once, cut in equal parts over the threads; returns the bytes read. To measure memory and not a
+    cache the array has to be several times the last cache."""
     cdef Py_ssize_t part = a.shape[0] // num_threads
     cdef int thread
     cdef real total = 0.0

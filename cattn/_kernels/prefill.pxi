@@ -88,6 +88,9 @@ cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf*
             vstore(scores + (r * VECTORS + v) * LANES, acc[r * VECTORS + v])
 
 
+# scores[n][width] (OUT) = n keys, in tiles of ROWS of them. The last tile of a run that is no multiple of ROWS starts
+# early and does some keys twice, with the same bits, instead of doing up to ROWS - 1 keys one by one at a third of the
+# speed. A panel of one vector takes 8 keys at once, to have accumulators enough.
 cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const real* q, const real* k,
                             Py_ssize_t k_stride, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
     cdef int ROWS = 8 if VECTORS == 1 else 4
@@ -117,6 +120,8 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
         vstore(acc + r * LANES, vload(acc + r * LANES) + tile[r])
 
 
+# acc[head_dim_v][width] (IN/OUT) in tiles of ROWS dimensions. Each tile runs over all n keys, with P in L1 and a column
+# of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2.
 cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const real* v_rows, Py_ssize_t v_stride,
                             Py_ssize_t n, Py_ssize_t head_dim_v) noexcept nogil:
     cdef int ROWS = 8 if VECTORS == 1 else 4
@@ -169,6 +174,7 @@ cdef inline void exponentiate(const int VECTORS, real* scores, const real* row_m
     for v in range(VECTORS):
         reference[v] = vload(row_max + v * LANES)
         total[v] = vset1(<real> 0.0)
+    # One vector after the other: four in lockstep would spill, and a spill costs as much as two FMAs.
     for j in range(n):
         for v in range(VECTORS):
             prob = vexp2(vload(scores + (j * VECTORS + v) * LANES) - reference[v])
@@ -194,6 +200,8 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
     cdef Py_ssize_t all_low = low, all_high = high                # seen by all lanes
     cdef Py_ssize_t i, j, skipped, block_keys = n
     cdef bint limited
+    # Keys that no lane of this panel sees are not computed at all: for causal attention the tile ends at the panel's
+    # own diagonal, not at the block's.
     for i in range(1, width):
         low = min(low, lanes[i].low)
         high = max(high, lanes[i].high)
@@ -221,6 +229,7 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
     exponentiate(VECTORS, w.scores, row_max, row_sum, n)
     drop_tile(p, w.scores, width, batch, key_start, n, lanes)
 
+    # Only a tile in which some lane does not see some key can leak that key's value; V is looked at once a block.
     if (limited or p.mask.data != NULL) and v_is_finite[0] < 0:
         v_is_finite[0] = not make_finite(w.v_finite, p.v_stride, v, v_stride, block_keys, p.head_dim_v)
     if (limited or p.mask.data != NULL) and not v_is_finite[0]:
@@ -252,6 +261,7 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
                     load_row(w.rows + i * p.head_dim, row_of(&p.q, task.batch, lanes[i].head, lanes[i].query),
                              p.q.stride[3], p.head_dim, p.q.kind)
                 transpose(packed, width, w.rows, p.head_dim, LANES, p.head_dim)
+            # scale * log2(e) goes into the queries, head_dim numbers a row, instead of into every score
             for d in range(p.head_dim):
                 vstore(packed + d * width, vload(packed + d * width) * vset1(p.scale))
         first += panel
@@ -358,6 +368,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
             for i in range(num_rows):
                 finish_row(p, task.batch, lanes[i], state.row_max[first * LANES + i],
                            state.row_sum[first * LANES + i], inverse_sum[i])
+        # Straight into out where the panel's rows lie there as reals, one after the other; through scratch otherwise.
         if all_right and out_in_place and lanes[width - 1].query == lanes[0].query + width - 1:
             transpose(<real*> row_of(&p.out, task.batch, lanes[0].head, lanes[0].query),
                       p.out.stride[2] // <Py_ssize_t> sizeof(real), acc, width, p.head_dim_v, width)

@@ -32,12 +32,6 @@
 #define REGISTERS 16
 #endif
 
-#if defined(__FMA__) || defined(__aarch64__)
-#define HAS_FMA 1
-#else
-#define HAS_FMA 0
-#endif
-
 #ifdef CATTN_DOUBLE
 typedef double real;
 typedef int64_t lane_int;

@@ -55,7 +55,8 @@ cdef void compose(Rotation out, Rotation a, Rotation b, Py_ssize_t dim) noexcept
 
 cdef void multiples(double* rotations, Py_ssize_t count, double step, const double* frequency, Py_ssize_t dim,
                     bint concatenated) noexcept nogil:
-    """rotations (OUT): of 0, step, 2 * step, ... (count - 1) * step."""
+    """rotations (OUT): of 0, step, 2 * step, ... (count - 1) * step. Those of powers of two by sine and cosine; each
+    other one is the largest power of two in it, then the rest: at most 5 products deep."""
     cdef Py_ssize_t i, power = 1
     rotate_by(rotation_at(rotations, 0, dim), 0.0, frequency, dim, concatenated)
     while power < count:
@@ -68,7 +69,8 @@ cdef void multiples(double* rotations, Py_ssize_t count, double step, const doub
 
 cdef void fill_row(char* row, bint single, const double* seed, const double* turned, Rotation offset,
                    Py_ssize_t dim) noexcept nogil:
-    """row (OUT) = seed * offset.same + turned * offset.other, in float32 or float64."""
+    """row (OUT) = seed * offset.same + turned * offset.other, in float32 or float64: two products a number and one
+    store. From here on the limit is how fast memory takes the table."""
     cdef float* f32 = <float*> row
     cdef double* f64 = <double*> row
     cdef Py_ssize_t c
@@ -120,6 +122,7 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
         length, dim, rows, row_bytes = f64.shape[0], f64.shape[1], <char*> &f64[0, 0], f64.strides[0]
     if length == 0:
         return
+    # One block for the scratch: frequencies, then rotations of offsets, blocks, far positions; a seed for each thread.
     half = (dim + 1) // 2
     blocks = (length + STEPS - 1) // STEPS
     num_far = (blocks + STEPS - 1) // STEPS

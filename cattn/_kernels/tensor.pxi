@@ -1,5 +1,9 @@
 # Arrays as a pointer and byte strides, of any dtype the contract knows. Kernels compute on contiguous `real` rows: a
 # row either already is one and is used in place, or is loaded into scratch. This is the only part that knows dtypes.
+#
+# Strides may be negative, zero or no multiple of the item, and data may lie at any byte: numbers are moved by memcpy,
+# which compiles to one load and is defined at every address. Vector loads are unaligned ones throughout; on aligned
+# data they cost the same.
 
 ctypedef enum Kind:  # the same numbers as in cattn/attention.py
     F32, F64, F16, BF16, BOOL
@@ -13,12 +17,14 @@ cdef inline Kind real_kind() noexcept nogil:
     return F64 if IS_DOUBLE else F32
 
 
+# batch, head and row are of the broadcast shape: an axis the array lacks has stride 0.
 cdef inline char* row_of(const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t row) noexcept nogil:
     return t.data + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2]
 
 
 cdef inline bint rows_are_real(const Tensor* t) noexcept nogil:
-    """True when a row of `t` can be used in place: contiguous, aligned reals."""
+    """True when a row of `t` can be used in place: contiguous, aligned reals. Whole strides, because the distance of
+    two rows is then a number of reals."""
     return (t.kind == real_kind() and t.stride[3] == sizeof(real) and t.stride[2] % <Py_ssize_t> sizeof(real) == 0
             and t.stride[1] % <Py_ssize_t> sizeof(real) == 0 and t.stride[0] % <Py_ssize_t> sizeof(real) == 0
             and <uintptr_t> t.data % sizeof(real) == 0)
@@ -49,6 +55,7 @@ cdef void load_row(real* row, const char* p, Py_ssize_t stride, Py_ssize_t n, Ki
     if kind == real_kind() and stride == sizeof(real):
         memcpy(row, p, n * sizeof(real))
         return
+    # A stride of 2 alone is no sign of 16-bit numbers: every second bool has it too.
     if not IS_DOUBLE and stride == 2 and (kind == F16 or kind == BF16):
         while i + LANES <= n:
             vstore(row + i, vload_f16(<const uint16_t*> (p + 2 * i)) if kind == F16
@@ -58,7 +65,7 @@ cdef void load_row(real* row, const char* p, Py_ssize_t stride, Py_ssize_t n, Ki
         for i in range(n):  # a loop of its own, for the compiler to vectorise: dense bool masks pass through here
             row[i] = <real> 0.0 if p[i] else <real> -INFINITY
         return
-    while i < n:
+    while i < n:  # the tail of 16-bit rows; and whatever has no loop of its own: gaps, float64 masks
         row[i] = load_one(p + i * stride, kind)
         i += 1
 
@@ -84,6 +91,7 @@ cdef void transpose(real* out, Py_ssize_t out_stride, const real* a, Py_ssize_t 
     registers, the edges one by one."""
     cdef vf square[16]
     cdef Py_ssize_t r = 0, c, i
+    # Plain loops would be bound by their scattered stores, one a number: 8 to 16 times as many as here.
     while r + LANES <= rows:
         c = 0
         while c + LANES <= columns:
