@@ -108,8 +108,8 @@ cdef void add_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_
     for v in range(width // LANES):
         for i in range(LANES):
             load_bias(bias + i * n, mask, batch, lanes[v * LANES + i], key_start, n)
-        # Rows of the mask run along keys, lanes across queries: a transpose through registers in between. At head_dim 64
-        # a dense float32 mask costs 15 % in all, a bool one 10 %.
+        # Rows of the mask run along keys, lanes across queries: a transpose through registers in between. At head_dim
+        # 64 a dense float32 mask costs 15 % in all, a bool one 10 %.
         transpose(transposed, LANES, bias, n, LANES, n)
         for j in range(n):
             add_biases(scores + j * width + v * LANES, vload(transposed + j * LANES))
