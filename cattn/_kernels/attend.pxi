@@ -11,6 +11,7 @@
 # 2048 rows took 4.9 ms instead of 3.4.
 
 cdef enum:
+    MAX_THREADS = 1024         # libgomp ends the process when it cannot start a thread
     SERIAL_FLOPS = 1_000_000   # below about 10 us of work, waking a second thread costs more than it brings
     MIN_BLOCK = 6              # vectors of query rows: two panels, so that K and V are still used twice
     TASKS_PER_THREAD = 4       # fewer leave threads idle at the end
@@ -199,7 +200,7 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     p.keep_scale = <real> (1.0 / (1.0 - dropout_p))
     p.seed = seed
     p.batch_offset = batch_offset
-    threads = num_threads
+    threads = min(num_threads, MAX_THREADS)
     # Half the flops where causal, unknown here: the threshold is no precise thing.
     if (2.0 * p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv * (p.head_dim + p.head_dim_v)
             < SERIAL_FLOPS) or cattn_child_is_serial:

@@ -211,7 +211,7 @@ SIMD vf vload_bf16(const uint16_t *p) {
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
 #else
     real r[LANES];
-    for (int i = 0; i < LANES; i++) r[i] = widen_bf16(p[i]);
+    for (int i = 0; i < LANES; i++) { uint16_t h; memcpy(&h, p + i, 2); r[i] = widen_bf16(h); }
     return vload(r);
 #endif
 }
@@ -224,7 +224,7 @@ SIMD vf vload_f16(const uint16_t *p) {
     return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
     real r[LANES];
-    for (int i = 0; i < LANES; i++) r[i] = widen_f16(p[i]);
+    for (int i = 0; i < LANES; i++) { uint16_t h; memcpy(&h, p + i, 2); r[i] = widen_f16(h); }
     return vload(r);
 #endif
 }

@@ -126,7 +126,9 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
     half = (dim + 1) // 2
     blocks = (length + STEPS - 1) // STEPS
     num_far = (blocks + STEPS - 1) // STEPS
-    num_threads = 1 if cattn_child_is_serial or length * dim < SERIAL_NUMBERS else <int> min(num_threads, blocks)
+    num_threads = <int> min(num_threads, MAX_THREADS, blocks)
+    if cattn_child_is_serial or length * dim < SERIAL_NUMBERS:
+        num_threads = 1
     frequency = <double*> malloc((half + 2 * dim * (min(STEPS, length) + min(STEPS, blocks) + num_far + num_threads))
                                  * sizeof(double))
     if frequency == NULL:
