@@ -49,5 +49,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         return out.reshape(batch, seq_len_q, self.embed_dim), result[1] if return_weights else None
 
     def _linear(self, x, weight, bias):
-        # One product of two matrices: numpy would run one per batch element, and read the weight each time.
+        # One product of two matrices: numpy would run one per batch element, and read the weight each time. The score
+        # tile as a product for up to 48 rows ran at 0.65 to 1.6 times numpy's speed (Zen 5), faster only from width
+        # 768 on and up to 16 rows: not kept.
         return super()._linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], len(weight))
