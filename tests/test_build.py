@@ -46,7 +46,11 @@ def test_flags_are_in_force(isa):
         return 4 * 512 * 512 * 64
 
     peak = best_rate(lambda: _kernels.f32.fma_flops(100_000, 1), 5)
-    share = best_rate(attend, 20) / peak
+    share = 0.0
+    for _ in range(10):  # 20 calls are over in 12 ms: another process can hold the core for all of them
+        share = max(share, best_rate(attend, 20) / peak)
+        if share >= 0.25:
+            break
     assert share >= 0.25, f"{share:.0%} of the FMA peak"
 
 
