@@ -14,47 +14,6 @@ def sinusoidal_encoding(
     length: int, dim: int, *, base: float = 10000.0, offset: int = 0, layout: str = "interleaved",
     dtype: DTypeLike = np.float32, out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """P[r, 2i] = sin(pos / base^(2i / dim)), P[r, 2i + 1] = cos(same), with pos = offset + r.
-
-    Within half a float32 ulp of 1.0, 2**-24, of the exact value for every position up to 1e8 (float16:
-    rounded to it from there).
-
-    Parameters
-    ----------
-    length : int >= 0
-        Number of positions.
-    dim : int >= 1
-        Number of columns. An odd dim has one sine more than cosines.
-    base : float >= 1
-    offset : int
-        First position; may be negative.
-    layout : str
-        "interleaved": sin, cos, sin, cos, ...; "concatenated": all sines, then all cosines.
-    dtype : float16, float32 or float64
-    out : array (length, dim) of this dtype, optional
-        Written and returned; any strides.
-
-    Returns
-    -------
-    table : array (length, dim)
-
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, the rule and what came, before anything is written.
-
-    Notes
-    -----
-    Vaswani et al. 2017, "Attention is all you need", section 3.5 (interleaved); "concatenated" is
-    tensor2tensor's.
-
-    Examples
-    --------
-    >>> sinusoidal_encoding(3, 4).round(3)
-    array([[ 0.   ,  1.   ,  0.   ,  1.   ],
-           [ 0.841,  0.54 ,  0.01 ,  1.   ],
-           [ 0.909, -0.416,  0.02 ,  1.   ]], dtype=float32)
-    """
     length, dim, base, offset = _check_table(length, dim, base, offset, layout)
     dtype = _check_dtype(dtype, ("float16", "float32", "float64"))
     if out is None:
@@ -78,6 +37,8 @@ def sinusoidal_encoding(
         out[...] = table
     return out
 
+
+sinusoidal_encoding.__doc__ = reference.sinusoidal_encoding.__doc__
 
 class PositionalEncoding(reference.PositionalEncoding):
     __doc__ = reference.PositionalEncoding.__doc__

@@ -627,6 +627,8 @@ def sinusoidal_encoding(
         "interleaved": sin, cos, sin, cos, ...; "concatenated": all sines, then all cosines.
     dtype : float dtype
         The public function knows float16, float32 and float64.
+    out : array (length, dim) of this dtype, optional
+        Of the public function: written and returned; any strides.
 
     Returns
     -------
@@ -635,7 +637,7 @@ def sinusoidal_encoding(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, the rule and what came.
+        Naming the argument, the rule and what came, before anything is written.
 
     Notes
     -----
