@@ -40,6 +40,7 @@ def sinusoidal_encoding(
 
 sinusoidal_encoding.__doc__ = reference.sinusoidal_encoding.__doc__
 
+
 class PositionalEncoding(reference.PositionalEncoding):
     __doc__ = reference.PositionalEncoding.__doc__
     _table = staticmethod(sinusoidal_encoding)
