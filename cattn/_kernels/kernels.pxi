@@ -39,7 +39,7 @@ cdef extern from "simd.h" nogil:
     ctypedef float real
     ctypedef float vf
     ctypedef int vi
-    const int LANES, REGISTERS, IS_DOUBLE
+    const int LANES, REGISTERS, TILE_ROWS, IS_DOUBLE
     vf vload(const real*)
     void vstore(real*, vf)
     vf vset1(real)

@@ -25,8 +25,9 @@
 # Assumes: checked arguments; what it may touch is described by Problem. Never: allocates, raises, takes the GIL.
 
 cdef enum:
-    # Vectors of queries in a panel: 4 keys x 3 vectors = 12 accumulators hide the FMA latency. 6 x 2 is 1 to 2 %
-    # slower, and 8 x 3 no faster where there are 32 registers.
+    # Vectors of queries in a panel: 4 keys x 3 vectors = 12 accumulators hide the FMA latency; 6 x 2 is 1 to 2 %
+    # slower. AVX-512 takes 8 x 3, which halve the loads of queries and probabilities: 5 % faster on a Xeon of 2024, no
+    # faster on Zen 5. Unrolling the loop over dimensions made it 1 % slower.
     MAX_PANEL = 3
     MAX_WIDTH = 48      # MAX_PANEL * LANES, at most
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
@@ -93,7 +94,7 @@ cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf*
 # speed. A panel of one vector takes 8 keys at once, to have accumulators enough.
 cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const real* q, const real* k,
                             Py_ssize_t k_stride, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
-    cdef int ROWS = 8 if VECTORS == 1 else 4
+    cdef int ROWS = 8 if VECTORS == 1 else TILE_ROWS
     cdef Py_ssize_t j = 0
     while j + ROWS <= n:
         if ROWS == 8:
@@ -124,7 +125,7 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
 # of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2.
 cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const real* v_rows, Py_ssize_t v_stride,
                             Py_ssize_t n, Py_ssize_t head_dim_v) noexcept nogil:
-    cdef int ROWS = 8 if VECTORS == 1 else 4
+    cdef int ROWS = 8 if VECTORS == 1 else TILE_ROWS
     cdef Py_ssize_t d = 0
     while d + ROWS <= head_dim_v:
         if ROWS == 8:

@@ -18,9 +18,11 @@
 #include <arm_neon.h>
 #endif
 
+/* TILE_ROWS x 3 accumulators are a register tile of the kernels. gcc 12 spills 8 x 3 with NEON's 32 registers. */
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #define REGISTERS 32
+#define TILE_ROWS 8
 #elif defined(__AVX2__)
 #define VECTOR_BYTES 32
 #define REGISTERS 16
@@ -30,6 +32,9 @@
 #else
 #define VECTOR_BYTES 16
 #define REGISTERS 16
+#endif
+#ifndef TILE_ROWS
+#define TILE_ROWS 4
 #endif
 
 #ifdef CATTN_DOUBLE
