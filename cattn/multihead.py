@@ -3,10 +3,15 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cattn import reference
+from cattn import _kernels, reference
 from cattn.attention import scaled_dot_product_attention
+from cattn.threads import checked, get_num_threads
 
 __all__ = ["MultiHeadAttention"]
+
+# Up to here the own linear layer is faster than numpy's matmul with the same instruction set (AVX2: 1.7 times at 16
+# rows, 1.15 at 64, 1.05 at 128; AVX-512: 2.8, 1.5, 1.3). One row is a product with a vector: numpy does that well.
+_MAX_LINEAR_ROWS = 128
 
 
 class MultiHeadAttention(reference.MultiHeadAttention):
@@ -30,26 +35,34 @@ class MultiHeadAttention(reference.MultiHeadAttention):
 
     __call__.__doc__ = reference.MultiHeadAttention.__call__.__doc__
 
-    def _project(self, query, key, value):
+    def _project(self, query, key, value, num_threads):
         if value is not key:
-            return super()._project(query, key, value)
+            return super()._project(query, key, value, num_threads)
         if key is not query:
-            kv = self._in_proj(key, slice(self._k_rows.start, None))
-            return self._in_proj(query, self._q_rows), *np.split(kv, 2, axis=-1)
-        qkv = self._in_proj(query, slice(None))
+            kv = self._in_proj(key, slice(self._k_rows.start, None), num_threads)
+            return self._in_proj(query, self._q_rows, num_threads), *np.split(kv, 2, axis=-1)
+        qkv = self._in_proj(query, slice(None), num_threads)
         return qkv[..., self._q_rows], qkv[..., self._k_rows], qkv[..., self._v_rows]
 
-    def _attend(self, q, k, v, attn_mask, return_weights, **options):
+    def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
         # The heads are written side by side, so that the output projection reads contiguous memory.
         batch, num_heads, seq_len_q, head_dim = q.shape
         out = np.empty((batch, seq_len_q, num_heads, head_dim), q.dtype)
         result = scaled_dot_product_attention(
-            q, k, v, attn_mask, out=out.swapaxes(1, 2), return_weights=return_weights, **options
+            q, k, v, attn_mask, out=out.swapaxes(1, 2), return_weights=return_weights, num_threads=num_threads,
+            **options,
         )
         return out.reshape(batch, seq_len_q, self.embed_dim), result[1] if return_weights else None
 
-    def _linear(self, x, weight, bias):
-        # One product of two matrices: numpy would run one per batch element, and read the weight each time. The score
-        # tile as a product for up to 48 rows ran at 0.65 to 1.6 times numpy's speed (Zen 5), faster only from width
-        # 768 on and up to 16 rows: not kept.
-        return super()._linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], len(weight))
+    def _linear(self, x, weight, bias, num_threads):
+        rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
+        shape = (*x.shape[:-1], len(weight))
+        if not (1 < len(rows) <= _MAX_LINEAR_ROWS and x.dtype.name in ("float32", "float64")
+                and weight.size and weight.flags.c_contiguous):
+            # One product of two matrices: numpy would run one per batch element, and read the weight each time.
+            return super()._linear(rows, weight, bias, num_threads).reshape(shape)
+        out = np.empty((len(rows), len(weight)), x.dtype)
+        module = _kernels.f32 if x.dtype == np.float32 else _kernels.f64()
+        threads = get_num_threads() if num_threads is None else checked(num_threads)
+        module.linear(rows, weight, np.zeros(len(weight), x.dtype) if bias is None else bias, out, threads)
+        return out.reshape(shape)

@@ -423,7 +423,7 @@ class MultiHeadAttention:
             sinks=sinks, kv_lens=kv_lens, dropout_p=self.dropout if training else 0.0, seed=seed,
         )
 
-    def _forward(self, query, key, value, attn_mask, return_weights, *, kv_lens, **options):
+    def _forward(self, query, key, value, attn_mask, return_weights, *, kv_lens, num_threads=None, **options):
         query, key, value = self._check_inputs(query, key, value)
         if attn_mask is not None:
             attn_mask = self._check_mask(attn_mask, query, key)
@@ -431,27 +431,27 @@ class MultiHeadAttention:
         if not batched and kv_lens is not None and np.ndim(kv_lens) == 0:
             kv_lens = np.asarray(kv_lens)[None]
 
-        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
-        heads, weights = self._attend(q, k, v, attn_mask, return_weights, kv_lens=kv_lens, **options)
-        out = self._linear(heads, self.out_proj_weight, self.out_proj_bias)
+        q, k, v = (self._split_heads(x) for x in self._project(query, key, value, num_threads))
+        heads, weights = self._attend(q, k, v, attn_mask, return_weights, num_threads, kv_lens=kv_lens, **options)
+        out = self._linear(heads, self.out_proj_weight, self.out_proj_bias, num_threads)
         if not batched:
             out, weights = out[0], weights[0] if return_weights else None
         return (out, weights) if return_weights else out
 
     # The steps that cattn.MultiHeadAttention does in its own way.
 
-    def _project(self, query, key, value):
+    def _project(self, query, key, value, num_threads):
         """(..., seq, input_dim) each to (..., seq, heads * head_dim) each."""
         rows = (self._q_rows, self._k_rows, self._v_rows)
-        return [self._in_proj(x, part) for x, part in zip((query, key, value), rows, strict=True)]
+        return [self._in_proj(x, part, num_threads) for x, part in zip((query, key, value), rows, strict=True)]
 
-    def _attend(self, q, k, v, attn_mask, return_weights, **options):
+    def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
         """(batch, heads, seq, head_dim) each to (batch, seq_len_q, embed_dim), and the weights if wanted."""
         out, weights = scaled_dot_product_attention(q, k, v, attn_mask, return_weights=True, **options)
         return out.swapaxes(1, 2).reshape(len(q), q.shape[2], self.embed_dim), weights
 
     @np.errstate(all="ignore")
-    def _linear(self, x, weight, bias):
+    def _linear(self, x, weight, bias, num_threads):
         """x @ weight^T + bias, rounded once to the dtype of x."""
         dtype = _compute_dtype(x)
         out = x.astype(dtype, copy=False) @ weight.astype(dtype, copy=False).T
@@ -461,9 +461,9 @@ class MultiHeadAttention:
 
     # The steps that both share.
 
-    def _in_proj(self, x, rows):
+    def _in_proj(self, x, rows, num_threads):
         bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        return self._linear(x, self.in_proj_weight[rows], bias)
+        return self._linear(x, self.in_proj_weight[rows], bias, num_threads)
 
     def _split_heads(self, x):
         """(batch, seq, heads * head_dim), batch optional, to a view (batch, heads, seq, head_dim)."""
