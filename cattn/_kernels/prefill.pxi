@@ -217,6 +217,8 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
 
     for i in range(VECTORS):
         tile_max[i] = vset1(<real> -INFINITY)
+    if p.mask.data != NULL:
+        prefetch_mask(&p.mask, batch, lanes, width, key_start, n)
     score_tile(VECTORS, w.scores, tile_max, w.queries + first_lane * p.q_stride, k + skipped * k_stride, k_stride, n,
                p.head_dim)
     if modify_tile(p, w, width, batch, key_start, n, lanes, limited):

@@ -47,7 +47,6 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* v_rows                    # [block_kv][v_stride]
     real* v_finite                  # [block_kv][v_stride]
     real* rows                      # query or result rows, or LANES mask rows of block_kv
-    real* transposed                # [block_kv][LANES]
     real* shift                     # [block_rows], decode: [LANES]; see store_result
     Lane* lanes                     # [block_rows]
 
@@ -90,7 +89,6 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
                           * sizeof(real))
     w.shift = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
     w.lanes = <Lane*> take(base, &size, p.block_rows * sizeof(Lane))
-    w.transposed = <real*> take(base, &size, keys * LANES * sizeof(real))
     w.visible = <real*> take(base, &size, keys * width * sizeof(real))
     w.v_finite = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
     return size
@@ -162,7 +160,7 @@ cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, Py_ssize
                     Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
     """The two modifiers that can take a key away."""
     if p.mask.data != NULL:
-        add_mask(scores, width, n, key_start, &p.mask, batch, lanes, w.rows, w.transposed)
+        add_mask(scores, width, n, key_start, &p.mask, batch, lanes, w.rows)
     if limited:
         limit_keys(scores, width, n, key_start, lanes)
 
