@@ -1,6 +1,7 @@
 """The kernels of one instruction set and one precision (`real`: float, or double in the _f64 modules).
 
 Read in this order:
+    tasks.pxi      the tasks of a call: how its threads share them, and how Ctrl-C ends them
     tensor.pxi     arrays of any stride and dtype; a row of one is loaded into reals, or stored from them
     dropout.pxi    the counter-based generator
     modify.pxi     what changes a tile of scores: softcap, ALiBi, masks, the causal / window / length limits
@@ -13,7 +14,8 @@ Read in this order:
     openmp.pxi     the OpenMP runtime: forks; what show_config tells of it
     measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force
 
-Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Python but the entries (plain `def`).
+Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Python but the entries (plain `def`), and
+`poll` in tasks.pxi, which runs the handlers of signals for the main thread of a long call.
 """
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, tanh
@@ -64,6 +66,7 @@ cdef extern from "simd.h" nogil:
 
 
 include "openmp.pxi"
+include "tasks.pxi"
 include "tensor.pxi"
 include "dropout.pxi"
 include "modify.pxi"

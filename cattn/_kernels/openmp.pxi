@@ -16,12 +16,12 @@ cdef extern from *:
     #else
     static int cattn_dissolve_pool(void) { return 0; }
     #endif
-    static int cattn_pool_dissolved = 0, cattn_child_is_serial = 0;
+    static int cattn_pool_dissolved = 0, cattn_child_is_serial = 0, cattn_forks = 0;
     static void cattn_before_fork(void) { cattn_pool_dissolved = cattn_dissolve_pool(); }
-    static void cattn_in_child(void) { cattn_child_is_serial |= !cattn_pool_dissolved; }
+    static void cattn_in_child(void) { cattn_child_is_serial |= !cattn_pool_dissolved; cattn_forks++; }
     static int cattn_watch_forks(void) { return pthread_atfork(cattn_before_fork, NULL, cattn_in_child); }
     #else
-    static int cattn_child_is_serial = 0;
+    static int cattn_child_is_serial = 0, cattn_forks = 0;
     static int cattn_watch_forks(void) { return 0; }
     #endif
 
@@ -49,6 +49,7 @@ cdef extern from *:
     const char* CATTN_OPENMP
     const int CATTN_OPENMP_DATE
     bint cattn_child_is_serial
+    int cattn_forks    # that this process is away from the one that imported cattn
     int cattn_watch_forks() noexcept
 
 

@@ -22,7 +22,8 @@
 #
 # Exactness: sums over keys start afresh in each block of keys (one long sum costs 3 to 8 times the error at 2048 to
 # 16384 keys); probabilities are relative to a reference at most 2**8 below the maximum, so they never overflow.
-# Assumes: checked arguments; what it may touch is described by Problem. Never: allocates, raises, takes the GIL.
+# Assumes: checked arguments; what it may touch is described by Problem. Never: allocates, raises, takes the GIL
+# (but for `poll`, tasks.pxi).
 
 cdef enum:
     # Vectors of queries in a panel: 4 keys x 3 vectors = 12 accumulators hide the FMA latency; 6 x 2 is 1 to 2 %
@@ -285,7 +286,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
         p.k.stride[2] == p.head_dim * <Py_ssize_t> sizeof(real) or vectors <= MAX_PANEL)
     cdef bint v_in_place = rows_are_real(&p.v) and (
         p.v.stride[2] == p.head_dim_v * <Py_ssize_t> sizeof(real) or vectors <= MAX_PANEL)
-    while key_start < high:
+    while key_start < high and not stopped(p.tasks):
         n = min(p.block_kv, high - key_start)
         k_stride, v_stride = p.q_stride, p.v_stride
         k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, k_in_place, &k_stride)

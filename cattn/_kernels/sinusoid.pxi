@@ -109,6 +109,7 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
     cdef bint single = table.dtype.itemsize == 4
     cdef char* rows
     cdef Py_ssize_t length, dim, row_bytes, half, blocks, block, far, num_far, r
+    cdef Tasks tasks
     cdef double* frequency
     cdef double* offsets
     cdef double* starts
@@ -129,9 +130,11 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
     num_threads = <int> min(num_threads, MAX_THREADS, blocks)
     if cattn_child_is_serial or length * dim < SERIAL_NUMBERS:
         num_threads = 1
+    begin_tasks(&tasks, blocks, num_threads, 3.0 * length * dim)
     frequency = <double*> malloc((half + 2 * dim * (min(STEPS, length) + min(STEPS, blocks) + num_far + num_threads))
                                  * sizeof(double))
     if frequency == NULL:
+        end_tasks(&tasks)
         raise MemoryError("sinusoidal_encoding: no memory for the scratch rows")
     offsets = frequency + half
     starts = offsets + 2 * dim * min(STEPS, length)
@@ -147,7 +150,10 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
                       concatenated)
         with parallel(num_threads=num_threads):
             for block in prange(blocks, schedule="static"):
-                fill_block(rows + block * STEPS * row_bytes, row_bytes, single, min(STEPS, length - block * STEPS),
-                           rotation_at(fars, block // STEPS, dim), rotation_at(starts, block % STEPS, dim), offsets,
-                           rotation_at(seeds, threadid(), dim), dim, concatenated)
+                if not stopped(&tasks):
+                    fill_block(rows + block * STEPS * row_bytes, row_bytes, single,
+                               min(STEPS, length - block * STEPS), rotation_at(fars, block // STEPS, dim),
+                               rotation_at(starts, block % STEPS, dim), offsets, rotation_at(seeds, threadid(), dim),
+                               dim, concatenated)
     free(frequency)
+    end_tasks(&tasks)
