@@ -58,7 +58,7 @@ def scaled_dot_product_attention(
     softcap = _check_number("softcap", softcap, 0.0)
     dropout_p = _check_dropout("dropout_p", dropout_p)
     seed = _check_seed(seed) if dropout_p or seed is not None else 0
-    num_threads = threads.get_num_threads() if num_threads is None else threads.checked(num_threads)
+    num_threads = 0 if num_threads is None else threads.checked(num_threads)  # 0: the kernel takes the default
     q_offsets = None
     if type(q_offset) is not int:
         q_offsets = _check_lengths("q_offset", q_offset, leading)

@@ -5,7 +5,6 @@ from numpy.typing import DTypeLike
 
 from cattn import _kernels, reference
 from cattn.reference import _check_dtype, _check_table, relative_shift
-from cattn.threads import get_num_threads
 
 __all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]
 
@@ -32,7 +31,7 @@ def sinusoidal_encoding(
         table = np.empty(out.shape, np.float64)
     elif not out.flags.carray:
         table = np.empty(out.shape, dtype)
-    _kernels.sinusoid(table, offset, float(base), layout == "concatenated", get_num_threads())
+    _kernels.sinusoid(table, offset, float(base), layout == "concatenated", 0)
     if table is not out:
         out[...] = table
     return out

@@ -3,17 +3,31 @@
 In this order: the call's `num_threads`, `set_num_threads`, the environment's CATTN_NUM_THREADS, then OMP_NUM_THREADS,
 then the smaller of the CPUs this process may run on and the CPUs its cgroup's quota pays for. OpenMP itself knows no
 quota: in a container of half a CPU on a host of 64 cores it would start 64 threads and be throttled.
+
+All but the first are one number for the process: the calls in flight share it, so that 8 Python threads on 8 CPUs get a
+CPU each and not 64 threads. A limit set on OpenMP at run time (threadpoolctl) lowers it. The kernels apply both, when a
+call comes. Results depend on none of it.
+
+After a call the threads spin for some microseconds only (see cattn._kernels), so that those of NumPy's or PyTorch's
+next call find the CPUs free.
 """
 
 import math
 import operator
 import os
 
+from cattn import _kernels
+from cattn._kernels import cpu
+
 _chosen: int | None = None
 
 
 def set_num_threads(num_threads: int | None) -> None:
-    """Sets the number of threads that calls without `num_threads=` use; None goes back to the default.
+    """Sets the number of threads that calls without `num_threads=` share; None goes back to the default.
+
+    A call that is alone gets all of them, of several at once (from Python threads) each an equal share, at least one.
+    A lower limit on OpenMP, as `threadpoolctl.threadpool_limits` sets it for the Python thread that it is called in,
+    counts as well, whichever came first: the smaller number wins. It does not touch `num_threads=`.
 
     >>> import cattn
     >>> cattn.set_num_threads(1)
@@ -23,11 +37,12 @@ def set_num_threads(num_threads: int | None) -> None:
     """
     global _chosen
     _chosen = None if num_threads is None else checked(num_threads)
+    cpu.set_threads(_chosen or _DEFAULT[0], _OPENMP)
 
 
 def get_num_threads() -> int:
-    """The number of threads that calls without `num_threads=` use."""
-    return _chosen or _DEFAULT[0]
+    """The number of threads that a call without `num_threads=` uses when it is alone."""
+    return _kernels.f32.default_num_threads()[0]
 
 
 def checked(num_threads) -> int:
@@ -43,21 +58,31 @@ def checked(num_threads) -> int:
 
 def source() -> str:
     """Where the number of get_num_threads() comes from, in words."""
-    return "set_num_threads" if _chosen else _DEFAULT[1]
+    limit = _kernels.f32.default_num_threads()[1]
+    return ("set_num_threads" if _chosen else _DEFAULT[1]) + (f", limited by {limit}" if limit else "")
 
 
 def _default() -> tuple[int, str]:
-    for name in ("CATTN_NUM_THREADS", "OMP_NUM_THREADS"):
-        value = os.environ.get(name, "").split(",")[0].strip()  # OMP_NUM_THREADS may list one number per nesting level
-        if value.isdecimal() and int(value) > 0:
-            return int(value), name
-        if value and name == "CATTN_NUM_THREADS":
-            raise ImportError(f"CATTN_NUM_THREADS: expected a positive integer, got {value!r}")
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota()
+    wanted = os.environ.get("CATTN_NUM_THREADS", "").strip()
+    if wanted:
+        if not (wanted.isdecimal() and int(wanted) > 0):
+            raise ImportError(f"CATTN_NUM_THREADS: expected a positive integer, got {wanted!r}")
+        return int(wanted), "CATTN_NUM_THREADS"
+    if _openmp_variable():
+        return _openmp_variable(), "OMP_NUM_THREADS"
+    cpus, quota = _cpus(), _cgroup_quota()
     if quota is not None and math.ceil(quota) < cpus:
         return math.ceil(quota), "cgroup CPU quota"
     return cpus, "CPU affinity"
+
+
+def _openmp_variable() -> int | None:
+    value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # it may list one number per nesting level
+    return int(value) if value.isdecimal() and int(value) > 0 else None
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cgroup_quota(root="/sys/fs/cgroup", membership="/proc/self/cgroup") -> float | None:
@@ -92,3 +117,5 @@ def _read(path) -> str:
 
 
 _DEFAULT = _default()
+_OPENMP = _openmp_variable() or _cpus()  # what OpenMP starts with: it says less in a thread where somebody limits it
+set_num_threads(None)

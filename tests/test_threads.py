@@ -1,8 +1,12 @@
-"""How many threads a call uses: the call's own number, set_num_threads, the environment, the quota, the CPUs."""
+"""How many threads a call uses: its own number, or else a share of what set_num_threads, the environment, the quota or
+the CPUs say and what limits OpenMP leaves."""
 
+import ctypes
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,8 +125,148 @@ def test_the_call_comes_first(monkeypatch):
     cattn.scaled_dot_product_attention(x, x, x, num_threads=2)
     cattn.scaled_dot_product_attention(x, x, x, num_threads=np.uint8(5))
     cattn.scaled_dot_product_attention(x, x, x)
-    cattn.set_num_threads(None)
-    assert used == [cattn.get_num_threads(), 3, 2, 5, 3]
+    assert used == [0, 0, 2, 5, 0]  # 0: the kernel takes a share of the default
+
+
+@pytest.fixture
+def openmp_libraries():
+    """Those that this process has loaded."""
+    if _kernels.f32.build_info()["openmp"].startswith("none"):
+        pytest.skip("a build without OpenMP")
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    return [library["filepath"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "openmp"]
+
+
+def test_limits_of_threadpoolctl(openmp_libraries):
+    """The smaller number wins, in the Python thread that the limit was set in."""
+    done = in_new_process("""
+import threading, cattn
+from cattn import threads
+from threadpoolctl import threadpool_limits
+def show():
+    print(cattn.get_num_threads(), threads.source(), sep=": ")
+with threadpool_limits(2):
+    show()
+    cattn.set_num_threads(3)
+    show()
+    thread = threading.Thread(target=show)
+    thread.start()
+    thread.join()
+    cattn.set_num_threads(1)
+    show()
+with threadpool_limits(9):
+    cattn.set_num_threads(6)
+    show()
+show()
+""", OMP_NUM_THREADS="4")
+    limited = ", limited by threadpoolctl or omp_set_num_threads"
+    assert done.stdout.splitlines() == [
+        f"2: OMP_NUM_THREADS{limited}", f"2: set_num_threads{limited}", "3: set_num_threads",
+        f"1: set_num_threads{limited}", "6: set_num_threads", "6: set_num_threads"]
+
+
+def test_a_limit_from_before_the_import(openmp_libraries):
+    """Another extension had loaded OpenMP."""
+    done = in_new_process(f"""
+import ctypes
+openmp = ctypes.CDLL({openmp_libraries[0]!r})
+openmp.omp_set_num_threads(2)
+import cattn
+print(cattn.get_num_threads())
+openmp.omp_set_num_threads(5)
+print(cattn.get_num_threads())
+""", CATTN_NUM_THREADS="5", OMP_NUM_THREADS="3")
+    assert done.stdout.split() == ["2", "5"]
+
+
+def test_one_thread_inside_a_parallel_region(openmp_libraries):
+    x = np.random.default_rng(0).standard_normal((4, 200, 64), np.float32)
+    expected = cattn.scaled_dot_product_attention(x, x, x)
+    cattn.set_num_threads(3)
+    inside = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def region(_):
+        right = np.array_equal(cattn.scaled_dot_product_attention(x, x, x, num_threads=2), expected)
+        inside.append((cattn.get_num_threads(), threads.source(), right))
+
+    ctypes.CDLL(openmp_libraries[0]).GOMP_parallel(region, None, 2, 0)
+    assert inside == [(1, "set_num_threads, limited by a parallel region", True)] * 2
+    assert cattn.get_num_threads() == 3
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+def test_calls_in_flight_share_the_default(openmp_libraries):
+    """Each Python thread that calls has a pool of its own: how large it becomes tells how many threads the call got."""
+    done = in_new_process("""
+import os, signal, threading, cattn
+import numpy as np
+x = np.ones((8, 512, 64), np.float32)
+endless = np.broadcast_to(x[:1, :1], (1, 1 << 32, 64))
+done = threading.Event()
+def threads_of_a_call(**options):
+    number, counted = [], threading.Event()
+    def call():
+        before = len(os.listdir("/proc/self/task"))
+        cattn.scaled_dot_product_attention(x, x, x, **options)
+        number.append(1 + len(os.listdir("/proc/self/task")) - before)
+        counted.set()
+        done.wait()  # the pool ends with the Python thread
+    threading.Thread(target=call, daemon=True).start()
+    counted.wait()
+    return number[0]
+def beside_another():
+    shared = 6
+    while shared == 6:  # not yet beside it
+        shared = threads_of_a_call()
+    print(shared, threads_of_a_call(num_threads=4), flush=True)
+    pid = os.fork()
+    if pid == 0:
+        print(threads_of_a_call(), flush=True)  # the other call is not in the child
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.kill(os.getpid(), signal.SIGINT)
+print(threads_of_a_call(), threads_of_a_call(num_threads=4), flush=True)
+threading.Thread(target=beside_another).start()
+try:
+    cattn.scaled_dot_product_attention(x[:1], endless, endless, num_threads=1)
+except KeyboardInterrupt:
+    print(threads_of_a_call())
+done.set()
+""", CATTN_NUM_THREADS="6")
+    assert done.stdout.split("\n") == ["6 4", "3 4", "6", "6", ""], done.stderr
+
+
+@pytest.mark.slow
+def test_eight_threads_for_a_minute():
+    """The right bits, and no memory kept."""
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    rng = np.random.default_rng(0)
+    problems = []
+    for seq_len_q, seq_len_kv in ((3, 5), (100, 100), (1, 5000), (300, 300)):
+        q = rng.standard_normal((2, 4, seq_len_q, 64), np.float32)
+        kv = rng.standard_normal((2, 2, seq_len_kv, 64), np.float32)
+        problems.append((q, kv, cattn.scaled_dot_product_attention(q, kv, kv, num_threads=1)))
+    wrong, sizes, start = [], [], time.monotonic()
+
+    def work(number):
+        while time.monotonic() - start < 60 and not wrong:
+            for q, kv, expected in problems:
+                if not np.array_equal(cattn.scaled_dot_product_attention(q, kv, kv), expected):
+                    wrong.append(q.shape)
+            if number == 0:
+                sizes.append((time.monotonic() - start, resident()))
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+    early, late = (max(size for when, size in sizes if low <= when < high) for low, high in ((10, 30), (30, 60)))
+    assert late - early < 2**20
 
 
 # cgroups, as files in a folder.

@@ -11,8 +11,7 @@
 # rows took 4.9 ms instead of 3.4.
 
 cdef enum:
-    MAX_THREADS = 1024         # libgomp ends the process when it cannot start a thread
-    SERIAL_FLOPS = 1_000_000   # below about 10 us of work, waking a second thread costs more than it brings
+    EXP_FLOPS = 64             # an exp2 and its bookkeeping, a score
     MIN_BLOCK = 6              # vectors of query rows: two panels, so that K and V are still used twice
     TASKS_PER_THREAD = 4       # fewer leave threads idle at the end
     DECODE_SPLIT = 1024        # keys: 512 to 4096 measured within 4 %
@@ -120,7 +119,7 @@ cdef bint do_splits(const Problem* p, Workspace* w, const Task* task) noexcept n
         clear_weights(p, w, task)
     do_split(p, w, task, &w.total, task.low // p.split_kv)
     for split in range(task.low // p.split_kv + 1, (task.high + p.split_kv - 1) // p.split_kv):
-        if stopped(p.tasks):
+        if stopped(p.call):
             return False
         do_split(p, w, task, &w.part, split)
         merge(p, task, &w.total, &w.part)
@@ -166,17 +165,17 @@ cdef void merge_parts(const Problem* p, Py_ssize_t number, char* scratch, char* 
 cdef void do_tasks(const Problem* p, char* scratch, char* states, Py_ssize_t* parts_left) noexcept nogil:
     """What one thread does. states == NULL: whole tasks; else parts, and the rest of a task when its last part is done.
     """
-    cdef Py_ssize_t number = take_task(p.tasks), task
-    while number < p.tasks.count and not stopped(p.tasks):
+    cdef Py_ssize_t number = take_task(p.call), task
+    while number < p.call.num_tasks and not stopped(p.call):
         if states == NULL:
             do_task(p, number, scratch)
         else:
             do_part(p, number, scratch, states)
             task = number // p.num_splits
-            if atomic_add(&parts_left[task], -1) == 1 and not stopped(p.tasks):
+            if atomic_add(&parts_left[task], -1) == 1 and not stopped(p.call):
                 merge_parts(p, task, scratch, states)
-        task_done(p.tasks)
-        number = take_task(p.tasks)
+        task_done(p.call)
+        number = take_task(p.call)
 
 
 def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp, Kind q_kind, Kind kv_kind,
@@ -186,9 +185,8 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     """out, weights and logsumexp (OUT; flat, contiguous) of one attention problem; None: not given."""
     cdef Problem p
     cdef Workspace w
-    cdef Tasks tasks
+    cdef Call call
     cdef Py_ssize_t task, num_tasks, num_parts = 0, threads
-    cdef double flops
     cdef size_t scratch_size, shared_size = 0
     cdef char* allocated
     cdef char* scratch
@@ -221,24 +219,22 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     p.keep_scale = <real> (1.0 / (1.0 - dropout_p))
     p.seed = seed
     p.batch_offset = batch_offset
-    threads = min(num_threads, MAX_THREADS)
-    # Half the flops where causal, unknown here: the threshold is no precise thing.
-    flops = 2.0 * p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv * (p.head_dim + p.head_dim_v)
-    if flops < SERIAL_FLOPS or cattn_child_is_serial:
-        threads = 1
+    if p.batch * p.num_kv_heads * p.group_size * p.seq_len_q == 0:
+        return
+    # Half the flops where causal, unknown here: what they decide is no precise thing.
+    begin_call(&call, num_threads, <double> p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv
+               * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS))
+    threads = call.num_threads
     plan(&p, threads)
     num_tasks = p.batch * p.num_kv_heads * p.num_blocks
-    if num_tasks == 0 or p.group_size * p.seq_len_q == 0:
-        return
     if threads > 1 and num_tasks < TASKS_PER_THREAD * threads and p.num_splits > 1 and p.weights == NULL:
         num_parts = num_tasks * p.num_splits
         shared_size = num_parts * state_size(&p) + num_tasks * sizeof(Py_ssize_t)
-    threads = min(threads, max(num_tasks, num_parts))
+    threads = call.num_threads = min(threads, max(num_tasks, num_parts))
     scratch_size = carve(&w, NULL, &p)
-    begin_tasks(&tasks, max(num_tasks, num_parts), threads, flops * (1 + 32.0 / (p.head_dim + p.head_dim_v)))
     allocated = <char*> malloc(threads * scratch_size + shared_size + 64)
     if allocated == NULL:
-        end_tasks(&tasks)
+        end_call(&call)
         raise MemoryError(f"attention: no memory for {threads} x {scratch_size} bytes of scratch")
     # 64-byte pieces from here on: no vector of packed queries, scores or acc crosses a cache line.
     scratch = allocated + 64 - <uintptr_t> allocated % 64
@@ -247,7 +243,8 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
         parts_left = <Py_ssize_t*> (states + num_parts * state_size(&p))
         for task in range(num_tasks):
             parts_left[task] = p.num_splits
-    p.tasks = &tasks
+    call.num_tasks = call.unfinished = max(num_tasks, num_parts)
+    p.call = &call
     with nogil:
         if threads == 1:
             do_tasks(&p, scratch, states, parts_left)
@@ -255,6 +252,6 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
             with parallel(num_threads=threads):
                 do_tasks(&p, scratch + threadid() * scratch_size, states, parts_left)
                 if threadid() == 0:
-                    await_others(&tasks)
+                    await_others(&call)
     free(allocated)
-    end_tasks(&tasks)
+    end_call(&call)

@@ -1,7 +1,9 @@
-"""Which of the features named in isa.py this CPU has and its operating system saves."""
+"""Which of the features named in isa.py this CPU has and its operating system saves; the number of threads that calls
+share (cpu.pxd)."""
 
 cdef extern from *:
     """
+    #include <string.h>
     #if defined(__x86_64__) || defined(_M_X64)
     /* The builtin wants literal names, and asks the operating system (XGETBV) as well as the CPU. */
     #define CATTN_CPU_FEATURES(X) X("avx2") X("fma") X("f16c") X("avx512f") X("avx512dq") X("avx512bw") X("avx512vl")
@@ -22,3 +24,9 @@ cdef extern from *:
 def supports(str feature) -> bool:
     """True when this CPU, and the operating system on it, can run code compiled with -m<feature>."""
     return cattn_cpu_supports(feature.encode()) != 0
+
+
+def set_threads(Py_ssize_t default, Py_ssize_t openmp):
+    """For cattn/threads.py, which decides both numbers."""
+    atomic_set(&default_threads, default)
+    atomic_set(&openmp_threads, openmp)

@@ -1,7 +1,7 @@
 """The kernels of one instruction set and one precision (`real`: float, or double in the _f64 modules).
 
 Read in this order:
-    tasks.pxi      the tasks of a call: how its threads share them, and how Ctrl-C ends them
+    tasks.pxi      a call's threads: how many, how they share its tasks, how Ctrl-C ends them
     tensor.pxi     arrays of any stride and dtype; a row of one is loaded into reals, or stored from them
     dropout.pxi    the counter-based generator
     modify.pxi     what changes a tile of scores: softcap, ALiBi, masks, the causal / window / length limits
@@ -22,6 +22,8 @@ from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, ta
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+
+from cattn._kernels.cpu cimport atomic_add, atomic_read, atomic_set, calls_in_flight, default_threads, openmp_threads
 
 
 cdef extern from *:

@@ -1,7 +1,7 @@
-# The OpenMP runtime: what it is, and its one trap. GCC's (12 to 16) deadlocks when a process forks after its first
-# parallel region and the child enters one: the child inherits a pool of threads that do not exist in it. So, before
-# each fork, the pool of the forking thread is dissolved (25 to 35 us; the next region makes a new one in 40 to 60 us).
-# Where the runtime cannot do that, the child computes with one thread.
+# The OpenMP runtime: what it is, how many threads it lets a call have, and its one trap. GCC's (12 to 16) deadlocks
+# when a process forks after its first parallel region and the child enters one: the child inherits a pool of threads
+# that do not exist in it. So, before each fork, the pool of the forking thread is dissolved (25 to 35 us; the next
+# region makes a new one in 40 to 60 us). Where the runtime cannot do that, the child computes with one thread.
 
 cdef extern from *:
     """
@@ -19,10 +19,12 @@ cdef extern from *:
     static int cattn_pool_dissolved = 0, cattn_child_is_serial = 0, cattn_forks = 0;
     static void cattn_before_fork(void) { cattn_pool_dissolved = cattn_dissolve_pool(); }
     static void cattn_in_child(void) { cattn_child_is_serial |= !cattn_pool_dissolved; cattn_forks++; }
-    static int cattn_watch_forks(void) { return pthread_atfork(cattn_before_fork, NULL, cattn_in_child); }
+    static int cattn_watch_forks(void (*in_child)(void)) {
+        return pthread_atfork(cattn_before_fork, NULL, cattn_in_child) || pthread_atfork(NULL, NULL, in_child);
+    }
     #else
     static int cattn_child_is_serial = 0, cattn_forks = 0;
-    static int cattn_watch_forks(void) { return 0; }
+    static int cattn_watch_forks(void (*in_child)(void)) { (void)in_child; return 0; }
     #endif
 
     #if defined(__clang__)
@@ -41,8 +43,12 @@ cdef extern from *:
     #endif
     #ifdef _OPENMP
     #define CATTN_OPENMP_DATE _OPENMP
+    #define CATTN_MAX_THREADS omp_get_max_threads()
+    #define CATTN_IN_PARALLEL omp_in_parallel()
     #else
     #define CATTN_OPENMP_DATE 0
+    #define CATTN_MAX_THREADS 1
+    #define CATTN_IN_PARALLEL 0
     #endif
     """
     const char* CATTN_COMPILER
@@ -50,11 +56,50 @@ cdef extern from *:
     const int CATTN_OPENMP_DATE
     bint cattn_child_is_serial
     int cattn_forks    # that this process is away from the one that imported cattn
-    int cattn_watch_forks() noexcept
+    const bint CATTN_IN_PARALLEL
+    const Py_ssize_t CATTN_MAX_THREADS
+    int cattn_watch_forks(void (*in_child)() noexcept nogil) noexcept
 
 
-if cattn_watch_forks():
+cdef void forget_calls() noexcept nogil:
+    """A child of fork has none of the threads that are in a call of the parent."""
+    atomic_set(&calls_in_flight, 0)
+
+
+if cattn_watch_forks(forget_calls):
     raise MemoryError("cattn: pthread_atfork found no memory for its handlers")
+
+
+cdef const char* one_thread() noexcept nogil:
+    """Why a call gets one thread whatever it asks for; NULL: it does not."""
+    if not CATTN_OPENMP_DATE:
+        return "a build without OpenMP"
+    if cattn_child_is_serial:
+        return "a fork, with an OpenMP that cannot take one"
+    if CATTN_IN_PARALLEL:
+        return "a parallel region"
+    return NULL
+
+
+cdef bint openmp_is_limited() noexcept nogil:
+    """True when this Python thread runs with fewer OpenMP threads than at the start."""
+    return CATTN_MAX_THREADS < atomic_read(&openmp_threads)
+
+
+cdef Py_ssize_t share_of_default(Py_ssize_t calls) noexcept nogil:
+    """The threads of each of so many calls that do not ask for a number."""
+    cdef Py_ssize_t threads = atomic_read(&default_threads)
+    if openmp_is_limited():
+        threads = min(threads, CATTN_MAX_THREADS)
+    return max(1, threads // calls)
+
+
+def default_num_threads():
+    """The threads of a call that asks for no number and is alone, and what keeps it from more, if anything does."""
+    cdef const char* reason = one_thread()
+    if reason != NULL:
+        return 1, reason.decode()
+    return share_of_default(1), "threadpoolctl or omp_set_num_threads" if openmp_is_limited() else None
 
 
 def build_info():

@@ -286,7 +286,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
         p.k.stride[2] == p.head_dim * <Py_ssize_t> sizeof(real) or vectors <= MAX_PANEL)
     cdef bint v_in_place = rows_are_real(&p.v) and (
         p.v.stride[2] == p.head_dim_v * <Py_ssize_t> sizeof(real) or vectors <= MAX_PANEL)
-    while key_start < high and not stopped(p.tasks):
+    while key_start < high and not stopped(p.call):
         n = min(p.block_kv, high - key_start)
         k_stride, v_stride = p.q_stride, p.v_stride
         k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, k_in_place, &k_stride)

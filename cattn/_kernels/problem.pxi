@@ -32,7 +32,7 @@ cdef struct Problem:
     Py_ssize_t block_kv             # keys in a block: what one pass of the kernel's loops takes
     Py_ssize_t split_kv             # keys in a split, a multiple of block_kv
     Py_ssize_t num_splits
-    Tasks* tasks
+    Call* call
 
 cdef struct State:                  # of the softmax of a block of rows, over the keys done so far
     real* row_max                   # [block_rows], decode: [LANES], row r in each lane l with l % decode_width == r
@@ -247,7 +247,7 @@ cdef void clear_weights(const Problem* p, const Workspace* w, const Task* task) 
     cdef Py_ssize_t i, j
     cdef real* row
     for i in range(task.num_rows):
-        if stopped(p.tasks):
+        if stopped(p.call):
             return
         row = weights_row(p, task.batch, w.lanes[i])
         for j in range(p.seq_len_kv):
@@ -322,7 +322,7 @@ cdef void finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max
     if p.logsumexp != NULL:
         p.logsumexp[(batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query] = (
             <real> ((row_max + log2(<double> row_sum)) / LOG2_E) if row_sum != 0 else <real> -INFINITY)
-    if p.weights != NULL and not stopped(p.tasks):
+    if p.weights != NULL and not stopped(p.call):
         row = weights_row(p, batch, lane)
         finish_weights(row, p.seq_len_kv, row_max, inverse_sum)
         if p.dropout:

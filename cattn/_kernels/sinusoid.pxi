@@ -14,7 +14,7 @@
 
 cdef enum:
     STEPS = 64               # offsets in a block, and blocks to the next far position
-    SERIAL_NUMBERS = 20_000  # below about 10 us of work a second thread does not pay
+    NUMBER_FLOPS = 50        # the time of a number of the table, in flops of attention
 
 
 cdef struct Rotation:
@@ -102,14 +102,14 @@ cdef void fill_block(char* rows, Py_ssize_t row_bytes, bint single, Py_ssize_t n
         fill_row(rows + r * row_bytes, single, seed.same, seed.other, rotation_at(offsets, r, dim), dim)
 
 
-def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_threads):
+def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, Py_ssize_t num_threads):
     """table (OUT; (length, dim), float32 or float64, contiguous rows): row r is the encoding of position offset + r."""
     cdef float[:, ::1] f32
     cdef double[:, ::1] f64
     cdef bint single = table.dtype.itemsize == 4
     cdef char* rows
     cdef Py_ssize_t length, dim, row_bytes, half, blocks, block, far, num_far, r
-    cdef Tasks tasks
+    cdef Call call
     cdef double* frequency
     cdef double* offsets
     cdef double* starts
@@ -127,14 +127,12 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
     half = (dim + 1) // 2
     blocks = (length + STEPS - 1) // STEPS
     num_far = (blocks + STEPS - 1) // STEPS
-    num_threads = <int> min(num_threads, MAX_THREADS, blocks)
-    if cattn_child_is_serial or length * dim < SERIAL_NUMBERS:
-        num_threads = 1
-    begin_tasks(&tasks, blocks, num_threads, 3.0 * length * dim)
+    begin_call(&call, num_threads, <double> NUMBER_FLOPS * length * dim)
+    num_threads = min(call.num_threads, blocks)
     frequency = <double*> malloc((half + 2 * dim * (min(STEPS, length) + min(STEPS, blocks) + num_far + num_threads))
                                  * sizeof(double))
     if frequency == NULL:
-        end_tasks(&tasks)
+        end_call(&call)
         raise MemoryError("sinusoidal_encoding: no memory for the scratch rows")
     offsets = frequency + half
     starts = offsets + 2 * dim * min(STEPS, length)
@@ -150,10 +148,10 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, int num_t
                       concatenated)
         with parallel(num_threads=num_threads):
             for block in prange(blocks, schedule="static"):
-                if not stopped(&tasks):
+                if not stopped(&call):
                     fill_block(rows + block * STEPS * row_bytes, row_bytes, single,
                                min(STEPS, length - block * STEPS), rotation_at(fars, block // STEPS, dim),
                                rotation_at(starts, block % STEPS, dim), offsets, rotation_at(seeds, threadid(), dim),
                                dim, concatenated)
     free(frequency)
-    end_tasks(&tasks)
+    end_call(&call)

@@ -1,4 +1,7 @@
-# The tasks of a call: its threads take them one by one, and a signal can end them all.
+# The threads of a call: how many, how they share its tasks, and how a signal ends them all.
+#
+# A call gets the number it asks for, or else an equal share, with the calls in flight, of the default; one inside
+# a parallel region, and for less work than pays for waking a second. Its threads take the tasks one by one.
 #
 # Python runs the handlers of signals (Ctrl-C: KeyboardInterrupt) in its main thread alone, between two bytecodes. A
 # call of minutes would hold them back that long; so in a long call the main thread lets them run every POLL_MS. When a
@@ -46,94 +49,101 @@ cdef extern from *:
         clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
         return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
     }
-    #define CATTN_ADD(counter, n) __atomic_fetch_add(counter, n, __ATOMIC_ACQ_REL)
-    #define CATTN_READ(flag) __atomic_load_n(flag, __ATOMIC_ACQUIRE)
-    #define CATTN_SET(flag) __atomic_store_n(flag, 1, __ATOMIC_RELEASE)
     """
     const bint CATTN_IN_MAIN_THREAD
     int64_t milliseconds "cattn_milliseconds"() noexcept nogil
-    Py_ssize_t atomic_add "CATTN_ADD"(Py_ssize_t*, Py_ssize_t) noexcept nogil
-    Py_ssize_t atomic_read "CATTN_READ"(const Py_ssize_t*) noexcept nogil
-    void atomic_set "CATTN_SET"(Py_ssize_t*) noexcept nogil
     void sched_yield() noexcept nogil
 
 cdef enum:
-    LONG_FLOPS = 100_000_000  # about a millisecond; 0.1 s where a core does 1 GFLOP/s. Shorter calls are not watched
+    MAX_THREADS = 1024         # libgomp ends the process when it cannot start a thread
+    SERIAL_FLOPS = 1_000_000   # below about 10 us of work, waking a second thread costs more than it brings
+    LONG_FLOPS = 100_000_000   # about 1 ms; 0.1 s where a core does 1 GFLOP/s. Shorter calls are not watched
     # A thread that runs Python all the time gives up the GIL after 5 ms: waiting for it is 5 % of the caller's time.
     POLL_MS = 100
-    YIELDS = 100              # 30 to 50 us, as long as OpenMP spins in a barrier, before the caller sleeps
+    YIELDS = 100               # 30 to 50 us, as long as OpenMP spins in a barrier, before the caller sleeps
 
 
-cdef struct Tasks:
-    Py_ssize_t count, num_threads
-    Py_ssize_t next                 # atomic; the next to be taken
-    Py_ssize_t unfinished           # atomic; kept in watched calls
+cdef struct Call:
+    Py_ssize_t num_threads
+    bint in_flight                  # counted in calls_in_flight
+    Py_ssize_t num_tasks
+    Py_ssize_t next_task            # atomic
+    Py_ssize_t unfinished           # atomic; tasks, kept in watched calls
     Py_ssize_t stop                 # atomic; 1: a handler has raised, its exception is set in the caller's thread state
     PyThread_type_lock finished     # held until unfinished is 0; NULL: a call that nobody watches
     int64_t next_poll               # of the caller
 
 
-cdef int begin_tasks(Tasks* t, Py_ssize_t count, Py_ssize_t num_threads, double flops) except -1:
-    """t (OUT). Calls that may take long are watched, if their thread is the one that has handlers to run."""
-    t.count = t.unfinished = count
-    t.num_threads = num_threads
-    t.next = t.stop = 0
-    t.finished = NULL
+cdef int begin_call(Call* call, Py_ssize_t num_threads, double flops) except -1:
+    """call (OUT), but for its tasks. num_threads: 0 for a share of the default. Calls that may take long are watched,
+    if their thread is the one that has handlers to run."""
+    cdef Py_ssize_t calls
+    call.num_threads = 1
+    call.in_flight = flops >= SERIAL_FLOPS
+    call.next_task = call.stop = 0
+    call.finished = NULL
+    if call.in_flight:
+        calls = atomic_add(&calls_in_flight, 1) + 1
+        if one_thread() == NULL:
+            call.num_threads = min(num_threads if num_threads else share_of_default(calls), MAX_THREADS)
     if flops >= LONG_FLOPS and CATTN_IN_MAIN_THREAD:
-        t.next_poll = milliseconds() + POLL_MS
-        t.finished = PyThread_allocate_lock()
-        if t.finished == NULL:
+        call.next_poll = milliseconds() + POLL_MS
+        call.finished = PyThread_allocate_lock()
+        if call.finished == NULL:
+            end_call(call)
             raise MemoryError("cattn: no memory for a lock")
-        PyThread_acquire_lock(t.finished, NOWAIT_LOCK)
+        PyThread_acquire_lock(call.finished, NOWAIT_LOCK)
     return 0
 
 
-cdef int end_tasks(Tasks* t) except -1:
+cdef int end_call(Call* call) except -1:
     """-1, which raises what a handler has raised, if one did."""
-    if t.finished != NULL:
-        PyThread_acquire_lock(t.finished, NOWAIT_LOCK)  # or it is held already: a lock is released before it goes
-        PyThread_release_lock(t.finished)
-        PyThread_free_lock(t.finished)
-    return -1 if t.stop else 0
+    if call.in_flight:
+        atomic_add(&calls_in_flight, -1)
+    if call.finished != NULL:
+        PyThread_acquire_lock(call.finished, NOWAIT_LOCK)  # or it is held already: a lock is released before it goes
+        PyThread_release_lock(call.finished)
+        PyThread_free_lock(call.finished)
+    return -1 if call.stop else 0
 
 
-cdef bint poll(Tasks* t) noexcept nogil:
+cdef bint poll(Call* call) noexcept nogil:
     """Lets Python run the handlers of signals that have come. True when one raised."""
     cdef PyGILState_STATE gil = PyGILState_Ensure()
     cdef int forks = cattn_forks
     if PyErr_CheckSignals():
-        atomic_set(&t.stop)
-    if cattn_forks != forks and t.num_threads > 1:
+        atomic_set(&call.stop, 1)
+    if cattn_forks != forks and call.num_threads > 1:
         Py_FatalError("cattn: a signal handler forked during a call, and the child returned from the handler into "
                       "the call, whose other threads it does not have")
     PyGILState_Release(gil)
-    t.next_poll = milliseconds() + POLL_MS
-    return atomic_read(&t.stop)
+    call.next_poll = milliseconds() + POLL_MS
+    return atomic_read(&call.stop)
 
 
-cdef inline bint stopped(Tasks* t) noexcept nogil:
+cdef inline bint stopped(Call* call) noexcept nogil:
     """True when a call is to end early. Every thread asks once a block of keys; the caller polls then."""
-    if t.finished == NULL:
+    if call.finished == NULL:
         return False
-    return atomic_read(&t.stop) or (threadid() == 0 and milliseconds() >= t.next_poll and poll(t))
+    return atomic_read(&call.stop) or (threadid() == 0 and milliseconds() >= call.next_poll and poll(call))
 
 
-cdef inline Py_ssize_t take_task(Tasks* t) noexcept nogil:
-    return atomic_add(&t.next, 1)
+cdef inline Py_ssize_t take_task(Call* call) noexcept nogil:
+    return atomic_add(&call.next_task, 1)
 
 
-cdef inline void task_done(Tasks* t) noexcept nogil:
-    if t.finished != NULL and atomic_add(&t.unfinished, -1) == 1:
-        PyThread_release_lock(t.finished)
+cdef inline void task_done(Call* call) noexcept nogil:
+    if call.finished != NULL and atomic_add(&call.unfinished, -1) == 1:
+        PyThread_release_lock(call.finished)
 
 
-cdef void await_others(Tasks* t) noexcept nogil:
+cdef void await_others(Call* call) noexcept nogil:
     """The caller, out of tasks, waits here instead of in OpenMP's barrier, where it would see no signal."""
     cdef int i
     for i in range(YIELDS):
-        if t.finished == NULL or atomic_read(&t.unfinished) == 0 or stopped(t):
+        if call.finished == NULL or atomic_read(&call.unfinished) == 0 or stopped(call):
             return
         sched_yield()
     # Back early when a signal comes.
-    while PyThread_acquire_lock_timed(t.finished, 1000 * POLL_MS, 1) != PY_LOCK_ACQUIRED and not poll(t):
+    while PyThread_acquire_lock_timed(call.finished, 1000 * POLL_MS, 1) != PY_LOCK_ACQUIRED and not poll(call):
         pass

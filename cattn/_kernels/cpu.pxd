@@ -1,0 +1,16 @@
+# What the modules of all instruction sets and precisions have in common. Counters and numbers here are atomic: any
+# Python thread may be in a call, on free-threaded interpreters in set_num_threads too.
+
+cdef extern from *:
+    """
+    #define CATTN_ADD(counter, n) __atomic_fetch_add(counter, n, __ATOMIC_ACQ_REL)
+    #define CATTN_READ(counter) __atomic_load_n(counter, __ATOMIC_ACQUIRE)
+    #define CATTN_SET(counter, value) __atomic_store_n(counter, value, __ATOMIC_RELEASE)
+    """
+    Py_ssize_t atomic_add "CATTN_ADD"(Py_ssize_t*, Py_ssize_t) noexcept nogil
+    Py_ssize_t atomic_read "CATTN_READ"(const Py_ssize_t*) noexcept nogil
+    void atomic_set "CATTN_SET"(Py_ssize_t*, Py_ssize_t) noexcept nogil
+
+cdef Py_ssize_t default_threads    # shared by the calls that do not ask for a number
+cdef Py_ssize_t openmp_threads     # what OpenMP starts with; it says less where something limits it at run time
+cdef Py_ssize_t calls_in_flight
