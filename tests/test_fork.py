@@ -1,18 +1,28 @@
 """A child of fork computes, with all its threads, whatever its parent did before: GCC's OpenMP alone would hang."""
 
+import http.client
 import multiprocessing
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cattn
+from cattn import _kernels
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
+OPENMP = _kernels.f32.build_info()["openmp"]
+ROOT = Path(cattn.__file__).parents[1]
 ARRAYS = np.random.default_rng(0).standard_normal((3, 2, 4, 200, 64)).astype(np.float32)
 
 
@@ -52,8 +62,8 @@ def test_fork_of_a_fork(expected):
 
 def test_child_has_its_threads(expected):
     tasks = "/proc/self/task"
-    if not os.path.isdir(tasks) or cattn.get_num_threads() == 1:
-        pytest.skip("needs /proc and two processors")
+    if not os.path.isdir(tasks) or OPENMP.startswith("none"):
+        pytest.skip("needs /proc and OpenMP")
 
     def compute():
         result = attention()
@@ -85,3 +95,85 @@ def test_fork_from_a_thread_while_another_computes(expected):
     stop.set()
     busy.join()
     assert statuses == [0, 0, 0]
+
+
+def test_gunicorn(tmp_path):
+    """--preload: the master imports the application, which computes, and forks the workers."""
+    pytest.importorskip("gunicorn")
+    (tmp_path / "gunicorn.conf.py").write_text("control_socket_disable = True")  # it would be made in the home folder
+    (tmp_path / "application.py").write_text("""
+import os, time
+import numpy as np
+import cattn
+
+ARRAYS = np.random.default_rng(0).standard_normal((3, 2, 4, 200, 64), np.float32)
+
+def attention():
+    return cattn.scaled_dot_product_attention(*ARRAYS, num_threads=2)
+
+expected, master = attention(), os.getpid()
+
+def answer(environ, start_response):
+    right = all(np.array_equal(attention(), expected) for _ in range(10))
+    threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 2
+    time.sleep(0.1)  # busy: the other worker takes the next request
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [f"{os.getpid()} {os.getppid() == master and right and threads >= 2}".encode()]
+""")
+
+    def ask(_):
+        connection = http.client.HTTPConnection(*listener.getsockname(), timeout=30)
+        connection.request("GET", "/")
+        return connection.getresponse().read().decode()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-m", "gunicorn", "--preload", "--workers", "2", "--bind",
+                   f"fd://{listener.fileno()}", "--pythonpath", f"{tmp_path},{ROOT}", "application:answer"]
+        server = subprocess.Popen(command, cwd=tmp_path, pass_fds=[listener.fileno()])
+        try:
+            workers = set()
+            with ThreadPoolExecutor(4) as clients:
+                for _ in range(20):
+                    for pid, good in map(str.split, clients.map(ask, range(4))):
+                        workers.add(pid)
+                        assert good == str(not OPENMP.startswith("none"))
+                    if len(workers) == 2:
+                        break
+            assert len(workers) == 2
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def test_openmp_that_cannot_dissolve_its_pool(tmp_path):
+    """The child computes with one thread, and so do its children. A runtime of the same name that refuses stands in for
+    one that lacks the function."""
+    compiler = shutil.which("cc")
+    if sys.platform != "linux" or not compiler or OPENMP.startswith("none"):
+        pytest.skip("needs OpenMP, a compiler and LD_PRELOAD")
+    (tmp_path / "refuse.c").write_text("int omp_pause_resource_all(int kind) { return -1; }")
+    library = tmp_path / "refuse.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "refuse.c"], check=True)
+    done = subprocess.run([sys.executable, "-c", """
+import os, signal, cattn
+import numpy as np
+from cattn import threads
+cattn.set_num_threads(2)
+x = np.random.default_rng(0).standard_normal((8, 200, 64), np.float32)
+expected = cattn.scaled_dot_product_attention(x, x, x)
+def child(depth):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        right = np.array_equal(cattn.scaled_dot_product_attention(x, x, x), expected)
+        right &= np.array_equal(cattn.scaled_dot_product_attention(x, x, x, num_threads=4), expected)
+        print(right, len(os.listdir("/proc/self/task")), cattn.get_num_threads(), threads.source(), flush=True)
+        if depth:
+            child(depth - 1)
+        os._exit(0)
+    print(os.waitpid(pid, 0)[1], flush=True)
+child(1)
+print(np.array_equal(cattn.scaled_dot_product_attention(x, x, x), expected), cattn.get_num_threads())
+"""], cwd=ROOT, env=os.environ | {"LD_PRELOAD": str(library)}, capture_output=True, text=True, timeout=120)
+    serial = "True 1 1 set_num_threads, limited by a fork, with an OpenMP that cannot take one"
+    assert done.stdout.splitlines() == [serial, serial, "0", "0", "True 2"], done.stderr
