@@ -58,8 +58,8 @@ LONG_CALLS = {
 
 def run(code, signal_after=None):
     """The lines a process prints. It gets a SIGINT so many seconds after it has said "begin"."""
-    process = subprocess.Popen([sys.executable, "-c", START + code], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "-W", "ignore::DeprecationWarning", "-c", START + code], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines, sent = [], None
     hung = threading.Timer(60, process.kill)
     hung.start()
