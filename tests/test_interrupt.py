@@ -164,9 +164,10 @@ def fork():
     if pid:
         say(f"child: {{os.waitpid(pid, 0)[1] & 127}}")
 say(right_with(fork))
+check()
 """)
     if num_threads == 1 or _kernels.f32.build_info()["openmp"].startswith("none"):
-        assert lines == ["True", "child: 0", "True"]
+        assert lines == ["True", "right", "child: 0", "True", "right"]
     else:
         assert lines[0].startswith("Fatal Python error") and "cattn: a signal handler forked" in lines[0]
-        assert lines[-2:] == [f"child: {signal.SIGABRT:d}", "True"]
+        assert lines[-3:] == [f"child: {signal.SIGABRT:d}", "True", "right"]

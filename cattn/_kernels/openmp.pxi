@@ -91,7 +91,7 @@ cdef Py_ssize_t share_of_default(Py_ssize_t calls) noexcept nogil:
     cdef Py_ssize_t threads = atomic_read(&default_threads)
     if openmp_is_limited():
         threads = min(threads, CATTN_MAX_THREADS)
-    return max(1, threads // calls)
+    return max(1, threads // max(1, calls))  # 0 after a fork in a handler in a call: forgotten in the child, then ended
 
 
 def default_num_threads():

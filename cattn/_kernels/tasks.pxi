@@ -11,7 +11,7 @@
 #     the caller, when none is left for it: wait for the others' last      await_others
 #
 # `poll` is the one place below an entry where a thread has the GIL and Python code runs. A handler may call cattn
-# again, and gets one thread for it.
+# again: from within the threads of a call, with one.
 
 cdef extern from "Python.h" nogil:
     ctypedef int PyGILState_STATE
