@@ -33,7 +33,7 @@ def max_error(result, expected):
 def time_calls(run, seconds):
     """Seconds for each call, best and median, and how many calls; one to warm up is not counted."""
     run()
-    times, group = [], 1
+    times, calls, group = [], 0, 1
     deadline = time.perf_counter() + seconds
     while not times or time.perf_counter() < deadline:
         start = time.perf_counter()
@@ -44,7 +44,8 @@ def time_calls(run, seconds):
             group *= 2
         else:
             times.append(elapsed / group)
-    return {"best": min(times), "median": statistics.median(times), "calls": group * len(times)}
+            calls += group
+    return {"best": min(times), "median": statistics.median(times), "calls": calls}
 
 
 def rate(function, work, num_threads):

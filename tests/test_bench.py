@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,18 @@ def test_calls_are_counted_and_the_best_is_no_longer_than_the_median():
     times = worker.time_calls(lambda: calls.append(0), seconds=0.01)
     assert 0 < times["best"] <= times["median"]
     assert 0 < times["calls"] < len(calls)
+
+
+def test_a_slow_call_among_fast_ones_counts_once(monkeypatch):
+    """Timed alone, since the clock resolves it; the fast ones then in a group of 4."""
+    now, durations = [0.0], iter([0, 1, *[0.25] * 7])
+
+    def run():
+        now[0] += next(durations)
+
+    monkeypatch.setattr(worker, "CLOCK", 1)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert worker.time_calls(run, seconds=2.5)["calls"] == 1 + 4
 
 
 class FakeProcess:
