@@ -29,7 +29,12 @@ FLAGS = [
     "-fno-trapping-math",
     # Never -ffast-math (it folds the rounding of exp2 away: errors of 0.25), never -march=native (25 % slower).
 ]
-SANITIZE = os.environ.get("CATTN_SANITIZE")
+SANITIZE = [
+    f"-fsanitize={os.environ['CATTN_SANITIZE']}",
+    "-fno-sanitize-recover=undefined",
+    "-fstrict-overflow",  # most Pythons ask for -fwrapv, under which signed overflow is defined and not reported
+    "-g",
+] if os.environ.get("CATTN_SANITIZE") else []
 
 DIRECTIVES = {
     "language_level": 3,
@@ -69,15 +74,14 @@ class BuildExt(build_ext):
 
 
 def extension(name, flags, macros=()):
-    sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-g"] if SANITIZE else []
     return Extension(
         f"cattn._kernels.{name}",
         [str(KERNELS / f"{name}.pyx")],
         include_dirs=[str(KERNELS)],
         depends=[str(KERNELS / "simd.h")],
         define_macros=list(macros),
-        extra_compile_args=[*FLAGS, *flags, *sanitize],
-        extra_link_args=sanitize,
+        extra_compile_args=[*FLAGS, *flags, *SANITIZE],
+        extra_link_args=SANITIZE,
     )
 
 
