@@ -8,6 +8,7 @@ Switches, from the environment:
 import os
 import platform
 import runpy
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,7 @@ FLAGS = [
     "-ffp-contract=fast",  # a * b + c is one FMA, in clang as well
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-g0",  # Python's own flags may ask for debug information: 1.5 MB a module
     # Never -ffast-math (it folds the rounding of exp2 away: errors of 0.25), never -march=native (25 % slower).
 ]
 SANITIZE = [
@@ -35,6 +37,10 @@ SANITIZE = [
     "-fstrict-overflow",  # most Pythons ask for -fwrapv, under which signed overflow is defined and not reported
     "-g",
 ] if os.environ.get("CATTN_SANITIZE") else []
+
+# One wheel for every Python from 3.11 on, the first whose limited API has buffers. Free-threaded interpreters have no
+# limited API: a wheel for each version.
+LIMITED_API = [] if sysconfig.get_config_var("Py_GIL_DISABLED") else [("Py_LIMITED_API", "0x030B0000")]
 
 DIRECTIVES = {
     "language_level": 3,
@@ -79,7 +85,8 @@ def extension(name, flags, macros=()):
         [str(KERNELS / f"{name}.pyx")],
         include_dirs=[str(KERNELS)],
         depends=[str(KERNELS / "simd.h")],
-        define_macros=list(macros),
+        define_macros=[*macros, *LIMITED_API],
+        py_limited_api=bool(LIMITED_API),
         extra_compile_args=[*FLAGS, *flags, *SANITIZE],
         extra_link_args=SANITIZE,
     )
@@ -102,4 +109,5 @@ setup(
         nthreads=0,
     ),
     cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
 )
