@@ -5,13 +5,17 @@ import ctypes
 import os
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from problems import DTYPES, assert_same_bits, normal, problem
 
 import cattn
 from cattn import _kernels, threads
@@ -267,6 +271,40 @@ def test_eight_threads_for_a_minute():
     assert not wrong
     early, late = (max(size for when, size in sizes if low <= when < high) for low, high in ((10, 30), (30, 60)))
     assert late - early < 2**20
+
+
+# Several Python threads.
+
+
+def test_eight_python_threads_at_once(isa):
+    """Each has the bits that it has alone; with a GIL they meet in the kernels, free-threaded everywhere."""
+    shapes = {"seq_len_q": 70, "seq_len_kv": 90, "head_dim": 40}, {"seq_len_q": 1, "seq_len_kv": 3000}
+    layer = cattn.MultiHeadAttention(32, 4, seed=0)
+    calls = [
+        partial(cattn.scaled_dot_product_attention, *problem(**shape, dtype=dtype, kv_dtype=kv_dtype, seed=number),
+                return_weights=True, return_logsumexp=True, num_threads=1 + number % 3)
+        for number, (dtype, kv_dtype) in enumerate(DTYPES) for shape in shapes
+    ]
+    calls += [partial(layer, normal(3, 20, 32), is_causal=True), partial(cattn.sinusoidal_encoding, 300, 64)]
+    alone = [call() for call in calls]
+    together = threading.Barrier(8)
+
+    def all_from(first):
+        together.wait()
+        return [(number, calls[number]()) for number in (*range(first, len(calls)), *range(first)) for _ in range(3)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(all_from, range(8)):
+            for number, result in results:
+                assert_same_bits(result, alone[number])
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this interpreter has a GIL")
+@pytest.mark.parametrize("wanted", cattn.available_isas())
+def test_the_gil_stays_off(wanted):
+    code = "import sys, cattn; cattn._kernels.f64(); print(sys._is_gil_enabled())"
+    done = in_new_process(code, CATTN_ISA=wanted)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 
 
 # cgroups, as files in a folder.
