@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference, threads
-from cattn.reference import _check_dropout, _check_int, _check_seed
+from cattn.reference import _check_dropout, _check_int, _check_seed, _is_bfloat16
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -122,7 +122,7 @@ scaled_dot_product_attention.__doc__ = reference.scaled_dot_product_attention.__
 def _kind(name, array):
     kind = _KINDS.get(array.dtype)
     if kind is None:
-        if array.dtype.name != "bfloat16":
+        if not _is_bfloat16(array.dtype):
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16 in native byte order, "
                             f"got dtype {array.dtype}")
         kind = _KINDS[array.dtype] = BF16
@@ -201,7 +201,7 @@ def _check_lengths(name, lengths, leading):
 
 def _check_vector(name, vector, shapes, dtype):
     vector = np.asarray(vector)
-    if vector.dtype.kind not in "fiu" and vector.dtype.name != "bfloat16":
+    if vector.dtype.kind not in "fiu" and not _is_bfloat16(vector.dtype):
         raise TypeError(f"{name}: expected a float array, got dtype {vector.dtype}")
     if vector.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got shape {vector.shape}")
@@ -212,7 +212,7 @@ def _check_mask(attn_mask, shape):
     attn_mask = np.asarray(attn_mask)
     if attn_mask.dtype == bool:
         kind = BOOL
-    elif attn_mask.dtype in _KINDS or attn_mask.dtype.name == "bfloat16":
+    elif attn_mask.dtype in _KINDS or _is_bfloat16(attn_mask.dtype):
         kind = _kind("attn_mask", attn_mask)
     else:
         raise TypeError(f"attn_mask: expected bool (True = attend) or a float dtype (added), got {attn_mask.dtype}")

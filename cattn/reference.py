@@ -816,7 +816,12 @@ def _compute_dtype(x):
 
 
 def _is_float(dtype):
-    return dtype.kind == "f" or dtype.name == "bfloat16"
+    return dtype.kind == "f" or _is_bfloat16(dtype)
+
+
+def _is_bfloat16(dtype):
+    """In native byte order: ml_dtypes reads the other one wrong, without a word."""
+    return dtype.name == "bfloat16" and dtype.isnative
 
 
 def _check_int(name, value, minimum=None):

@@ -42,6 +42,7 @@ def overlapping():
 
 DTYPE = "expected float32, float64, float16 or bfloat16 in native byte order"
 SHAPE, KIND = ValueError, TypeError
+SWAPPED_BFLOAT16 = np.dtype(ml_dtypes.bfloat16).newbyteorder()
 
 BAD_CALLS = [
     # Dtypes.
@@ -52,6 +53,7 @@ BAD_CALLS = [
     ({"query": zeros(2, 4, 3, 8, dtype=">f4")}, KIND, f"query: {DTYPE}, got dtype >f4"),
     ({"query": zeros(2, 4, 3, 8, dtype=np.longdouble)}, KIND, f"query: {DTYPE}, got dtype {np.dtype(np.longdouble)}"),
     ({"query": zeros(2, 4, 3, 8, dtype=ml_dtypes.float8_e4m3fn)}, KIND, f"query: {DTYPE}, got dtype float8_e4m3fn"),
+    ({"query": zeros(2, 4, 3, 8, dtype=SWAPPED_BFLOAT16)}, KIND, f"query: {DTYPE}, got dtype {SWAPPED_BFLOAT16}"),
     ({"query": [["a"]]}, KIND, f"query: {DTYPE}, got dtype <U1"),
     ({"key": zeros(2, 2, 5, 8, dtype=int)}, KIND, f"key: {DTYPE}, got dtype int64"),
     ({"key": zeros(2, 2, 5, 8, dtype=">f2")}, KIND, f"key: {DTYPE}, got dtype >f2"),
@@ -115,6 +117,8 @@ BAD_CALLS = [
      "attn_mask: expected bool (True = attend) or a float dtype (added), got uint8"),
     ({"attn_mask": zeros(3, 5, dtype=">f4")}, KIND,
      "attn_mask: expected bool (True = attend) or a float dtype (added), got >f4"),
+    ({"attn_mask": zeros(3, 5, dtype=SWAPPED_BFLOAT16)}, KIND,
+     f"attn_mask: expected bool (True = attend) or a float dtype (added), got {SWAPPED_BFLOAT16}"),
     ({"attn_mask": "causal"}, KIND, "attn_mask: expected bool (True = attend) or a float dtype (added), got <U6"),
     ({"attn_mask": zeros(3, 6)}, SHAPE,
      "attn_mask: expected a shape that broadcasts to (2, 4, 3, 5), got shape (3, 6)"),
@@ -182,6 +186,8 @@ BAD_CALLS = [
     ({"alibi_slopes": zeros(1, 4)}, ValueError, "alibi_slopes: expected shape (4,) or (2, 4), got shape (1, 4)"),
     ({"alibi_slopes": zeros(4, dtype=complex)}, KIND, "alibi_slopes: expected a float array, got dtype complex128"),
     ({"alibi_slopes": zeros(4, dtype=bool)}, KIND, "alibi_slopes: expected a float array, got dtype bool"),
+    ({"sinks": zeros(4, dtype=SWAPPED_BFLOAT16)}, KIND,
+     f"sinks: expected a float array, got dtype {SWAPPED_BFLOAT16}"),
     ({"sinks": zeros(2)}, ValueError, "sinks: expected shape (4,), got shape (2,)"),
     ({"sinks": zeros(2, 4)}, ValueError, "sinks: expected shape (4,), got shape (2, 4)"),
     ({"sinks": zeros(4, dtype=object)}, KIND, "sinks: expected a float array, got dtype object"),

@@ -2,6 +2,7 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ import cattn.reference
 from cattn.reference import dropout_keep, scaled_dot_product_attention
 
 both = pytest.mark.parametrize("library", [cattn, cattn.reference], ids=["public", "reference"])
+SWAPPED_BFLOAT16 = np.dtype(ml_dtypes.bfloat16).newbyteorder()
 
 
 def random_layer(library, *args, seed=0, **options):
@@ -434,6 +436,8 @@ def test_what_the_attention_checks(options, error, name):
      r"state: expected shape \(36, 12\) for 'in_proj_weight', got shape \(36, 11\)"),
     ({"out_proj.weight": ones(12, 12, dtype=int)}, None, TypeError,
      "state: expected a float array for 'out_proj.weight', got dtype int64"),
+    ({"out_proj.weight": np.ones((12, 12), SWAPPED_BFLOAT16)}, None, TypeError,
+     f"state: expected a float array for 'out_proj.weight', got dtype {SWAPPED_BFLOAT16}"),
 ])
 def test_bad_state_changes_nothing(library, change, layout, error, message):
     layer = random_layer(library, 12, 3, dtype=np.float32)
