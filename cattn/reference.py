@@ -837,7 +837,7 @@ def _check_int(name, value, minimum=None):
 def _check_dropout(name, value):
     if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
         raise TypeError(f"{name}: expected a float in [0, 1), got {value!r}")
-    if not 0 <= value < 1:
+    if not 0 <= value < 1 or float(value) == 1:  # a Fraction or a long double may round to 1
         raise ValueError(f"{name}: expected a float in [0, 1), got {value}")
     return float(value)
 

@@ -1,6 +1,7 @@
 """Every bad call of attention: the exception, its whole text, and that nothing was written before it came."""
 
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -143,6 +144,8 @@ BAD_CALLS = [
     ({"softcap": None}, KIND, "softcap: expected a number, got None"),
     ({"softcap": np.ones(2)}, KIND, "softcap: expected a number, got array([1., 1.])"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a float in [0, 1), got 1.0"),
+    ({"dropout_p": Fraction(10**20 - 1, 10**20)}, ValueError,
+     f"dropout_p: expected a float in [0, 1), got {10**20 - 1}/{10**20}"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a float in [0, 1), got -0.1"),
     ({"dropout_p": math.nan}, ValueError, "dropout_p: expected a float in [0, 1), got nan"),
     ({"dropout_p": None}, KIND, "dropout_p: expected a float in [0, 1), got None"),
