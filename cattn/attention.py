@@ -77,22 +77,22 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask, mask_kind = _check_mask(attn_mask, (*rows_shape, seq_len_kv))
     if out is None:
-        out = np.empty((*rows_shape, head_dim_v), query.dtype)
+        out = target = np.empty((*rows_shape, head_dim_v), query.dtype)
     else:
         inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "alibi_slopes": alibi_slopes,
                   "sinks": sinks}
-        _check_out(out, (*rows_shape, head_dim_v), query.dtype, inputs)
+        target = _check_out(out, (*rows_shape, head_dim_v), query.dtype, inputs)
     weights = np.empty((*rows_shape, seq_len_kv), compute_dtype) if return_weights else None
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
 
     module = _kernels.f64() if q_kind == F64 else _kernels.f32
     if (query.ndim == key.ndim == value.ndim == 4 and key.shape[0] == value.shape[0] == query.shape[0]
             and attn_mask is None and kv_kind < F16):
-        batches = ((0, (query, key, value, None, out)),)  # as it came: the way of small calls
+        batches = ((0, (query, key, value, None, target)),)  # as it came: the way of small calls
     else:
-        arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (out, q_kind)]
+        arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (target, q_kind)]
         batches = _batches([_four_axes(array, kind, leading, one_head) for array, kind in arrays], leading)
-    for batch_offset, (q, k, v, mask, result) in batches if out.size else ():
+    for batch_offset, (q, k, v, mask, result) in batches if target.size else ():
         batch = slice(batch_offset, batch_offset + q.shape[0])
         rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
         module.attend(
@@ -224,8 +224,12 @@ def _check_mask(attn_mask, shape):
 
 
 def _check_out(out, shape, dtype, inputs):
-    if not isinstance(out, np.ndarray) or out.dtype != dtype:
-        raise TypeError(f"out: expected an array of query's dtype {dtype}, got {getattr(out, 'dtype', type(out))}")
+    """`out` as a plain array: what a subclass says of its shape and strides need not be true."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: expected an array of query's dtype {dtype}, got {type(out)}")
+    out = np.asarray(out)
+    if out.dtype != dtype:
+        raise TypeError(f"out: expected an array of query's dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got shape {out.shape}")
     if not out.flags.writeable:
@@ -238,6 +242,7 @@ def _check_out(out, shape, dtype, inputs):
     for name, array in inputs.items():
         if array is not None and _overlap(out, array):
             raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")
+    return out
 
 
 def _overlap(a, b):

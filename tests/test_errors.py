@@ -41,6 +41,12 @@ def overlapping():
     return np.lib.stride_tricks.as_strided(zeros(1000), (2, 4, 3, 6), (288, 72, 0, 4))
 
 
+class Larger(np.ndarray):
+    """Says that it has what the call asks for."""
+
+    shape, strides, ndim, size = (2, 4, 3, 6), (288, 72, 24, 4), 4, 144
+
+
 DTYPE = "expected float32, float64, float16 or bfloat16 in native byte order"
 SHAPE, KIND = ValueError, TypeError
 SWAPPED_BFLOAT16 = np.dtype(ml_dtypes.bfloat16).newbyteorder()
@@ -201,6 +207,8 @@ BAD_CALLS = [
     ({"out": zeros(2, 4, 3, 6, dtype=">f4")}, KIND, "out: expected an array of query's dtype float32, got >f4"),
     ({"out": zeros(2, 4, 3, 8)}, ValueError, "out: expected shape (2, 4, 3, 6), got shape (2, 4, 3, 8)"),
     ({"out": zeros(4, 3, 6)}, ValueError, "out: expected shape (2, 4, 3, 6), got shape (4, 3, 6)"),
+    ({"out": zeros(1, 1, 3, 6).view(Larger)}, ValueError,
+     "out: expected shape (2, 4, 3, 6), got shape (1, 1, 3, 6)"),
     ({"out": read_only(zeros(2, 4, 3, 6))}, ValueError, "out: expected a writeable array, got a read-only one"),
     ({"out": overlapping()}, ValueError,
      "out: expected elements that do not overlap each other, got strides (288, 72, 0, 4)"),
