@@ -24,6 +24,8 @@ _CARRIERS = {F16: np.uint16, BF16: np.uint16, BOOL: np.uint8}
 _UNBOUNDED = -1
 _FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64
 _MAX_HEAD_DIM = 2**31 - 1
+_MAX_NUMBERS = 2**48  # in value, by strides of 0: beyond, the size of the scratch would not fit an index
+_MAX_AXES = 32  # numpy broadcasts no more
 
 
 def scaled_dot_product_attention(
@@ -133,10 +135,14 @@ def _check_shapes(query, key, value):
     """The leading axes of the result, broadcast."""
     if (query.ndim == key.ndim == value.ndim == 4 and query.shape[0] == key.shape[0]
             and key.shape[:3] == value.shape[:3] and key.shape[1] and query.shape[1] % key.shape[1] == 0
-            and 1 <= query.shape[3] == key.shape[3] <= _MAX_HEAD_DIM and 1 <= value.shape[3] <= _MAX_HEAD_DIM):
+            and 1 <= query.shape[3] == key.shape[3] <= _MAX_HEAD_DIM and 1 <= value.shape[3] <= _MAX_HEAD_DIM
+            and value.size <= _MAX_NUMBERS):
         return query.shape[:1]
     if query.ndim < 2:
         raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}")
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim > _MAX_AXES:
+            raise ValueError(f"{name}: expected at most {_MAX_AXES} axes, got {array.ndim}")
     for name, array in (("key", key), ("value", value)):
         if array.ndim != query.ndim and min(array.ndim, query.ndim) < 4:
             raise ValueError(f"{name}: expected {query.ndim} axes, as query has, got shape {array.shape}")
@@ -158,6 +164,10 @@ def _check_shapes(query, key, value):
                          f"got shape {key.shape}")
     if value.shape[-core:-1] != key.shape[-core:-1] or not 1 <= value.shape[-1] <= _MAX_HEAD_DIM:
         raise ValueError(f"value: expected {_shape_text(leading, core, 'value', query, key)}, got shape {value.shape}")
+    kv_numbers = math.prod(leading) * math.prod(key.shape[-core:-1]) * max(head_dim, value.shape[-1])
+    if value.size > _MAX_NUMBERS or kv_numbers > sys.maxsize // 8:
+        raise ValueError(f"value: expected at most {_MAX_NUMBERS} numbers, and key and value broadcast to {leading} "
+                         f"that fit an index, got shape {value.shape}")
     return leading
 
 

@@ -18,9 +18,9 @@ def zeros(*shape, dtype=F32):
     return np.zeros(shape, dtype)
 
 
-def giant(*shape):
+def giant(*shape, dtype=F32):
     """No memory behind it: all strides are 0."""
-    return np.broadcast_to(np.float32(0), shape)
+    return np.broadcast_to(dtype(0), shape)
 
 
 def call(query=None, key=None, value=None, **options):
@@ -112,10 +112,17 @@ BAD_CALLS = [
      "value: expected (2, 1, 5, head_dim_v), got shape (1, 1, 5, 2147483648)"),
     ({"query": giant(2**20, 2**20, 2**18, 1), "key": giant(1, 1, 5, 1), "value": giant(1, 1, 5, 4)}, SHAPE,
      f"query: expected a result that fits in memory, got rows {(2**20, 2**20, 2**18)} of 4"),
-    ({"query": giant(2**30, 1, 1, 1, 1), "key": giant(2**30, 1, 1, 1), "value": giant(1, 1, 1, 1)}, SHAPE,
-     f"query: expected a result that fits in memory, got rows {(2**30, 2**30, 1, 1)} of 1"),
+    ({"query": giant(2**30, 1, 2, 1, 1), "key": giant(2**29, 1, 1, 1), "value": giant(1, 1, 1, 1)}, SHAPE,
+     f"query: expected a result that fits in memory, got rows {(2**30, 2**29, 2, 1)} of 1"),
     ({"query": giant(2**30, 1), "key": giant(2**32, 1), "value": giant(2**32, 1), "return_weights": True}, SHAPE,
      f"query: expected a result that fits in memory, got rows {(2**30,)} of 1"),
+    ({"query": np.zeros((9000, 1), np.float16), "key": giant(2**60, 1, dtype=np.float16),
+      "value": giant(2**60, 1, dtype=np.float16)}, SHAPE,
+     f"value: expected at most {2**48} numbers, and key and value broadcast to () that fit an index, "
+     f"got shape ({2**60}, 1)"),
+    ({"query": zeros(2**13, 1, 1, 1), "key": giant(1, 1, 2**48, 1), "value": giant(1, 1, 2**48, 1)}, SHAPE,
+     f"value: expected at most {2**48} numbers, and key and value broadcast to (8192,) that fit an index, "
+     f"got shape (1, 1, {2**48}, 1)"),
 
     # Mask.
     ({"attn_mask": zeros(3, 5, dtype=int)}, KIND,
@@ -223,6 +230,16 @@ def test_bad_call(changes, error, message):
     assert raised.type is error
     assert str(raised.value) == message
     assert (out == 7).all()
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_too_many_axes(which):
+    try:
+        many = zeros(*[1] * 33)
+    except ValueError:
+        pytest.skip("this NumPy has no arrays of 33 axes")
+    with pytest.raises(ValueError, match=f"^{which}: expected at most 32 axes, got 33$"):
+        call(**{which: many})
 
 
 def test_good_call():
