@@ -25,6 +25,8 @@ _UNBOUNDED = -1
 _FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64
 _MAX_HEAD_DIM = 2**31 - 1
 _MAX_NUMBERS = 2**48  # in value, by strides of 0: beyond, the size of the scratch would not fit an index
+# Of scale and softcap: a quarter of the largest number, as for a bias, fits after * log2(e) as well.
+_F32_RANGE, _F64_RANGE = ((float(x.smallest_normal), float(x.max) / 4) for x in map(np.finfo, (np.float32, np.float64)))
 _MAX_AXES = 32  # numpy broadcasts no more
 
 
@@ -56,8 +58,9 @@ def scaled_dot_product_attention(
         left, right = _check_window(window)
     if is_causal:
         right = 0
-    scale = 1 / math.sqrt(head_dim) if scale is None else _check_number("scale", scale, -math.inf)
-    softcap = _check_number("softcap", softcap, 0.0)
+    smallest, largest = _F64_RANGE if q_kind == F64 else _F32_RANGE
+    scale = 1 / math.sqrt(head_dim) if scale is None else _check_number("scale", scale, -largest, largest)
+    softcap = _check_number("softcap", softcap, smallest, largest)
     dropout_p = _check_dropout("dropout_p", dropout_p)
     seed = _check_seed(seed) if dropout_p or seed is not None else 0
     num_threads = 0 if num_threads is None else threads.checked(num_threads)  # 0: the kernel takes the default
@@ -112,7 +115,8 @@ def scaled_dot_product_attention(
         return out
     results = [out]
     if return_weights:
-        results.append(weights.astype(query.dtype, copy=False))
+        with np.errstate(over="ignore"):  # dropout makes them as large as 1 / (1 - dropout_p)
+            results.append(weights.astype(query.dtype, copy=False))
     if return_logsumexp:
         results.append(logsumexp)
     return tuple(results)
@@ -177,15 +181,15 @@ def _shape_text(leading, core, name, query, key):
     return f"({', '.join([*map(str, leading), *heads, *last])})"
 
 
-def _check_number(name, value, least):
+def _check_number(name, value, smallest, largest):
     if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
         raise TypeError(f"{name}: expected a number, got {value!r}")
     try:
         number = float(value)
     except OverflowError:  # an int
         number = math.inf
-    if not (math.isfinite(number) and number >= least):
-        raise ValueError(f"{name}: expected a finite number{'' if least < 0 else ' >= 0'}, got {value}")
+    if not (smallest <= number <= largest or number == 0):
+        raise ValueError(f"{name}: expected 0 or a number from {smallest:.3g} to {largest:.3g}, got {value}")
     return number
 
 
@@ -215,7 +219,8 @@ def _check_vector(name, vector, shapes, dtype):
         raise TypeError(f"{name}: expected a float array, got dtype {vector.dtype}")
     if vector.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got shape {vector.shape}")
-    return np.ascontiguousarray(vector, dtype)
+    with np.errstate(over="ignore"):  # infinity does what a number beyond the range would
+        return np.ascontiguousarray(vector, dtype)
 
 
 def _check_mask(attn_mask, shape):

@@ -62,7 +62,7 @@ def scaled_dot_product_attention(
             1 1 0 0 0        1 1 1 1 0
             1 1 1 0 0        1 1 1 1 1
     scale : float, optional
-        1 / sqrt(head_dim) when None.
+        1 / sqrt(head_dim) when None. At most a quarter of the range of the dtype computed in, as softcap.
     enable_gqa : bool
         Accepted so that calls written for PyTorch work; the shapes say it all.
     q_offset : int or int array (batch,)
@@ -71,9 +71,9 @@ def scaled_dot_product_attention(
     window : (left, right), optional
         Query i sees keys i + q_offset - left to i + q_offset + right, both included; None or -1 = unbounded.
     softcap : float
-        0 = off.
+        0 = off; else from the smallest normal number of the dtype computed in on.
     alibi_slopes : float array (num_heads,) or (batch, num_heads), optional
-        Adds -slope * abs(i + q_offset - j).
+        Adds -slope * abs(i + q_offset - j). Clipped as attn_mask is.
     sinks : float array (num_heads,), optional
         One more logit per head: exp(sink) joins the denominator, no value goes with it.
     kv_lens : int array (batch,), optional
@@ -138,11 +138,12 @@ def scaled_dot_product_attention(
     if softcap:
         scores = dtype.type(softcap) * np.tanh(scores / dtype.type(softcap))
 
+    largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
     key_index = np.arange(seq_len_kv)
     position = np.arange(seq_len_q)[:, None] + np.asarray(q_offset, np.int64)[..., None, None, None]
     distance = key_index - position  # (batch, 1, seq_len_q, seq_len_kv)
     if alibi_slopes is not None:
-        slopes = np.asarray(alibi_slopes).astype(dtype)[..., None, None]
+        slopes = np.clip(np.asarray(alibi_slopes).astype(dtype), -largest, largest)[..., None, None]
         scores = scores - slopes * np.abs(distance).astype(dtype)
 
     visible = np.bool_(True)
@@ -163,7 +164,6 @@ def scaled_dot_product_attention(
             visible = visible & attn_mask
         else:
             bias = attn_mask.astype(_compute_dtype(attn_mask))
-            largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
             bias = np.where(np.isinf(bias), bias, np.clip(bias, -largest, largest)).astype(dtype)
             visible = visible & (bias != -np.inf)
             scores = scores + bias

@@ -321,6 +321,13 @@ def test_softcap(isa, softcap, sharpness, dtype, kv_dtype):
     check(query * query.dtype.type(sharpness), key, value, softcap=softcap, is_causal=True, q_offset=3)
 
 
+@pytest.mark.parametrize(("dtype", "softcap"), [(F32, 2e-38), (F32, 1e30), (F32, 8e37), (F64, 3e-308), (F64, 1e300)])
+def test_softcap_at_the_ends_of_its_range(isa, dtype, softcap):
+    arrays = problem(dtype=dtype)
+    check(*arrays, softcap=softcap)
+    check(0 * arrays[0], *arrays[1:], softcap=softcap)
+
+
 def test_softcap_bounds_infinite_scores(isa):
     """-inf becomes -softcap before the masks: the key is seen."""
     query, value = np.ones((1, 1), np.float32), normal(3, 2)
@@ -336,6 +343,15 @@ def test_alibi(isa, slopes, q_offset, dtype):
     check(*arrays, alibi_slopes=slopes, q_offset=q_offset)
     check(*arrays, alibi_slopes=slopes.astype(np.float32), q_offset=q_offset, is_causal=True)
     check(*arrays, alibi_slopes=-slopes / 50, q_offset=q_offset)
+
+
+@both_precisions
+@pytest.mark.parametrize("slope", [3e38, -3e38, 1e308, INF])
+def test_slopes_beyond_the_range(isa, slope, dtype):
+    """Only the nearest keys are left, at 0 * slope."""
+    arrays = problem(dtype=dtype)
+    check(*arrays, alibi_slopes=np.array([abs(slope), 0.5]), is_causal=True, q_offset=4)
+    check(*arrays, alibi_slopes=np.array([slope, 0.5]), window=(0, 0))
 
 
 def test_alibi_dtypes(isa):

@@ -110,6 +110,7 @@ cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* l
     cdef Py_ssize_t first_row = block * p.block_rows
     cdef Py_ssize_t rows = p.group_size * p.seq_len_q
     cdef Py_ssize_t i, q_offset
+    cdef real slope, limit = <real> BIAS_LIMIT
     cdef Lane lane
     task.kv_head = number // p.num_blocks % p.num_kv_heads
     task.batch = number // p.num_blocks // p.num_kv_heads
@@ -131,7 +132,8 @@ cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* l
             task.high = max(task.high, lane.high)
         lane.slope = 0.0
         if p.slopes != NULL:
-            lane.slope = p.slopes[task.batch * p.slopes_stride + lane.head] * <real> LOG2_E
+            slope = p.slopes[task.batch * p.slopes_stride + lane.head]
+            lane.slope = <real> LOG2_E * (-limit if slope < -limit else limit if slope > limit else slope)
         lanes[i] = lane
         if first_row + i + 1 < rows:
             lane.query += 1
