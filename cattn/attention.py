@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference, threads
-from cattn.reference import _check_dropout, _check_int, _check_seed, _is_bfloat16
+from cattn.reference import _as_array, _check_dropout, _check_int, _check_seed, _is_bfloat16
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -38,7 +38,12 @@ def scaled_dot_product_attention(
     return_logsumexp: bool = False, out: np.ndarray | None = None, num_threads: int | None = None,
     seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
-    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    try:
+        query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    except ValueError:
+        for name, array in (("query", query), ("key", key), ("value", value)):
+            _as_array(name, array)
+        raise
     q_kind, kv_kind = _kind("query", query), _kind("key", key)
     if value.dtype != key.dtype:
         raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}")
@@ -204,7 +209,7 @@ def _check_window(window):
 
 def _check_lengths(name, lengths, leading):
     """A flat int64 array, one number per batch row; far-away ones clipped."""
-    lengths = np.asarray(lengths)
+    lengths = _as_array(name, lengths)
     if lengths.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {lengths.dtype}")
     if lengths.shape != leading and not (name == "q_offset" and lengths.ndim == 0):
@@ -214,7 +219,7 @@ def _check_lengths(name, lengths, leading):
 
 
 def _check_vector(name, vector, shapes, dtype):
-    vector = np.asarray(vector)
+    vector = _as_array(name, vector)
     if vector.dtype.kind not in "fiu" and not _is_bfloat16(vector.dtype):
         raise TypeError(f"{name}: expected a float array, got dtype {vector.dtype}")
     if vector.shape not in shapes:
@@ -224,7 +229,7 @@ def _check_vector(name, vector, shapes, dtype):
 
 
 def _check_mask(attn_mask, shape):
-    attn_mask = np.asarray(attn_mask)
+    attn_mask = _as_array("attn_mask", attn_mask)
     if attn_mask.dtype == bool:
         kind = BOOL
     elif attn_mask.dtype in _KINDS or _is_bfloat16(attn_mask.dtype):

@@ -471,9 +471,9 @@ class MultiHeadAttention:
         return x if x.ndim == 4 else x[None]
 
     def _check_inputs(self, query, key, value):
-        query = np.asarray(query)
-        key = query if key is None else np.asarray(key)
-        value = key if value is None else np.asarray(value)
+        query = _as_array("query", query)
+        key = query if key is None else _as_array("key", key)
+        value = key if value is None else _as_array("value", value)
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dtype != self.dtype:
                 raise TypeError(f"{name}: expected the dtype of the layer, {self.dtype}, got {x.dtype}")
@@ -490,7 +490,7 @@ class MultiHeadAttention:
         return query, key, value
 
     def _check_mask(self, attn_mask, query, key):
-        attn_mask = np.asarray(attn_mask)
+        attn_mask = _as_array("attn_mask", attn_mask)
         batch, rows = len(query) if query.ndim == 3 else 1, (query.shape[-2], key.shape[-2])
         allowed = {2: rows, 3: (batch, *rows), 4: (batch, self.num_heads, *rows)}
         expected = allowed.get(attn_mask.ndim)
@@ -562,7 +562,7 @@ class MultiHeadAttention:
 
         parameters = {name: np.empty_like(getattr(self, name)) for name, _ in entries.values()}
         for key, (name, rows) in entries.items():
-            array, target = np.asarray(state[key]), parameters[name][rows]
+            array, target = _as_array("state", state[key]), parameters[name][rows]
             if not _is_float(array.dtype):
                 raise TypeError(f"state: expected a float array for {key!r}, got dtype {array.dtype}")
             if array.shape != target.shape:
@@ -782,7 +782,7 @@ class PositionalEncoding:
         ValueError, TypeError
             Naming the argument, the rule and what came.
         """
-        x = np.asarray(x)
+        x = _as_array("x", x)
         if x.dtype != self.P.dtype:
             raise TypeError(f"x: expected the dtype of the layer, {self.P.dtype}, got {x.dtype}")
         if x.ndim < 2 or x.shape[-1] != self.dim:
@@ -822,6 +822,13 @@ def _is_float(dtype):
 def _is_bfloat16(dtype):
     """In native byte order: ml_dtypes reads the other one wrong, without a word."""
     return dtype.name == "bfloat16" and dtype.isnative
+
+
+def _as_array(name, x):
+    try:
+        return np.asarray(x)
+    except ValueError as error:  # such as rows of different lengths
+        raise ValueError(f"{name}: expected an array, got a {type(x).__name__} that makes none: {error}") from None
 
 
 def _check_int(name, value, minimum=None):

@@ -234,6 +234,14 @@ def test_bad_call(changes, error, message):
     assert (out == 7).all()
 
 
+@pytest.mark.parametrize("which", [
+    "query", "key", "value", "attn_mask", "q_offset", "kv_lens", "alibi_slopes", "sinks",
+])
+def test_rows_of_different_lengths(which):
+    with pytest.raises(ValueError, match=f"^{which}: expected an array, got a list that makes none: "):
+        call(**{which: [[1.0], [2.0, 3.0]]})
+
+
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 def test_too_many_axes(which):
     try:

@@ -451,6 +451,16 @@ def test_bad_state_changes_nothing(library, change, layout, error, message):
 
 
 @both
+@pytest.mark.parametrize("which", ["query", "key", "value", "attn_mask"])
+def test_rows_of_different_lengths(library, which):
+    layer = library.MultiHeadAttention(12, 3)
+    with pytest.raises(ValueError, match=f"^{which}: expected an array, got a list that makes none: "):
+        layer(**{"query": ones(4, 12), which: [[1.0], [2.0, 3.0]]})
+    with pytest.raises(ValueError, match="^state: expected an array, got a list that makes none: "):
+        layer.load_state_dict(layer.state_dict() | {"out_proj.bias": [[1.0], [2.0, 3.0]]})
+
+
+@both
 def test_other_bad_states(library):
     layer = library.MultiHeadAttention(12, 4, num_kv_heads=2)
     message = "^layout: expected num_kv_heads = num_heads = 4 for 'tutorial', got num_kv_heads = 2"

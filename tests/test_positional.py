@@ -303,6 +303,7 @@ def test_bad_encoding_layer(library, args, options, error, message):
     (np.zeros(4, np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(4,\)"),
     (np.zeros((2, 3, 4)), {}, TypeError, "x: expected the dtype of the layer, float32, got float64"),
     (np.zeros((2, 3, 4), int), {}, TypeError, "x: expected the dtype of the layer, float32, got int64"),
+    ([[1.0], [2.0, 3.0]], {}, ValueError, "x: expected an array, got a list that makes none: "),
     (np.zeros((3, 4), np.float32), {"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
     (np.zeros((3, 4), np.float32), {"seed": 2**64}, ValueError, "seed: expected an int below"),
     (np.zeros((3, 4), np.float32), {"seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
