@@ -368,6 +368,9 @@ class MultiHeadAttention:
         self._q_rows = slice(0, self.embed_dim)
         self._k_rows = slice(self.embed_dim, self.embed_dim + kv_dim)
         self._v_rows = slice(self.embed_dim + kv_dim, self.embed_dim + 2 * kv_dim)
+        if self._v_rows.stop * max(self.input_dim, self.embed_dim) > 2**58:
+            raise ValueError(f"embed_dim: expected at most 2**58 elements in a weight, got embed_dim = {embed_dim} and "
+                             f"input_dim = {self.input_dim}")
         self.in_proj_weight = _xavier_uniform(rng, self._v_rows.stop, self.input_dim, self.dtype)
         self.in_proj_bias = np.zeros(self._v_rows.stop, self.dtype) if bias else None
         self.out_proj_weight = _xavier_uniform(rng, self.embed_dim, self.embed_dim, self.dtype)
@@ -702,6 +705,8 @@ def relative_shift(
     if abs(delta) > 2**53:
         raise ValueError(f"delta: expected an int within +-2**53, got {delta}")
     _, dim, base, _ = _check_table(0, dim, base, 0, layout)
+    if dim > 2**29:
+        raise ValueError(f"dim: expected at most 2**58 elements in the matrix, got {dim} * {dim}")
     if dim % 2:
         raise ValueError(f"dim: expected an even number (an unpaired sine cannot be rotated), got {dim}")
     dtype = _check_dtype(dtype)
@@ -872,7 +877,7 @@ def _check_dtype(dtype, names=None):
 def _check_table(length, dim, base, offset, layout):
     length, dim = _check_int("length", length, 0), _check_int("dim", dim, 1)
     offset = _check_int("offset", offset)
-    if length * dim > 2**58:
+    if max(length, 1) * dim > 2**58:
         raise ValueError(f"length: expected at most 2**58 elements in the table, got {length} * {dim}")
     if not -(2**53) <= offset <= 2**53 - length:
         raise ValueError(f"offset: expected positions within +-2**53, got {offset} and length {length}")
@@ -880,6 +885,6 @@ def _check_table(length, dim, base, offset, layout):
         raise TypeError(f"base: expected a finite float >= 1, got {base!r}")
     if not 1 <= base <= sys.float_info.max:  # below 1, angles and their errors would outgrow the positions
         raise ValueError(f"base: expected a finite float >= 1, got {base}")
-    if layout not in ("interleaved", "concatenated"):
+    if not (isinstance(layout, str) and layout in ("interleaved", "concatenated")):
         raise ValueError(f"layout: expected 'interleaved' or 'concatenated', got {layout!r}")
     return length, dim, base, offset

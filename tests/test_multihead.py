@@ -338,6 +338,8 @@ def test_torch_with_separate_weights(library):
     ((12, 3), {"input_dim": -1}, ValueError, "input_dim: expected an int >= 1, got -1"),
     ((12.0, 3), {}, TypeError, r"embed_dim: expected an int, got 12\.0"),
     ((12, "3"), {}, TypeError, "num_heads: expected an int, got '3'"),
+    ((2**30, 1), {}, ValueError, r"embed_dim: expected at most 2\*\*58 elements in a weight, got embed_dim = 1073741"),
+    ((2**10, 1), {"input_dim": 2**60}, ValueError, r"embed_dim: expected at most 2\*\*58 elements in a weight, got "),
     ((12, 3), {"dropout": 1.0}, ValueError, r"dropout: expected a float in \[0, 1\), got 1\.0"),
     ((12, 3), {"dropout": -0.1}, ValueError, r"dropout: expected a float in \[0, 1\), got -0\.1"),
     ((12, 3), {"dropout": math.nan}, ValueError, r"dropout: expected a float in \[0, 1\), got nan"),
@@ -456,7 +458,7 @@ def test_rows_of_different_lengths(library, which):
     layer = library.MultiHeadAttention(12, 3)
     with pytest.raises(ValueError, match=f"^{which}: expected an array, got a list that makes none: "):
         layer(**{"query": ones(4, 12), which: [[1.0], [2.0, 3.0]]})
-    with pytest.raises(ValueError, match="^state: expected an array, got a list that makes none: "):
+    with pytest.raises(ValueError, match=r"^state: expected an array, got a list that makes none: "):
         layer.load_state_dict(layer.state_dict() | {"out_proj.bias": [[1.0], [2.0, 3.0]]})
 
 

@@ -223,6 +223,8 @@ BAD_TABLES = [
     ((3, "4"), {}, TypeError, "dim: expected an int, got '4'"),
     ((None, 4), {}, TypeError, "length: expected an int, got None"),
     ((2**40, 2**40), {}, ValueError, r"length: expected at most 2\*\*58 elements in the table, got "),
+    ((0, 2**59), {}, ValueError, r"length: expected at most 2\*\*58 elements in the table, got 0 \* "),
+    ((3, 4), {"layout": np.array(["interleaved"] * 2)}, ValueError, "layout: expected 'interleaved' or 'concatenated'"),
     ((3, 4), {"offset": 0.5}, TypeError, r"offset: expected an int, got 0\.5"),
     ((3, 4), {"offset": 2**53}, ValueError, r"offset: expected positions within \+-2\*\*53, got "),
     ((3, 4), {"offset": -(2**60)}, ValueError, r"offset: expected positions within \+-2\*\*53, got "),
@@ -270,6 +272,7 @@ def test_public_table_has_no_long_double():
 @pytest.mark.parametrize(("args", "options", "error", "message"), [
     ((1, 5), {}, ValueError, r"dim: expected an even number \(an unpaired sine cannot be rotated\), got 5"),
     ((1, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
+    ((1, 2**30), {}, ValueError, r"dim: expected at most 2\*\*58 elements in the matrix, got 1073741824 \* "),
     ((0.5, 4), {}, TypeError, r"delta: expected an int, got 0\.5"),
     ((-(10**400), 4), {}, ValueError, r"delta: expected an int within \+-2\*\*53, got -1000"),
     ((1, 4), {"base": 0.0}, ValueError, r"base: expected a finite float >= 1, got 0\.0"),
