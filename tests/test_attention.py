@@ -728,6 +728,16 @@ def test_values_near_the_largest_number(isa, dtype, size, seq_len_q):
     assert_same_bits(attention(query, key, other)[0], attention(query, key, value)[0])
 
 
+@pytest.mark.parametrize("seq_len_q", [1, 5, 20])
+@pytest.mark.parametrize(("dtype", "size", "largest"), [(F32, 1e30, 3e38), (F64, 1e200, 1.7e308)], ids=str)
+def test_values_near_the_largest_number_with_large_scores(isa, dtype, size, largest, seq_len_q):
+    """Equal scores so large that nothing smaller counts beside them: the mean of the values."""
+    query, key, value = problem(seq_len_q, 300, 1, 8, dtype=dtype)
+    query[...], key[...] = 1, -size
+    check(query, key, np.where(value < 0, -largest, largest).astype(dtype))
+    check(query, key, np.full_like(value, largest), is_causal=True, q_offset=290)
+
+
 def test_tiny_queries_and_keys_give_the_mean(isa):
     query, key, value = problem(20, 140, 8)
     tiny = np.float32(1e-30)

@@ -82,7 +82,8 @@ cdef void start(const Problem* p, Workspace* w, Task* task, char* scratch, Py_ss
     carve(w, scratch, p)
     describe_task(p, number, task, w.lanes)
     for i in range(max(p.block_rows, LANES)):
-        w.shift[i] = 0.0
+        w.shrink[i] = 1.0
+    w.again = False
     if p.decode_width:
         decode_pack(p, w, task)
     else:
@@ -132,6 +133,7 @@ cdef void do_task(const Problem* p, Py_ssize_t number, char* scratch) noexcept n
     start(p, &w, &task, scratch, number)
     # Twice for the rare block with a row whose values overflow: see store_result.
     if do_splits(p, &w, &task):
+        w.again = True
         do_splits(p, &w, &task)
 
 
@@ -159,6 +161,7 @@ cdef void merge_parts(const Problem* p, Py_ssize_t number, char* scratch, char* 
         place_state(&part, states + split * state_size(p), p)
         merge(p, &task, &total, &part)
     if finish(p, &w, &task, &total):
+        w.again = True
         do_splits(p, &w, &task)
 
 

@@ -157,7 +157,7 @@ cdef void decode_softmax(const Workspace* w, const State* state, int width, Py_s
     cdef Py_ssize_t i, d
     for i in range(vectors):
         largest = vmax(vload(scores + i * LANES), largest)
-    largest = spread_max(largest, width) + vload(w.shift)
+    largest = spread_max(largest, width)
     if vany(vless(row_max + vset1(<real> 8.0), largest)):
         moved = vselect(vless(row_max + vset1(<real> 8.0), largest), largest, row_max)
         factor = vexp2(row_max - moved)
@@ -217,6 +217,8 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
             i += 1
         decode_softmax(w, state, WIDTH, i // LANES, p.v_stride)
         drop_tile(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
+        if w.again:
+            shrink_tile(w.scores, i // LANES, w.shrink, 1)
         if masked:
             # NaN and infinities behind a mask must not leak: see make_finite
             v_stride = p.v_stride
@@ -315,10 +317,11 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
         # no key seen: 0 / 0 is 0 here
         inverse = 1 / (row_sum + sink_term(p, w.lanes[i], state.row_max[i])) if row_sum != 0 else <real> 0.0
         finish_row(p, task.batch, w.lanes[i], state.row_max[i], row_sum, inverse)
+        inverse /= w.shrink[i]
         row = state.acc + i * p.v_stride
         for d in range(p.head_dim_v):
             row[d] *= inverse
-        again = store_result(p, w, task.batch, w.lanes[i], w.shift + i, row) or again
+        again = store_result(p, w, task.batch, w.lanes[i], w.shrink + i, row) or again
     for lane in range(p.decode_width, LANES):
-        w.shift[lane] = w.shift[lane % p.decode_width]
+        w.shrink[lane] = w.shrink[lane % p.decode_width]
     return again

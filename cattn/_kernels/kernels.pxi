@@ -34,8 +34,10 @@ cdef extern from *:
     #define BIAS_LIMIT (IS_DOUBLE ? DBL_MAX / 4 : FLT_MAX / 4)
     /* Where row_max starts: no finite score is below, and -inf - LOWEST is -inf, where -inf + inf would be NaN. */
     #define LOWEST (IS_DOUBLE ? -DBL_MAX : -FLT_MAX)
+    /* What the probabilities of a row that overflowed are multiplied by when it is done again. */
+    #define SHRINK 0x1p-40
     """
-    const double LOG2_E, BIAS_LIMIT, LOWEST, FLT_MAX
+    const double LOG2_E, BIAS_LIMIT, SHRINK, LOWEST, FLT_MAX
     void prefetch "__builtin_prefetch"(const void*) nogil
 
 

@@ -139,8 +139,8 @@ cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, con
         d += 1
 
 
-cdef inline void update_reference(const int VECTORS, vf* tile_max, const real* shift, real* row_max, real* row_sum,
-                                  real* acc, Py_ssize_t head_dim_v) noexcept nogil:
+cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max, real* row_sum, real* acc,
+                                  Py_ssize_t head_dim_v) noexcept nogil:
     """row_max is a reference, not the maximum: a lane moves it only when its scores exceed it by more than 2**8, which
     random scores never do after the first block, and then rescales what it has summed. Lanes that stay multiply by
     an exact 1. Starting at LOWEST instead of -inf keeps -inf - row_max from being NaN."""
@@ -150,7 +150,6 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, const real* s
     cdef int v
     cdef bint grew = False
     for v in range(VECTORS):
-        tile_max[v] = tile_max[v] + vload(shift + v * LANES)
         grew = grew or vany(vless(vload(row_max + v * LANES) + vset1(<real> 8.0), tile_max[v]))
     if not grew:
         return
@@ -229,9 +228,11 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
             for i in range(VECTORS):
                 tile_max[i] = vmax(vload(w.scores + (j * VECTORS + i) * LANES), tile_max[i])
     keep_scores(p, w.scores, width, batch, key_start, n, lanes)
-    update_reference(VECTORS, tile_max, w.shift + first_lane, row_max, row_sum, acc, p.head_dim_v)
+    update_reference(VECTORS, tile_max, row_max, row_sum, acc, p.head_dim_v)
     exponentiate(VECTORS, w.scores, row_max, row_sum, n)
     drop_tile(p, w.scores, width, batch, key_start, n, lanes)
+    if w.again:
+        shrink_tile(w.scores, n * VECTORS, w.shrink + first_lane, VECTORS)
 
     # Only a tile in which some lane does not see some key can leak that key's value; V is looked at once a block.
     if (limited or p.mask.data != NULL) and v_is_finite[0] < 0:
@@ -338,9 +339,10 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
     cdef bint again = False, all_right
     cdef real inverse_sum[MAX_WIDTH]
     cdef vf check[MAX_PANEL]
+    cdef vf factor[MAX_PANEL]
     cdef vf row_sum, result
     cdef const Lane* lanes
-    cdef real* shift
+    cdef real* shrink
     cdef real* acc
     cdef int panel
     while first < vectors:
@@ -348,7 +350,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         width = panel * LANES
         num_rows = min(width, task.num_rows - first * LANES)
         lanes = w.lanes + first * LANES
-        shift = w.shift + first * LANES
+        shrink = w.shrink + first * LANES
         acc = state.acc + first * LANES * p.v_stride
         for i in range(width):
             inverse_sum[i] = sink_term(p, lanes[i], state.row_max[first * LANES + i]) if p.sinks != NULL else 0
@@ -358,11 +360,12 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
             # no key seen: 0 / 0 is 0 here
             result = vselect(vequal(row_sum, vset1(<real> 0.0)), vset1(<real> 0.0), result)
             vstore(inverse_sum + v * LANES, result)
-            check[v] = vload(shift + v * LANES)
+            factor[v] = result / vload(shrink + v * LANES)
+            check[v] = vload(shrink + v * LANES) - vset1(<real> 1.0)
         for d in range(p.head_dim_v):
             for v in range(panel):
                 i = d * width + v * LANES
-                result = vload(acc + i) * vload(inverse_sum + v * LANES)
+                result = vload(acc + i) * factor[v]
                 check[v] = vfma(result, vset1(<real> 0.0), check[v])   # NaN from the first NaN or infinity on
                 vstore(acc + i, result)
         all_right = True
@@ -379,6 +382,6 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         else:
             transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
             for i in range(num_rows):
-                again = store_result(p, w, task.batch, lanes[i], shift + i, w.rows + i * p.head_dim_v) or again
+                again = store_result(p, w, task.batch, lanes[i], shrink + i, w.rows + i * p.head_dim_v) or again
         first += panel
     return again

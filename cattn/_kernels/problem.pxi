@@ -48,7 +48,8 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* v_rows                    # [block_kv][v_stride]
     real* v_finite                  # [block_kv][v_stride]
     real* rows                      # query or result rows, or LANES mask rows of block_kv
-    real* shift                     # [block_rows], decode: [LANES]; see store_result
+    real* shrink                    # [block_rows], decode: [LANES]; factors of probabilities, see store_result
+    bint again                      # some of them are not 1
     Lane* lanes                     # [block_rows]
 
 cdef struct Task:
@@ -88,7 +89,7 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
     w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
                           * sizeof(real))
-    w.shift = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
+    w.shrink = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
     w.lanes = <Lane*> take(base, &size, p.block_rows * sizeof(Lane))
     w.visible = <real*> take(base, &size, keys * width * sizeof(real))
     w.v_finite = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
@@ -191,6 +192,13 @@ cdef void drop_tile(const Problem* p, real* probs, Py_ssize_t width, Py_ssize_t 
                      <uint32_t> lanes[i].query, <uint32_t> lanes[i].head, <uint32_t> (p.batch_offset + batch))
 
 
+cdef void shrink_tile(real* probs, Py_ssize_t vectors, const real* shrink, Py_ssize_t period) noexcept nogil:
+    """probs (IN/OUT), whole vectors of them: times their rows' factors, which come again after `period` vectors."""
+    cdef Py_ssize_t i
+    for i in range(vectors):
+        vstore(probs + i * LANES, vload(probs + i * LANES) * vload(shrink + i % period * LANES))
+
+
 cdef bint all_finite(const real* x, Py_ssize_t n) noexcept nogil:
     cdef vf check = vset1(<real> 0.0)
     cdef real tail = 0.0
@@ -289,20 +297,20 @@ cdef void finish_weights(real* row, Py_ssize_t n, real reference, real inverse_s
         memcpy(row, last, tail * sizeof(real))
 
 
-cdef bint store_result(const Problem* p, const Workspace* w, Py_ssize_t batch, Lane lane, real* shift,
+cdef bint store_result(const Problem* p, const Workspace* w, Py_ssize_t batch, Lane lane, real* shrink,
                        real* row) noexcept nogil:
     """Stores a row of out. True where it has to be done again.
 
     Probabilities are relative to a reference near the maximum and may add up to 2**8 * keys, so that huge values can
-    overflow acc where the result would not. A row with an infinity or NaN is done once more, with a reference 2**40
-    higher, and only those numbers are taken from there: others would lose digits below 1e-26. Other rows keep their
-    bits. Infinities and NaN that were in the input come out again."""
+    overflow acc where the result would not. A row with an infinity or NaN is done once more, with probabilities and acc
+    times 2**-40, and only those numbers are taken from there: others would lose digits below 1e-26. Other rows keep
+    their bits. Infinities and NaN that were in the input come out again."""
     cdef char* target = row_of(&p.out, batch, lane.head, lane.query)
     cdef Py_ssize_t d
     cdef bint again = False
-    if shift[0] == 0.0:
+    if shrink[0] == 1.0:
         again = not all_finite(row, p.head_dim_v)
-        shift[0] = 40.0 if again else 0.0
+        shrink[0] = <real> SHRINK if again else <real> 1.0
     else:
         load_row(w.v_rows, target, p.out.stride[3], p.head_dim_v, p.out.kind)
         for d in range(p.head_dim_v):
