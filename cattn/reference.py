@@ -10,7 +10,6 @@ import math
 import numbers
 import operator
 import os
-import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -763,7 +762,10 @@ class PositionalEncoding:
         self.dim = _check_int("dim", dim, 1)
         self.dropout = _check_dropout("dropout", dropout)
         self._options = {"base": base, "layout": layout, "dtype": dtype}
-        self.P = self._table(_check_int("max_len", max_len, 0), self.dim, **self._options)[None]
+        max_len = _check_int("max_len", max_len, 0)
+        if max(max_len, 1) * self.dim > 2**58:
+            raise ValueError(f"max_len: expected at most 2**58 elements in the table, got {max_len} * {dim}")
+        self.P = self._table(max_len, self.dim, **self._options)[None]
 
     def __call__(self, x: ArrayLike, *, training: bool = False, seed: int | None = None) -> np.ndarray:
         """Add the positions 0 to seq - 1.
@@ -883,7 +885,11 @@ def _check_table(length, dim, base, offset, layout):
         raise ValueError(f"offset: expected positions within +-2**53, got {offset} and length {length}")
     if not isinstance(base, numbers.Real):
         raise TypeError(f"base: expected a finite float >= 1, got {base!r}")
-    if not 1 <= base <= sys.float_info.max:  # below 1, angles and their errors would outgrow the positions
+    try:
+        number = float(base)
+    except OverflowError:  # an int
+        number = math.inf
+    if not 1 <= number < math.inf:  # below 1, angles and their errors would outgrow the positions
         raise ValueError(f"base: expected a finite float >= 1, got {base}")
     if not (isinstance(layout, str) and layout in ("interleaved", "concatenated")):
         raise ValueError(f"layout: expected 'interleaved' or 'concatenated', got {layout!r}")

@@ -1,6 +1,7 @@
 """Sinusoidal positions, the reference and the public ones: accuracy, layouts, out, shift, layer, errors."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -243,6 +244,14 @@ BAD_TABLES = [
 
 
 @both
+def test_any_real_base(library):
+    """Also one whose comparison with the largest float would overflow."""
+    for base in (10, np.float32(10), np.float16(10), np.longdouble(10), Fraction(10)):
+        np.testing.assert_array_equal(library.sinusoidal_encoding(9, 6, base=base),
+                                      library.sinusoidal_encoding(9, 6, base=10.0))
+
+
+@both
 @pytest.mark.parametrize(("args", "options", "error", "message"), BAD_TABLES)
 def test_bad_table(library, args, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
@@ -291,6 +300,8 @@ def test_bad_shift(library, args, options, error, message):
     ((4, "0.1"), {}, TypeError, r"dropout: expected a float in \[0, 1\), got '0\.1'"),
     ((4, 0.1, -1), {}, ValueError, "max_len: expected an int >= 0, got -1"),
     ((4, 0.1, 1e3), {}, TypeError, r"max_len: expected an int, got 1000\.0"),
+    ((4, 0.1, 2**57), {}, ValueError, r"max_len: expected at most 2\*\*58 elements in the table, got "),
+    ((2**59, 0.1, 0), {}, ValueError, r"max_len: expected at most 2\*\*58 elements in the table, got "),
     ((4,), {"base": 0.0}, ValueError, "base: "),
     ((4,), {"layout": ""}, ValueError, "layout: "),
     ((4,), {"dtype": int}, TypeError, "dtype: "),
