@@ -1,7 +1,15 @@
 import pytest
+from hypothesis import HealthCheck, settings
 
 import cattn
 from cattn import _kernels
+
+collect_ignore = ["guarded.py", "leaks.py"]  # programs of tests, for Linux
+
+# The normal suite tries the same examples each time; slow runs try many, and others each time.
+settings.register_profile("normal", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("slow", max_examples=7000, deadline=None, suppress_health_check=list(HealthCheck),
+                          print_blob=True)
 
 
 @pytest.fixture(params=cattn.available_isas())

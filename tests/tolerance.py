@@ -15,8 +15,11 @@ in. `scale` is that number:
     logsumexp   1 + max |logsumexp|: it is rounded as a number of its size, and the logarithm of a sum is off by the
                 sum's relative error.
 
+It is at least the smallest normal number: below, the spacing of numbers no longer shrinks.
+
 Where few scores decide the error (small arrays, peaked softmax), plain NumPy can be right by luck. err(plain) is then
-the largest over up to ROUNDINGS problems that differ from this one by rounding alone: c * query and key / c.
+the largest over up to ROUNDINGS problems that differ from this one by rounding alone: c * query and key / c, and where
+there is a float mask, mask + c - 1.
 
 A float16 or bfloat16 result is rounded once more, to the nearest: half an ulp of each number on top. A float64
 result is compared with longdouble. Where that is no wider than double, nothing more exact is at hand: plain then
@@ -49,8 +52,11 @@ def check(query, key, value, **options):
     return results
 
 
-def assert_close(results, query, key, value, **options):
-    """The results of everything(query, key, value, **options) are as exact as they have to be."""
+@np.errstate(all="ignore")
+def assert_close(results, query, key, value, compared=True, **options):
+    """The results of everything(query, key, value, **options) are as exact as they have to be, in the query rows that
+    are `compared`, (..., seq_len_q)."""
+    compared = np.asarray(compared)
     for name in ("out", "num_threads"):  # what the reference does not know
         options.pop(name, None)
     compute = np.result_type(query.dtype, np.float32)
@@ -58,25 +64,35 @@ def assert_close(results, query, key, value, **options):
     dtypes = query.dtype, query.dtype, compute
     query, key, value = (x.astype(compute) for x in (query, key, value))
     if options.get("attn_mask") is not None:
-        options["attn_mask"] = _clipped(np.asarray(options["attn_mask"]), compute)
+        options["attn_mask"] = attn_mask = _clipped(np.asarray(options["attn_mask"]), compute)
+    biased = options.get("attn_mask") is not None and attn_mask.dtype != bool
     plain, exact = _plain_and_exact(query, key, value, wide, options)
     enlarged = 1 / (1 - options.get("dropout_p", 0.0))
-    scales = enlarged * largest(value), enlarged, 1 + largest(exact[2])
+    scales = enlarged * largest(value), enlarged, 1 + largest(np.where(compared, exact[2], 0))
+
+    def relevant(error, number):
+        return np.where(compared if number == 2 else compared[..., None], error, 0)
+
     names = "out", "weights", "logsumexp"
     for number, (name, dtype, result, right) in enumerate(zip(names, dtypes, results, exact, strict=True)):
         assert (result.dtype, result.shape) == (dtype, right.shape), name
-        rounding = float(np.finfo(compute).eps) * scales[number]
-        error = errors(result, right, dtype)
+        if not compared.any():
+            continue
+        rounding = float(np.finfo(compute).eps) * max(scales[number], float(np.finfo(compute).smallest_normal))
+        error = relevant(errors(result, right, dtype), number)
         if compute == np.float64 and not WIDER_THAN_DOUBLE:
             bound = 8 * rounding
         else:
-            bound = 2 * errors(plain[number], right).max(initial=0) + 4 * rounding
+            bound = 2 * relevant(errors(plain[number], right), number).max(initial=0) + 4 * rounding
             for seed in range(ROUNDINGS):
                 if (error <= bound).all():
                     break
                 c = compute.type(np.random.default_rng(seed).uniform(1, 2))
+                if biased:
+                    options["attn_mask"] = attn_mask.astype(compute) + (c - 1)
                 again = _plain_and_exact(query * c, key / c, value, wide, options)
-                bound = max(bound, 2 * errors(again[0][number], again[1][number]).max() + 4 * rounding)
+                worst = relevant(errors(again[0][number], again[1][number]), number).max()
+                bound = max(bound, 2 * worst + 4 * rounding)
         assert np.isfinite(bound), f"{name}: plain NumPy overflows, so it sets no bound"
         worst = np.unravel_index(error.argmax(), error.shape) if error.size else ()
         assert (error <= bound).all(), (
