@@ -1,0 +1,134 @@
+"""Calls on arrays that end, or start, at a page which nobody may touch: one byte read or written outside is a SIGSEGV.
+Run in a process of its own by test_guard_pages.py."""
+
+import ctypes
+import importlib
+import itertools
+import mmap
+
+import numpy as np
+from problems import BFLOAT16, DTYPES, FLOATS, INF, LAYOUTS, assert_same_bits, normal, problem
+from tolerance import everything
+
+import cattn
+
+PAGE, PROT_NONE = mmap.PAGESIZE, 0
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded_bytes(size, at_end, gap=0):
+    """`size` bytes whose end (or start) is `gap` bytes from a page without access; another one is on the other side."""
+    pages = -(-(size + gap) // PAGE)
+    whole = np.frombuffer(mmap.mmap(-1, (pages + 2) * PAGE), np.uint8)
+    for page in (0, pages + 1):
+        if LIBC.mprotect(ctypes.c_void_p(whole.ctypes.data + page * PAGE), ctypes.c_size_t(PAGE), PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    start = (pages + 1) * PAGE - size - gap if at_end else PAGE + gap
+    return whole[start : start + size]
+
+
+
+
+def guarded(x, at_end):
+    """`x` with the same strides, its first or last byte next to the page; an unaligned one stays unaligned."""
+    spans = [stride * (n - 1) for stride, n in zip(x.strides, x.shape, strict=True)]
+    before, after = -sum(min(span, 0) for span in spans), sum(max(span, 0) for span in spans)
+    memory = guarded_bytes(before + after + x.itemsize if x.size else 0, at_end, x.ctypes.data % x.dtype.alignment)
+    y = np.ndarray(x.shape, x.dtype, memory, before if x.size else 0, x.strides)
+    y[...] = x
+    return y
+
+
+class GuardedNumpy:
+    """numpy, for a module that allocates through it."""
+
+    def __init__(self, at_end):
+        self.at_end = at_end
+
+    def __getattr__(self, name):
+        function = getattr(np, name)
+        if name not in ("empty", "array", "ascontiguousarray"):
+            return function
+        return lambda *args, **options: guarded(function(*args, **options), self.at_end)
+
+
+SEQ_LENS_Q = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 24, 31, 33, 49, 65]
+SEQ_LENS_KV = [1, 2, 3, 4, 5, 7, 8, 9, 13, 63, 64, 65, 127, 128, 129, 130]
+
+
+def options_of(number, num_heads, seq_len_q, seq_len_kv):
+    rng = np.random.default_rng(number)
+    mask_shape = [(seq_len_q, seq_len_kv), (1, 1, 1, seq_len_kv), (2, num_heads, seq_len_q, seq_len_kv)][number % 3]
+    kind = [bool, *FLOATS][number // 5 % 5]
+    slopes_shape = (2, num_heads) if number // 5 % 2 else (num_heads,)
+    seen = rng.random(mask_shape) < 0.8
+    mask = seen if kind is bool else np.where(seen, rng.standard_normal(mask_shape), -INF).astype(kind)
+    return [
+        {},
+        {"attn_mask": mask},
+        {"is_causal": True, "q_offset": rng.integers(0, seq_len_kv, 2), "alibi_slopes": rng.random(slopes_shape)},
+        {"kv_lens": rng.integers(0, seq_len_kv + 1, 2), "sinks": rng.standard_normal(num_heads), "softcap": 2.0},
+        {"attn_mask": mask, "window": (seq_len_kv // 2, 3), "dropout_p": 0.2, "seed": number},
+    ][number % 5]
+
+
+def calls(head_dims, kernels):
+    """(description, arrays, options): each head_dim with every dtype; the other lists go round."""
+    layouts = list(LAYOUTS)
+    for number, (head_dim, (dtype, kv_dtype), kernel) in enumerate(itertools.product(head_dims, DTYPES, kernels)):
+        lens = [n for n in SEQ_LENS_Q if (n <= 4) == (kernel == "decode")]
+        seq_len_q = lens[number // 3 % len(lens)]
+        seq_len_kv = SEQ_LENS_KV[number // 5 % len(SEQ_LENS_KV)]
+        head_dim_v = head_dim if number % 2 else 1 + number * 7 % 130
+        num_kv_heads = 1 + number % 2
+        arrays = problem(seq_len_q, seq_len_kv, head_dim, head_dim_v, num_heads=2, num_kv_heads=num_kv_heads,
+                         dtype=dtype, kv_dtype=kv_dtype, seed=number)
+        # Half of the keys and values contiguous: those are read in place.
+        names = [layouts[number // 7**i % len(layouts)] if (number >> i) % 2 else "contiguous" for i in range(4)]
+        arrays = [LAYOUTS[name](x) for name, x in zip(names, arrays, strict=False)]
+        options = options_of(number, 2, seq_len_q, seq_len_kv)
+        if number % 3 == 0:
+            options["out"] = LAYOUTS[names[3]](np.zeros((2, 2, seq_len_q, head_dim_v), dtype))
+        yield f"{[(x.shape, x.strides, str(x.dtype)) for x in arrays]} {list(options)}", arrays, options
+
+
+def attention(head_dims, kernels=("decode", "prefill")):
+    module = importlib.import_module("cattn.attention")
+    for description, arrays, options in calls(head_dims, kernels):
+        module.np = np
+        expected = everything(*arrays, **options)
+        expected = (expected[0].copy(), *expected[1:])
+        for at_end in (True, False):
+            print("at the end" if at_end else "at the start", description, flush=True)
+            module.np = GuardedNumpy(at_end)
+            same = {name: guarded(x, at_end) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+            results = everything(*(guarded(x, at_end) for x in arrays), **same)
+            assert_same_bits(tuple(x.copy() for x in results), expected)
+    module.np = np
+
+
+def tables(dims):
+    for number, (dim, dtype) in enumerate(itertools.product(dims, ["float16", "float32", "float64"])):
+        length = [1, 2, 63, 64, 65, 130][number % 6]
+        options = {"layout": ["interleaved", "concatenated"][number // 2 % 2], "dtype": dtype, "offset": number}
+        expected = cattn.sinusoidal_encoding(length, dim, **options)
+        for at_end in (True, False):
+            print("table", length, dim, options, at_end, flush=True)
+            out = guarded(np.zeros((length, dim), dtype), at_end)
+            assert_same_bits(cattn.sinusoidal_encoding(length, dim, **options, out=out).copy(), expected)
+
+
+def many_keys():
+    """Keys in several splits, which threads share; rows done again because their values overflow."""
+    for at_end, dtype, seq_len_q in itertools.product((True, False), [FLOATS[0], FLOATS[1], BFLOAT16], (1, 8, 20)):
+        query, key, value = problem(seq_len_q, 9001, 24, 17, leading=(1,), num_heads=1, dtype=dtype)
+        value[...] = np.sign(value) * (1e307 if dtype == np.float64 else 3e38)
+        print("many keys", at_end, dtype, seq_len_q, flush=True)
+        results = everything(*(guarded(x, at_end) for x in (query, key, value)), num_threads=2)
+        assert_same_bits(results, everything(query, key, value))
+
+
+def touch_outside(at_end):
+    """What the guard is for."""
+    x = guarded(normal(5), at_end)
+    ctypes.string_at(x.ctypes.data + x.nbytes if at_end else x.ctypes.data - 1, 1)

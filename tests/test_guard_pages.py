@@ -1,0 +1,44 @@
+"""Nothing outside an array is read or written, not one byte: guarded.py, in processes that a SIGSEGV may end."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cattn
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect through ctypes")
+each_isa = pytest.mark.parametrize("isa", cattn.available_isas())
+
+
+def run(code, isa=cattn.isa):
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import guarded; {code}"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(cattn.__file__).parents[1], env=os.environ | {"CATTN_ISA": isa}, capture_output=True, text=True)
+
+
+def assert_clean(code, isa):
+    done = run(code, isa)
+    assert done.returncode == 0, f"{done.returncode} in {done.stdout.splitlines()[-1:]}\n{done.stderr[-2000:]}"
+    assert done.stdout
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_guards_work(at_end):
+    assert run(f"guarded.touch_outside({at_end})").returncode == -signal.SIGSEGV
+
+
+@each_isa
+def test_some_head_dims(isa):
+    """Each with every dtype and both kernels."""
+    assert_clean("guarded.attention(range(1, 131, 7)); guarded.many_keys(); guarded.tables([1, 2, 9, 16, 33])", isa)
+
+
+@pytest.mark.slow
+@each_isa
+def test_every_head_dim(isa):
+    assert_clean("guarded.attention(list(range(1, 131)) * 5); guarded.tables(range(1, 131))", isa)
