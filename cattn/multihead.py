@@ -5,7 +5,7 @@ from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference
 from cattn.attention import scaled_dot_product_attention
-from cattn.threads import checked, get_num_threads
+from cattn.threads import checked
 
 __all__ = ["MultiHeadAttention"]
 
@@ -63,6 +63,6 @@ class MultiHeadAttention(reference.MultiHeadAttention):
             return super()._linear(rows, weight, bias, num_threads).reshape(shape)
         out = np.empty((len(rows), len(weight)), x.dtype)
         module = _kernels.f32 if x.dtype == np.float32 else _kernels.f64()
-        threads = get_num_threads() if num_threads is None else checked(num_threads)
+        threads = 0 if num_threads is None else checked(num_threads)
         module.linear(rows, weight, np.zeros(len(weight), x.dtype) if bias is None else bias, out, threads)
         return out.reshape(shape)

@@ -249,6 +249,8 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     call.num_tasks = call.unfinished = max(num_tasks, num_parts)
     p.call = &call
     with nogil:
+        if threads > 1:
+            threads = call.num_threads = cattn_startable(<int> threads)
         if threads == 1:
             do_tasks(&p, scratch, states, parts_left)
         else:

@@ -93,22 +93,30 @@ cdef void do_features(real* out, const real* packed, const real* weight, const r
 
 def linear(const real[:, ::1] x, const real[:, ::1] weight, const real[::1] bias, real[:, ::1] out,
            Py_ssize_t num_threads):
-    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d]. No axis is empty."""
+    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d]. No axis is empty. num_threads: 0 for the
+    default."""
     cdef Py_ssize_t rows = x.shape[0], in_features = x.shape[1], out_features = weight.shape[0]
     cdef Py_ssize_t block = (min(rows, MAX_ROWS) + LANES - 1) // LANES * LANES
     cdef Py_ssize_t num_tasks = (out_features + FEATURES - 1) // FEATURES
     cdef Py_ssize_t first, vectors, vector, n, task, tile_size = FEATURES * MAX_WIDTH
-    cdef int threads = <int> min(num_threads, num_tasks, MAX_THREADS)
-    cdef char* allocated = <char*> malloc((block * in_features + threads * tile_size) * sizeof(real) + 64)
+    cdef int threads
+    cdef char* allocated
     cdef real* packed
     cdef real* tiles
+    cdef Call call
+    begin_call(&call, num_threads, 2.0 * rows * in_features * out_features)
+    threads = <int> min(call.num_threads, num_tasks)
+    allocated = <char*> malloc((block * in_features + threads * tile_size) * sizeof(real) + 64)
     if allocated == NULL:
+        end_call(&call)
         raise MemoryError(f"linear: no memory for a copy of {block} x {in_features} numbers")
     packed = <real*> (allocated + 64 - <uintptr_t> allocated % 64)
     tiles = packed + block * in_features
     with nogil:
+        if threads > 1:
+            threads = cattn_startable(threads)
         first = 0
-        while first < rows:
+        while first < rows and not stopped(&call):
             n = min(block, rows - first)
             vectors = (n + LANES - 1) // LANES
             vector = 0
@@ -122,3 +130,4 @@ def linear(const real[:, ::1] x, const real[:, ::1] weight, const real[::1] bias
                                 in_features, out_features, task * FEATURES)
             first += block
     free(allocated)
+    end_call(&call)

@@ -1,7 +1,11 @@
-# The OpenMP runtime: what it is, how many threads it lets a call have, and its one trap. GCC's (12 to 16) deadlocks
+# The OpenMP runtime: what it is, how many threads it lets a call have, and its two traps. GCC's (12 to 16) deadlocks
 # when a process forks after its first parallel region and the child enters one: the child inherits a pool of threads
 # that do not exist in it. So, before each fork, the pool of the forking thread is dissolved (25 to 35 us; the next
 # region makes a new one in 40 to 60 us). Where the runtime cannot do that, the child computes with one thread.
+#
+# And the runtime ends the process when it cannot start a thread. So before a region that needs more than the pool has,
+# as many are started and ended here, all at once: what cannot be started is not asked for, and the stacks of what could
+# stay with the C library, where the region finds them.
 
 cdef extern from *:
     """
@@ -16,13 +20,38 @@ cdef extern from *:
     #else
     static int cattn_dissolve_pool(void) { return 0; }
     #endif
+    static __thread int cattn_pool = 1; /* threads that this thread's last region had */
     static int cattn_pool_dissolved = 0, cattn_child_is_serial = 0, cattn_forks = 0;
-    static void cattn_before_fork(void) { cattn_pool_dissolved = cattn_dissolve_pool(); }
+    static void cattn_before_fork(void) {
+        cattn_pool_dissolved = cattn_dissolve_pool();
+        cattn_pool = 1;
+    }
     static void cattn_in_child(void) { cattn_child_is_serial |= !cattn_pool_dissolved; cattn_forks++; }
     static int cattn_watch_forks(void (*in_child)(void)) {
         return pthread_atfork(cattn_before_fork, NULL, cattn_in_child) || pthread_atfork(NULL, NULL, in_child);
     }
+    static void* cattn_pass(void* gate) {
+        pthread_mutex_lock((pthread_mutex_t*) gate);
+        pthread_mutex_unlock((pthread_mutex_t*) gate);
+        return NULL;
+    }
+    static int cattn_startable(int wanted) {
+        enum { AT_MOST = 1024 };
+        pthread_t started[AT_MOST];
+        pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+        int i, more = 0;
+        if (wanted > cattn_pool) {
+            pthread_mutex_lock(&gate);
+            while (more < wanted - cattn_pool && more < AT_MOST
+                   && pthread_create(&started[more], NULL, cattn_pass, &gate) == 0) more++;
+            pthread_mutex_unlock(&gate);
+            for (i = 0; i < more; i++) pthread_join(started[i], NULL);
+            wanted = cattn_pool + more;
+        }
+        return cattn_pool = wanted;
+    }
     #else
+    static int cattn_startable(int wanted) { return wanted; }
     static int cattn_child_is_serial = 0, cattn_forks = 0;
     static int cattn_watch_forks(void (*in_child)(void)) { (void)in_child; return 0; }
     #endif
@@ -59,6 +88,7 @@ cdef extern from *:
     const bint CATTN_IN_PARALLEL
     const Py_ssize_t CATTN_MAX_THREADS
     int cattn_watch_forks(void (*in_child)() noexcept nogil) noexcept
+    int cattn_startable(int wanted) noexcept nogil  # of the `wanted` threads of the next region, its caller included
 
 
 cdef void forget_calls() noexcept nogil:

@@ -139,6 +139,8 @@ def sinusoid(table, Py_ssize_t offset, double base, bint concatenated, Py_ssize_
     fars = starts + 2 * dim * min(STEPS, blocks)
     seeds = fars + 2 * dim * num_far
     with nogil:
+        if num_threads > 1:
+            num_threads = cattn_startable(num_threads)
         for r in range(half):
             frequency[r] = pow(base, -2.0 * r / dim)
         multiples(offsets, min(STEPS, length), 1.0, frequency, dim, concatenated)
