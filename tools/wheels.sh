@@ -45,7 +45,7 @@ fetch_libgomp() { # of Debian 11; sets LIBGOMP_DIR
 }
 
 suite() { # PYTHON WHEEL [REQUIREMENT...]
-    say "suite: $1, $(basename "$2"), ${*:3}"
+    say "suite: $1 $(basename "$2") ${*:3}"
     local environment
     environment=$(new_environment "$1")
     local PATH=$environment/bin # no compiler
