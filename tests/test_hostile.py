@@ -232,6 +232,8 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
 
     * whose query or scores leave a quarter of the range: there it depends on order and units what overflows;
     * whose query times scale is subnormal, beside keys so large that what is rounded off counts (and 0 * inf is NaN);
+    * that is one number all along, as a key is, over many dimensions: the rounding of such a sum adds up, and how far
+      depends on which of its BLAS's routines NumPy takes;
     * whose largest scores are large and have a bias: how much of the smaller of the two is left is a matter of units;
     * that give an infinite value a weight below the smallest normal number: it may become 0, and 0 * inf is NaN;
     * whose result, enlarged by dropout, may leave the range of its dtype.
@@ -277,6 +279,9 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
     heavy_keys = (np.isinf(key).any(axis=-1) | (rounded_off > float(info.eps) / 4))[..., None, :]
     faint = ((sizes[0] > 0) & (sizes[0] * abs(scale) < tiny)).any(axis=-1, keepdims=True)
     good &= per_row(faint & heavy_keys) == 0
+    if query.shape[-1] > 64:
+        alike = [x.max(axis=-1) == x.min(axis=-1) for x in (query, key)]
+        good &= per_row(alike[0][..., None] & alike[1][..., None, :]) == 0
     if reach or (attn_mask is not None and attn_mask.dtype != bool):
         good &= (reach <= limit) & ~((np.abs(logsumexp) > 1024) & np.isfinite(logsumexp))
     infinite_values = np.isinf(value).any(axis=-1)[..., None, :]

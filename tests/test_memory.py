@@ -33,7 +33,7 @@ def run(code):
 
 @measured
 def test_no_block_left():
-    run("leaks.no_block_left(500)")
+    run("leaks.no_block_left(250)")
 
 
 @measured
@@ -45,7 +45,7 @@ def test_no_page_more():
 @measured
 @pytest.mark.slow
 def test_no_page_more_in_a_million_calls():
-    run("leaks.no_page_more(1_000_000, 1000, 2 * leaks.MIB); leaks.no_block_left(20_000)")
+    run("leaks.no_page_more(1_000_000, 1000, 2 * leaks.MIB); leaks.no_block_left(10_000)")
 
 
 @measured
