@@ -154,6 +154,7 @@ def test_openmp_that_cannot_dissolve_its_pool(tmp_path):
     (tmp_path / "refuse.c").write_text("int omp_pause_resource_all(int kind) { return -1; }")
     library = tmp_path / "refuse.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "refuse.c"], check=True)
+    preload = f"{os.environ.get('LD_PRELOAD', '')} {library}"  # a sanitizer has to stay the first
     done = subprocess.run([sys.executable, "-c", """
 import os, signal, cattn
 import numpy as np
@@ -174,6 +175,6 @@ def child(depth):
     print(os.waitpid(pid, 0)[1], flush=True)
 child(1)
 print(np.array_equal(cattn.scaled_dot_product_attention(x, x, x), expected), cattn.get_num_threads())
-"""], cwd=ROOT, env=os.environ | {"LD_PRELOAD": str(library)}, capture_output=True, text=True, timeout=120)
+"""], cwd=ROOT, env=os.environ | {"LD_PRELOAD": preload}, capture_output=True, text=True, timeout=120)
     serial = "True 1 1 set_num_threads, limited by a fork, with an OpenMP that cannot take one"
     assert done.stdout.splitlines() == [serial, serial, "0", "0", "True 2"], done.stderr
