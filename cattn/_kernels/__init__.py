@@ -33,12 +33,13 @@ def _import_with_short_spin(name: str):
     """Imports the first module that loads GCC's OpenMP runtime, which reads GOMP_SPINCOUNT then, and only then.
 
     By default its threads spin for milliseconds after each parallel region, on cores that another pool (OpenBLAS, in
-    numpy.matmul) wants next: alternating the two took 8 to 28 ms a round instead of 0.35 (2 cores). With 1000 rounds
-    of spin 0.40 to 0.55; below 300 repeated calls get slower, from 2000 on the fight is back.
+    numpy.matmul) wants next: alternating the two took 8 to 28 ms a round instead of 0.35 (2 cores). Threads that sleep
+    take 50 to 200 us to wake in a virtual machine. With 50 us of spin, alternating takes 1.3 to 1.4 times the sum of
+    both alone; with 15 us 1.2, but a layer, whose three regions lie 30 to 80 us apart, twice the time; with 100 us 1.7.
     """
     if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
         return importlib.import_module(name)
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = str(cpu.spin_rounds(50e-6))
     try:
         return importlib.import_module(name)
     finally:
