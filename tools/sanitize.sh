@@ -104,7 +104,7 @@ address() {
     preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
     # CPython's own allocator would hide its blocks, and what only they point to would look like a leak.
     export PYTHONMALLOC=malloc
-    export ASAN_OPTIONS=abort_on_error=1:allocator_may_return_null=1:log_path=$log/asan
+    export ASAN_OPTIONS=abort_on_error=1:handle_segv=0:allocator_may_return_null=1:log_path=$log/asan
     export LSAN_OPTIONS=exitcode=0 UBSAN_OPTIONS=print_stacktrace=1
     suite flags_are_in_force sees_addresses  # that test times the kernels
     unset PYTHONMALLOC
@@ -121,7 +121,7 @@ thread() {
     preload=$(gcc -print-file-name=libtsan.so)
     export OMP_TOOL_LIBRARIES=$llvm/libarcher.so
     export OMP_WAIT_POLICY=passive  # tests have more threads than some machines CPUs
-    export TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1:allocator_may_return_null=1:log_path=$log/tsan
+    export TSAN_OPTIONS=ignore_noninstrumented_modules=1:handle_segv=0:halt_on_error=1:allocator_may_return_null=1:log_path=$log/tsan
     suite 'flags_are_in_force or fork' sees_races  # ThreadSanitizer allows no threads in a child of fork
     unset OMP_TOOL_LIBRARIES OMP_WAIT_POLICY
 }
