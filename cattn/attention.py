@@ -38,6 +38,14 @@ def scaled_dot_product_attention(
     return_logsumexp: bool = False, out: np.ndarray | None = None, num_threads: int | None = None,
     seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
+    if (attn_mask is None and kv_lens is None and window is None and sinks is None and alibi_slopes is None
+            and seed is None and not return_weights and not return_logsumexp and type(q_offset) is int
+            and type(dropout_p) is float and type(softcap) is float and dropout_p == softcap == 0
+            and -_FAR <= q_offset <= _FAR):
+        result = _kernels.f32.attend_plain(query, key, value, out, is_causal, scale, q_offset,
+                                           0 if num_threads is None else threads.checked(num_threads))
+        if result is not None:
+            return result
     try:
         query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     except ValueError:
@@ -96,12 +104,8 @@ def scaled_dot_product_attention(
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
 
     module = _kernels.f64() if q_kind == F64 else _kernels.f32
-    if (query.ndim == key.ndim == value.ndim == 4 and key.shape[0] == value.shape[0] == query.shape[0]
-            and attn_mask is None and kv_kind < F16):
-        batches = ((0, (query, key, value, None, target)),)  # as it came: the way of small calls
-    else:
-        arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (target, q_kind)]
-        batches = _batches([_four_axes(array, kind, leading, one_head) for array, kind in arrays], leading)
+    arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (target, q_kind)]
+    batches = _batches([_four_axes(array, kind, leading, one_head) for array, kind in arrays], leading)
     for batch_offset, (q, k, v, mask, result) in batches if target.size else ():
         batch = slice(batch_offset, batch_offset + q.shape[0])
         rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
@@ -142,11 +146,6 @@ def _kind(name, array):
 
 def _check_shapes(query, key, value):
     """The leading axes of the result, broadcast."""
-    if (query.ndim == key.ndim == value.ndim == 4 and query.shape[0] == key.shape[0]
-            and key.shape[:3] == value.shape[:3] and key.shape[1] and query.shape[1] % key.shape[1] == 0
-            and 1 <= query.shape[3] == key.shape[3] <= _MAX_HEAD_DIM and 1 <= value.shape[3] <= _MAX_HEAD_DIM
-            and value.size <= _MAX_NUMBERS):
-        return query.shape[:1]
     if query.ndim < 2:
         raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}")
     for name, array in (("query", query), ("key", key), ("value", value)):

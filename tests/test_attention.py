@@ -1,9 +1,11 @@
 """scaled_dot_product_attention against the reference: every argument, dtype, shape and layout, on every instruction
 set. How close is close enough: tolerance.py."""
 
+import contextlib
 import inspect
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -429,6 +431,57 @@ def test_out(isa, layout, dtype, kv_dtype):
     memory, right = (x if x.base is None else x.base for x in (out, other))
     assert memory.tobytes("A") == right.tobytes("A")  # what lies between the elements is untouched as well
     assert everything(*arrays, out=out)[0] is out
+
+
+def short_way(monkeypatch):
+    """The list that gets, for each call from now on that could be plain, whether it was."""
+    taken, attend_plain = [], cattn._kernels.f32.attend_plain
+
+    def watched(*arguments):
+        result = attend_plain(*arguments)
+        taken.append(result is not None)
+        return result
+
+    monkeypatch.setattr(cattn._kernels, "f32", SimpleNamespace(attend=cattn._kernels.f32.attend, attend_plain=watched))
+    return taken
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [
+    {}, {"is_causal": True}, {"scale": 0.3}, {"is_causal": True, "q_offset": 7}, {"is_causal": True, "q_offset": -3},
+], ids=str)
+def test_the_short_way_and_the_long_way(isa, monkeypatch, options, layout):
+    """To the same bits, into the caller's array or a new one."""
+    taken = short_way(monkeypatch)
+    for leading, sizes in [(2, (37, 50, 24, 40)), (1, (1, 300, 64)), (3, (1, 1, 1))]:
+        arrays = problem(*sizes, leading=(leading,), num_heads=4, num_kv_heads=2)
+        query, key, value = map(LAYOUTS[layout], arrays)
+        expected = attention(query, key, value, softcap=0, **options)  # an int, which no plain call has
+        assert taken == []
+        out = np.empty(expected.shape, F32)
+        heads_last = np.empty(expected.swapaxes(1, 2).shape, F32).swapaxes(1, 2)
+        assert attention(query, key, value, out=out, **options) is out
+        assert attention(query, key, value, out=heads_last, **options) is heads_last
+        for result in attention(query, key, value, **options), out, heads_last:
+            assert_same_bits(result, expected)
+        assert taken == [True] * 3
+        taken.clear()
+
+
+def test_what_the_short_way_leaves_alone(monkeypatch):
+    taken = short_way(monkeypatch)
+    x = normal(2, 3, 5, 8)
+    masked, wide = np.ma.array(x), x.astype(F64)
+    for arrays, options in [
+        ((x[0],) * 3, {}), ((x[:1], x, x), {}), ((x, x[:, :1], x), {}), ((x, x[..., :0, :], x[..., :0, :]), {}),
+        ((masked,) * 3, {}), ((wide,) * 3, {}), ((x.tolist(),) * 3, {}), ((x,) * 3, {"scale": np.float64(2)}),
+        ((x,) * 3, {"scale": 0.0}), ((x,) * 3, {"out": np.empty((*x.shape, 2), F32)[..., 0]}),
+        ((x,) * 3, {"out": np.empty_like(x)[::-1]}), ((x[..., :0, :], x, x), {}),
+    ]:
+        with contextlib.suppress(ValueError):
+            attention(*arrays, **options)
+        assert taken == [False], (arrays, options)
+        taken.clear()
 
 
 def test_out_with_the_smallest_gaps(isa):

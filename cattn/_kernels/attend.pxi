@@ -10,6 +10,8 @@
 # Threads take tasks one by one (tasks.pxi): where a neighbour takes a core away, a static share of one head of 2048
 # rows took 4.9 ms instead of 3.4.
 
+REAL = dtype("float64" if IS_DOUBLE else "float32")
+
 cdef enum:
     EXP_FLOPS = 64             # an exp2 and its bookkeeping, a score
     MIN_BLOCK = 6              # vectors of query rows: two panels, so that K and V are still used twice
@@ -31,22 +33,33 @@ cdef int describe(Tensor* t, array, Kind kind) except -1:
         f32 = array
         t.data = <char*> &f32[0, 0, 0, 0]
         for axis in range(4):
-            t.stride[axis] = f32.strides[axis]
+            t.length[axis], t.stride[axis] = f32.shape[axis], f32.strides[axis]
     elif kind == F64:
         f64 = array
         t.data = <char*> &f64[0, 0, 0, 0]
         for axis in range(4):
-            t.stride[axis] = f64.strides[axis]
+            t.length[axis], t.stride[axis] = f64.shape[axis], f64.strides[axis]
     elif kind == BOOL:
         flags = array
         t.data = <char*> &flags[0, 0, 0, 0]
         for axis in range(4):
-            t.stride[axis] = flags.strides[axis]
+            t.length[axis], t.stride[axis] = flags.shape[axis], flags.strides[axis]
     else:
         half = array
         t.data = <char*> &half[0, 0, 0, 0]
         for axis in range(4):
-            t.stride[axis] = half.strides[axis]
+            t.length[axis], t.stride[axis] = half.shape[axis], half.strides[axis]
+    return 0
+
+
+cdef int describe_inputs(Problem* p, query, key, value, Kind q_kind, Kind kv_kind) except -1:
+    """q, k, v and the sizes of p (OUT)."""
+    describe(&p.q, query, q_kind)
+    describe(&p.k, key, kv_kind)
+    describe(&p.v, value, kv_kind)
+    p.batch, p.seq_len_q, p.head_dim = p.q.length[0], p.q.length[2], p.q.length[3]
+    p.num_kv_heads, p.seq_len_kv, p.head_dim_v = p.k.length[1], p.k.length[2], p.v.length[3]
+    p.group_size = p.q.length[1] // max(1, p.num_kv_heads)
     return 0
 
 
@@ -181,12 +194,8 @@ cdef void do_tasks(const Problem* p, char* scratch, char* states, Py_ssize_t* pa
         number = take_task(p.call)
 
 
-def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp, Kind q_kind, Kind kv_kind,
-           Kind mask_kind, double scale, double softcap, Py_ssize_t window_left, Py_ssize_t window_right,
-           Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens, const real[:, ::1] slopes,
-           const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads):
-    """out, weights and logsumexp (OUT; flat, contiguous) of one attention problem; None: not given."""
-    cdef Problem p
+cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
+    """Plans a described problem and does it."""
     cdef Workspace w
     cdef Call call
     cdef Py_ssize_t task, num_tasks, num_parts = 0, threads
@@ -195,17 +204,57 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     cdef char* scratch
     cdef char* states = NULL
     cdef Py_ssize_t* parts_left = NULL
-    describe(&p.q, query, q_kind)
-    describe(&p.k, key, kv_kind)
-    describe(&p.v, value, kv_kind)
+    if p.batch * p.num_kv_heads * p.group_size * p.seq_len_q == 0:
+        return 0
+    # Half the flops where causal, unknown here: what they decide is no precise thing.
+    begin_call(&call, num_threads, <double> p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv
+               * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS))
+    threads = call.num_threads
+    plan(p, threads)
+    num_tasks = p.batch * p.num_kv_heads * p.num_blocks
+    if threads > 1 and num_tasks < TASKS_PER_THREAD * threads and p.num_splits > 1 and p.weights == NULL:
+        num_parts = num_tasks * p.num_splits
+        shared_size = num_parts * state_size(p) + num_tasks * sizeof(Py_ssize_t)
+    threads = call.num_threads = min(threads, max(num_tasks, num_parts))
+    scratch_size = carve(&w, NULL, p)
+    allocated = <char*> malloc(threads * scratch_size + shared_size + 64)
+    if allocated == NULL:
+        end_call(&call)
+        raise MemoryError(f"attention: no memory for {threads} x {scratch_size} bytes of scratch")
+    # 64-byte pieces from here on: no vector of packed queries, scores or acc crosses a cache line.
+    scratch = allocated + 64 - <uintptr_t> allocated % 64
+    if num_parts:
+        states = scratch + threads * scratch_size
+        parts_left = <Py_ssize_t*> (states + num_parts * state_size(p))
+        for task in range(num_tasks):
+            parts_left[task] = p.num_splits
+    call.num_tasks = call.unfinished = max(num_tasks, num_parts)
+    p.call = &call
+    with nogil:
+        if threads > 1:
+            threads = call.num_threads = cattn_startable(<int> threads)
+        if threads == 1:
+            do_tasks(p, scratch, states, parts_left)
+        else:
+            with parallel(num_threads=threads):
+                do_tasks(p, scratch + threadid() * scratch_size, states, parts_left)
+                if threadid() == 0:
+                    await_others(&call)
+    free(allocated)
+    end_call(&call)
+
+
+def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp, Kind q_kind, Kind kv_kind,
+           Kind mask_kind, double scale, double softcap, Py_ssize_t window_left, Py_ssize_t window_right,
+           Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens, const real[:, ::1] slopes,
+           const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads):
+    """out, weights and logsumexp (OUT; flat, contiguous) of one attention problem; None: not given."""
+    cdef Problem p
+    describe_inputs(&p, query, key, value, q_kind, kv_kind)
     describe(&p.out, out, q_kind)
     p.mask.data = NULL
     if mask is not None:
         describe(&p.mask, mask, mask_kind)
-    p.batch, p.num_kv_heads, p.seq_len_kv, p.head_dim = key.shape
-    p.group_size = query.shape[1] // p.num_kv_heads
-    p.seq_len_q = query.shape[2]
-    p.head_dim_v = value.shape[3]
     p.weights = &weights[0] if weights is not None else NULL
     p.logsumexp = &logsumexp[0] if logsumexp is not None else NULL
     p.sinks = &sinks[0] if sinks is not None else NULL
@@ -222,41 +271,79 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     p.keep_scale = <real> (1.0 / (1.0 - dropout_p))
     p.seed = seed
     p.batch_offset = batch_offset
-    if p.batch * p.num_kv_heads * p.group_size * p.seq_len_q == 0:
-        return
-    # Half the flops where causal, unknown here: what they decide is no precise thing.
-    begin_call(&call, num_threads, <double> p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv
-               * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS))
-    threads = call.num_threads
-    plan(&p, threads)
-    num_tasks = p.batch * p.num_kv_heads * p.num_blocks
-    if threads > 1 and num_tasks < TASKS_PER_THREAD * threads and p.num_splits > 1 and p.weights == NULL:
-        num_parts = num_tasks * p.num_splits
-        shared_size = num_parts * state_size(&p) + num_tasks * sizeof(Py_ssize_t)
-    threads = call.num_threads = min(threads, max(num_tasks, num_parts))
-    scratch_size = carve(&w, NULL, &p)
-    allocated = <char*> malloc(threads * scratch_size + shared_size + 64)
-    if allocated == NULL:
-        end_call(&call)
-        raise MemoryError(f"attention: no memory for {threads} x {scratch_size} bytes of scratch")
-    # 64-byte pieces from here on: no vector of packed queries, scores or acc crosses a cache line.
-    scratch = allocated + 64 - <uintptr_t> allocated % 64
-    if num_parts:
-        states = scratch + threads * scratch_size
-        parts_left = <Py_ssize_t*> (states + num_parts * state_size(&p))
-        for task in range(num_tasks):
-            parts_left[task] = p.num_splits
-    call.num_tasks = call.unfinished = max(num_tasks, num_parts)
-    p.call = &call
-    with nogil:
-        if threads > 1:
-            threads = call.num_threads = cattn_startable(<int> threads)
-        if threads == 1:
-            do_tasks(&p, scratch, states, parts_left)
-        else:
-            with parallel(num_threads=threads):
-                do_tasks(&p, scratch + threadid() * scratch_size, states, parts_left)
-                if threadid() == 0:
-                    await_others(&call)
-    free(allocated)
-    end_call(&call)
+    run(&p, num_threads)
+
+
+cdef bint is_plain(const Problem* p) noexcept:
+    """True when the shapes fit together, no axis is empty, and no size is where it may be out of the door's ranges."""
+    cdef const Py_ssize_t* q = p.q.length
+    cdef const Py_ssize_t* k = p.k.length
+    cdef const Py_ssize_t* v = p.v.length
+    return (q[0] == k[0] == v[0] and k[1] == v[1] and k[2] == v[2] and q[3] == k[3]
+            and q[1] == p.group_size * k[1] and max(q[3], v[3]) < 1 << 30
+            # As doubles, since the product of lengths in numbers of 64 bits may overflow.
+            and 0 < <double> q[0] * q[1] * q[2] * q[3] * k[2] * v[3] < 1e15)
+
+
+cdef bint lies_apart(const Problem* p) noexcept:
+    """True when `out` is laid out as a contiguous array with gaps, or one whose heads and rows are swapped, and shares
+    no range of addresses with an input. Then no two elements share memory."""
+    cdef const Tensor* out = &p.out
+    cdef const Tensor** inputs = [&p.q, &p.k, &p.v]
+    cdef char* start
+    cdef char* end
+    cdef int inner = 2 if out.stride[2] <= out.stride[1] else 1
+    cdef int outer = 3 - inner, axis, i
+    if not (out.stride[3] == sizeof(real) and out.stride[inner] >= out.length[3] * out.stride[3]
+            and out.stride[outer] >= out.length[inner] * out.stride[inner]
+            and out.stride[0] >= out.length[outer] * out.stride[outer]):
+        return False
+    for i in range(3):
+        start, end = inputs[i].data, inputs[i].data + sizeof(real)
+        for axis in range(4):
+            start += min(0, inputs[i].stride[axis] * (inputs[i].length[axis] - 1))
+            end += max(0, inputs[i].stride[axis] * (inputs[i].length[axis] - 1))
+        if start < out.data + out.length[0] * out.stride[0] and out.data < end:
+            return False
+    return True
+
+
+def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_offset, Py_ssize_t num_threads):
+    """The short way of the plain call: arrays of this module's `real`, 4 axes, equal batches, no option but these.
+    Returns `out` (OUT), a new array where it is None; returns None, with nothing written, for anything else: the door
+    then finds out what it is."""
+    cdef Problem p
+    cdef real[:, :, :, :] target
+    if (type(query) is not ndarray or type(key) is not ndarray or type(value) is not ndarray
+            or query.dtype is not REAL or key.dtype is not REAL or value.dtype is not REAL):
+        return None
+    memset(&p, 0, sizeof(p))
+    try:
+        describe_inputs(&p, query, key, value, real_kind(), real_kind())
+        if out is not None:
+            if type(out) is not ndarray or out.dtype is not REAL:
+                return None
+            target = out  # raises where it is read-only
+    except ValueError:  # another number of axes
+        return None
+    if not is_plain(&p):
+        return None
+    if scale is None:
+        p.scale = <real> (1 / sqrt(<double> p.head_dim) * LOG2_E)
+    elif type(scale) is float and 1e-30 < scale < 1e30:
+        p.scale = <real> (<double> scale * LOG2_E)
+    else:
+        return None
+    shape = (p.batch, p.q.length[1], p.seq_len_q, p.head_dim_v)
+    if out is None:
+        out = empty(shape, REAL)
+        describe(&p.out, out, real_kind())
+    else:
+        describe(&p.out, out, real_kind())
+        if out.shape != shape or not lies_apart(&p):
+            return None
+    p.window_left, p.window_right = -1, 0 if is_causal else -1
+    p.q_offset = q_offset
+    p.keep_scale = 1.0
+    run(&p, num_threads)
+    return out

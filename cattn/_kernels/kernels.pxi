@@ -18,10 +18,12 @@ Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Pytho
 `poll` in tasks.pxi, which runs the handlers of signals for the main thread of a long call.
 """
 from cython.parallel cimport parallel, prange, threadid
-from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, tanh
+from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, sqrt, tanh
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+
+from numpy import dtype, empty, ndarray
 
 from cattn._kernels.cpu cimport atomic_add, atomic_read, atomic_set, calls_in_flight, default_threads, openmp_threads
 

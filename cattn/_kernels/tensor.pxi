@@ -10,7 +10,8 @@ ctypedef enum Kind:  # the same numbers as in cattn/attention.py
 
 cdef struct Tensor:
     char* data            # NULL: the array was not given
-    Py_ssize_t stride[4]  # in bytes: batch, head, row, column; 0 where the array is broadcast
+    Py_ssize_t length[4]  # batch, head, row, column
+    Py_ssize_t stride[4]  # in bytes; 0 where the array is broadcast
     Kind kind
 
 cdef inline Kind real_kind() noexcept nogil:
