@@ -12,6 +12,7 @@ __all__ = ["MultiHeadAttention"]
 # Up to here the own linear layer is faster than numpy's matmul with the same instruction set (AVX2: 1.7 times at 16
 # rows, 1.15 at 64, 1.05 at 128; AVX-512: 2.8, 1.5, 1.3). One row is a product with a vector: numpy does that well.
 _MAX_LINEAR_ROWS = 128
+_LINEAR_DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 
 
 class MultiHeadAttention(reference.MultiHeadAttention):
@@ -57,12 +58,12 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     def _linear(self, x, weight, bias, num_threads):
         rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
         shape = (*x.shape[:-1], len(weight))
-        if not (1 < len(rows) <= _MAX_LINEAR_ROWS and x.dtype.name in ("float32", "float64")
+        if not (1 < len(rows) <= _MAX_LINEAR_ROWS and x.dtype in _LINEAR_DTYPES
                 and weight.size and weight.flags.c_contiguous):
             # One product of two matrices: numpy would run one per batch element, and read the weight each time.
             return super()._linear(rows, weight, bias, num_threads).reshape(shape)
         out = np.empty((len(rows), len(weight)), x.dtype)
-        module = _kernels.f32 if x.dtype == np.float32 else _kernels.f64()
+        module = _kernels.f32 if x.itemsize == 4 else _kernels.f64()
         threads = 0 if num_threads is None else checked(num_threads)
         module.linear(rows, weight, np.zeros(len(weight), x.dtype) if bias is None else bias, out, threads)
         return out.reshape(shape)
