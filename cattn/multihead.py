@@ -58,8 +58,9 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     def _linear(self, x, weight, bias, num_threads):
         rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
         shape = (*x.shape[:-1], len(weight))
-        if not (1 < len(rows) <= _MAX_LINEAR_ROWS and x.dtype in _LINEAR_DTYPES
-                and weight.size and weight.flags.c_contiguous):
+        if not (1 < len(rows) <= _MAX_LINEAR_ROWS and x.dtype in _LINEAR_DTYPES and weight.size
+                and weight.flags.c_contiguous and weight.flags.aligned and rows.flags.aligned
+                and (bias is None or (bias.flags.c_contiguous and bias.flags.aligned))):
             # One product of two matrices: numpy would run one per batch element, and read the weight each time.
             return super()._linear(rows, weight, bias, num_threads).reshape(shape)
         out = np.empty((len(rows), len(weight)), x.dtype)

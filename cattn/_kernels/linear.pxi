@@ -107,8 +107,8 @@ cdef void do_features(real* out, const real* packed, const real* weight, const r
 
 def linear(const real[:, ::1] x, const real[:, ::1] weight, const real[::1] bias, real[:, ::1] out,
            Py_ssize_t num_threads):
-    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d]. No axis is empty. num_threads: 0 for the
-    default."""
+    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d]. No axis is empty; arrays are aligned.
+    num_threads: 0 for the default."""
     cdef Py_ssize_t rows = x.shape[0], in_features = x.shape[1], out_features = weight.shape[0]
     cdef Py_ssize_t block = (min(rows, MAX_ROWS) + LANES - 1) // LANES * LANES
     cdef Py_ssize_t num_tasks = (out_features + FEATURES - 1) // FEATURES
