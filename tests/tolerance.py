@@ -17,9 +17,10 @@ in. `scale` is that number:
 
 It is at least the smallest normal number: below, the spacing of numbers no longer shrinks.
 
-Where few scores decide the error (small arrays, peaked softmax), plain NumPy can be right by luck. err(plain) is then
-the largest over up to ROUNDINGS problems that differ from this one by rounding alone: c * query and key / c, and where
-there is a float mask, mask + c - 1.
+Where few numbers decide the error (small arrays, peaked softmax, equal scores or values), plain NumPy can be right by
+luck. err(plain) is then the largest over up to ROUNDINGS problems that differ from this one by rounding alone: c * query
+and key / c; where there is a float mask, mask + c - 1; and value / c, whose results and their errors are c times
+smaller.
 
 A float16 or bfloat16 result is rounded once more, to the nearest: half an ulp of each number on top. A float64
 result is compared with longdouble. Where that is no wider than double, nothing more exact is at hand: plain then
@@ -90,8 +91,10 @@ def assert_close(results, query, key, value, compared=True, **options):
                 c = compute.type(np.random.default_rng(seed).uniform(1, 2))
                 if biased:
                     options["attn_mask"] = attn_mask.astype(compute) + (c - 1)
-                again = _plain_and_exact(query * c, key / c, value, wide, options)
+                again = _plain_and_exact(query * c, key / c, value / c, wide, options)
                 worst = relevant(errors(again[0][number], again[1][number]), number).max()
+                if name == "out":
+                    worst *= float(c)
                 bound = max(bound, 2 * worst + 4 * rounding)
         assert np.isfinite(bound), f"{name}: plain NumPy overflows, so it sets no bound"
         worst = np.unravel_index(error.argmax(), error.shape) if error.size else ()

@@ -40,10 +40,12 @@
 #ifdef CATTN_DOUBLE
 typedef double real;
 typedef int64_t lane_int;
+typedef uint64_t lane_bits;
 #define IS_DOUBLE 1
 #else
 typedef float real;
 typedef int32_t lane_int;
+typedef uint32_t lane_bits;
 #define IS_DOUBLE 0
 #endif
 
@@ -52,6 +54,7 @@ typedef int32_t lane_int;
 
 typedef real vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef lane_int vi __attribute__((vector_size(VECTOR_BYTES)));
+typedef lane_bits vu __attribute__((vector_size(VECTOR_BYTES))); /* where sums may wrap */
 typedef real vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
 SIMD vf vload(const real *p) { return *(const vf_unaligned *)p; }
@@ -138,7 +141,7 @@ SIMD vf vexp2(vf x) {
     p = vfma(p, r, vset1(6.93147061e-1f));
 #endif
     p = vfma(p, r, vset1(1));
-    return (vf)(((vi)p + ((vi)n << shift)) | (vi)(x != x));
+    return (vf)(((vu)p + ((vu)n << shift)) | (vu)(x != x));
 }
 
 /* Transposes the LANES x LANES matrix whose rows are r[0..LANES): log2(LANES) rounds in which rows i and i + s swap
