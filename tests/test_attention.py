@@ -595,6 +595,19 @@ def test_what_is_attended_goes_through(isa, bad, hide, dtype):
     check(*arrays, attn_mask=mask, is_causal=True, q_offset=90)
 
 
+@both_precisions
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_infinite_value_of_tiny_weight(isa, rows, dtype):
+    """As long as the weight is a normal number, its product with infinity is infinity."""
+    gaps = range(20, 120, 9) if dtype == F32 else range(100, 1020, 90)
+    for gap in gaps:  # the weight is about 2**-gap
+        query = np.ones((rows, 1), dtype)
+        key = np.array([[0], [-gap * math.log(2)], [0]], dtype)
+        value = np.array([[1, 2, 1], [INF, 3, -INF], [1, 4, 1]], dtype)
+        check(query, key, value, scale=1.0)
+        assert_same_bits(attention(query, key, value, scale=1.0)[:, ::2], np.tile(value[1, ::2], (rows, 1)))
+
+
 def test_score_of_minus_infinity_has_weight_0(isa):
     """Where it comes from query and key, the key is seen: an infinite or NaN value goes through."""
     query, key = np.ones((1, 1), np.float32), np.array([[0], [-INF]], np.float32)

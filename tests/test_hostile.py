@@ -232,8 +232,8 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
 
     * whose query or scores leave a quarter of the range: there it depends on order and units what overflows;
     * whose query times scale is subnormal, beside keys so large that what is rounded off counts (and 0 * inf is NaN);
-    * that is one number all along, as a key is, over many dimensions: the rounding of such a sum adds up, and how far
-      depends on which of its BLAS's routines NumPy takes;
+    * for which the order of a sum over many dimensions counts more than the tolerance grants: few different numbers, as
+      here, round the same way again and again, and NumPy's BLAS sums in parts;
     * whose largest scores are large and have a bias: how much of the smaller of the two is left is a matter of units;
     * that give an infinite value a weight below the smallest normal number: it may become 0, and 0 * inf is NaN;
     * whose result, enlarged by dropout, may leave the range of its dtype.
@@ -280,8 +280,16 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
     faint = ((sizes[0] > 0) & (sizes[0] * abs(scale) < tiny)).any(axis=-1, keepdims=True)
     good &= per_row(faint & heavy_keys) == 0
     if query.shape[-1] > 64:
-        alike = [x.max(axis=-1) == x.min(axis=-1) for x in (query, key)]
-        good &= per_row(alike[0][..., None] & alike[1][..., None, :]) == 0
+        q, k = (np.where(np.isfinite(x), x, 0).astype(compute) for x in (query, key))
+        exact = q.astype(wide) @ k.astype(wide).swapaxes(-1, -2)
+        in_parts = per_row(np.abs(q @ k.swapaxes(-1, -2) - exact) * abs(scale))
+        in_order = np.zeros_like(in_parts)
+        for c in (1, 1.1, 1.23, 1.37, 1.61, 1.83, abs(scale) / math.log(2) or 1):  # which ones round up is luck
+            products = (q * compute.type(c))[..., :, None, :] * k[..., None, :, :]
+            sums = np.cumsum(products, axis=-1, dtype=compute)[..., -1].astype(wide) / wide.type(compute.type(c))
+            in_order = np.maximum(in_order, per_row(np.abs(sums - exact) * abs(scale)))
+        size = np.maximum(1, np.abs(np.where(np.isfinite(logsumexp), logsumexp, 0)))
+        good &= 1.5 * in_order <= 2 * in_parts + 4 * float(info.eps) * size
     if reach or (attn_mask is not None and attn_mask.dtype != bool):
         good &= (reach <= limit) & ~((np.abs(logsumexp) > 1024) & np.isfinite(logsumexp))
     infinite_values = np.isinf(value).any(axis=-1)[..., None, :]

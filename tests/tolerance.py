@@ -18,9 +18,9 @@ in. `scale` is that number:
 It is at least the smallest normal number: below, the spacing of numbers no longer shrinks.
 
 Where few numbers decide the error (small arrays, peaked softmax, equal scores or values), plain NumPy can be right by
-luck. err(plain) is then the largest over up to ROUNDINGS problems that differ from this one by rounding alone: c * query
-and key / c; where there is a float mask, mask + c - 1; and value / c, whose results and their errors are c times
-smaller.
+luck. err(plain) is then the largest over up to ROUNDINGS problems that differ from this one by rounding alone:
+c * query and key / c; where there is a float mask, mask + c - 1; and value / c, whose results and their errors are c
+times smaller.
 
 A float16 or bfloat16 result is rounded once more, to the nearest: half an ulp of each number on top. A float64
 result is compared with longdouble. Where that is no wider than double, nothing more exact is at hand: plain then

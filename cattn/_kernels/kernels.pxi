@@ -38,8 +38,9 @@ cdef extern from *:
     #define LOWEST (IS_DOUBLE ? -DBL_MAX : -FLT_MAX)
     /* What the probabilities of a row that overflowed are multiplied by when it is done again. */
     #define SHRINK 0x1p-40
+    #define SMALLEST (IS_DOUBLE ? DBL_MIN : FLT_MIN)
     """
-    const double LOG2_E, BIAS_LIMIT, SHRINK, LOWEST, FLT_MAX
+    const double LOG2_E, BIAS_LIMIT, SHRINK, SMALLEST, LOWEST, FLT_MAX
     void prefetch "__builtin_prefetch"(const void*) nogil
 
 

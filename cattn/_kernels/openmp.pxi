@@ -12,6 +12,18 @@ cdef extern from *:
     #if defined(_OPENMP) && !defined(_WIN32)
     #include <omp.h>
     #include <pthread.h>
+    /* glibc 2.34 moved these; by their old versions, which it keeps, a build with it runs on older ones as well. */
+    #if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    #if defined(__x86_64__)
+    #define CATTN_OLD_GLIBC "GLIBC_2.2.5"
+    #elif defined(__aarch64__)
+    #define CATTN_OLD_GLIBC "GLIBC_2.17"
+    #endif
+    #endif
+    #if defined(CATTN_OLD_GLIBC)
+    __asm__(".symver pthread_create, pthread_create@" CATTN_OLD_GLIBC);
+    __asm__(".symver pthread_join, pthread_join@" CATTN_OLD_GLIBC);
+    #endif
     #if defined(__clang__) || __GNUC__ >= 9
     #pragma weak omp_pause_resource_all
     static int cattn_dissolve_pool(void) {

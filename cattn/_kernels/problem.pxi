@@ -193,10 +193,17 @@ cdef void drop_tile(const Problem* p, real* probs, Py_ssize_t width, Py_ssize_t 
 
 
 cdef void shrink_tile(real* probs, Py_ssize_t vectors, const real* shrink, Py_ssize_t period) noexcept nogil:
-    """probs (IN/OUT), whole vectors of them: times their rows' factors, which come again after `period` vectors."""
+    """probs (IN/OUT), whole vectors of them: times their rows' factors, which come again after `period` vectors. What
+    was above 0 stays so where the factor is not 1: the weight of an infinite value. Finite ones do not feel it."""
     cdef Py_ssize_t i
+    cdef vf zero = vset1(<real> 0.0), one = vset1(<real> 1.0)
+    cdef vf prob, factor, product, least
     for i in range(vectors):
-        vstore(probs + i * LANES, vload(probs + i * LANES) * vload(shrink + i % period * LANES))
+        prob, factor = vload(probs + i * LANES), vload(shrink + i % period * LANES)
+        product = prob * factor
+        least = vselect(vless(factor, one), vset1(<real> SMALLEST), zero)
+        product = vselect(vless(zero, prob), vmax(product, least), product)
+        vstore(probs + i * LANES, product)
 
 
 cdef bint all_finite(const real* x, Py_ssize_t n) noexcept nogil:
