@@ -6,10 +6,9 @@ from cattn import _kernels
 
 collect_ignore = ["guarded.py", "leaks.py"]  # programs of tests, for Linux
 
-# The normal suite tries the same examples each time; slow runs try many, and others each time.
+# The same examples each time: what fails, fails again.
 settings.register_profile("normal", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-settings.register_profile("slow", max_examples=7000, deadline=None, suppress_health_check=list(HealthCheck),
-                          print_blob=True)
+settings.register_profile("slow", settings.get_profile("normal"), max_examples=7000, print_blob=True)
 
 
 @pytest.fixture(params=cattn.available_isas())

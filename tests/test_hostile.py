@@ -225,6 +225,21 @@ def same_numbers(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+def sum_errors(a, b, dtype):
+    """The errors of a @ b in `dtype`: as NumPy sums, and one product after the other. For the latter the largest of
+    some problems that differ by rounding alone."""
+    a, b = (np.where(np.isfinite(x), x, 0) for x in (a, b))
+    exact = a @ b
+    in_parts = np.abs(a.astype(dtype) @ b.astype(dtype) - exact)
+    in_order = np.zeros_like(in_parts)
+    for c in (1, 1.1, 1.23, 1.37, 1.61, 1.83, 1 / math.log(2)):
+        c = dtype.type(c)
+        products = (a.astype(dtype) * c)[..., :, :, None] * b.astype(dtype)[..., None, :, :]
+        sums = np.cumsum(products, axis=-2, dtype=dtype)[..., -1, :]
+        in_order = np.maximum(in_order, np.abs(sums.astype(exact.dtype) / exact.dtype.type(c) - exact))
+    return in_parts, in_order
+
+
 @np.errstate(all="ignore")
 def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=None, q_offset=0, dropout_p=0.0,
                     **options):
@@ -232,8 +247,8 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
 
     * whose query or scores leave a quarter of the range: there it depends on order and units what overflows;
     * whose query times scale is subnormal, beside keys so large that what is rounded off counts (and 0 * inf is NaN);
-    * for which the order of a sum over many dimensions counts more than the tolerance grants: few different numbers, as
-      here, round the same way again and again, and NumPy's BLAS sums in parts;
+    * for which the order of a sum over dimensions or keys counts more than the tolerance grants: few different numbers,
+      as they are here, round the same way again and again, and NumPy's BLAS sums in parts;
     * whose largest scores are large and have a bias: how much of the smaller of the two is left is a matter of units;
     * that give an infinite value a weight below the smallest normal number: it may become 0, and 0 * inf is NaN;
     * whose result, enlarged by dropout, may leave the range of its dtype.
@@ -280,22 +295,18 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
     faint = ((sizes[0] > 0) & (sizes[0] * abs(scale) < tiny)).any(axis=-1, keepdims=True)
     good &= per_row(faint & heavy_keys) == 0
     if query.shape[-1] > 64:
-        q, k = (np.where(np.isfinite(x), x, 0).astype(compute) for x in (query, key))
-        exact = q.astype(wide) @ k.astype(wide).swapaxes(-1, -2)
-        in_parts = per_row(np.abs(q @ k.swapaxes(-1, -2) - exact) * abs(scale))
-        in_order = np.zeros_like(in_parts)
-        for c in (1, 1.1, 1.23, 1.37, 1.61, 1.83, abs(scale) / math.log(2) or 1):  # which ones round up is luck
-            products = (q * compute.type(c))[..., :, None, :] * k[..., None, :, :]
-            sums = np.cumsum(products, axis=-1, dtype=compute)[..., -1].astype(wide) / wide.type(compute.type(c))
-            in_order = np.maximum(in_order, per_row(np.abs(sums - exact) * abs(scale)))
+        in_parts, in_order = sum_errors(query, key.swapaxes(-1, -2), compute)
         size = np.maximum(1, np.abs(np.where(np.isfinite(logsumexp), logsumexp, 0)))
-        good &= 1.5 * in_order <= 2 * in_parts + 4 * float(info.eps) * size
+        good &= per_row(1.5 * in_order - 2 * in_parts) * abs(scale) <= 4 * float(info.eps) * size
     if reach or (attn_mask is not None and attn_mask.dtype != bool):
-        good &= (reach <= limit) & ~((np.abs(logsumexp) > 1024) & np.isfinite(logsumexp))
+        good &= (reach <= limit) & ~((np.abs(logsumexp) > 256) & np.isfinite(logsumexp))
     infinite_values = np.isinf(value).any(axis=-1)[..., None, :]
     lost = np.broadcast_to(infinite_values, shape).reshape(visible.shape) & (weights > 0) & (weights < tiny)
     good &= ~lost.any(axis=-1)
     largest = np.abs(np.where(np.isfinite(value), value, 0)).max(initial=0)
+    if value.shape[-2] > 16:
+        in_parts, in_order = sum_errors(weights.reshape(shape), value, compute)
+        good &= (1.5 * in_order - 2 * in_parts).max(axis=-1).reshape(good.shape) <= 4 * float(info.eps) * largest
     return good & (largest / (1 - dropout_p) <= 0.99 * result_max)
 
 
