@@ -40,8 +40,8 @@ fetch_libgomp() { # of Debian 11; sets LIBGOMP_DIR
         -o APT::Sandbox::User=root
     apt-get "$@" update
     (cd "$apt" && apt-get "$@" download libgomp1)
-    dpkg-deb -x "$apt"/libgomp1_*.deb "$apt/root"
-    LIBGOMP_DIR=$(dirname "$apt"/root/usr/lib/*/libgomp.so.1)
+    dpkg-deb -x "$apt"/libgomp1_*.deb "$apt/unpacked"
+    LIBGOMP_DIR=$(dirname "$apt"/unpacked/usr/lib/*/libgomp.so.1)
 }
 
 suite() { # PYTHON WHEEL [REQUIREMENT...]

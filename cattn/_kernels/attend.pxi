@@ -313,7 +313,6 @@ def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_off
     Returns `out` (OUT), a new array where it is None; returns None, with nothing written, for anything else: the door
     then finds out what it is."""
     cdef Problem p
-    cdef real[:, :, :, :] target
     if (type(query) is not ndarray or type(key) is not ndarray or type(value) is not ndarray
             or query.dtype is not REAL or key.dtype is not REAL or value.dtype is not REAL):
         return None
@@ -321,9 +320,9 @@ def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_off
     try:
         describe_inputs(&p, query, key, value, real_kind(), real_kind())
         if out is not None:
-            if type(out) is not ndarray or out.dtype is not REAL:
+            if type(out) is not ndarray or out.dtype is not REAL or not out.flags.writeable:
                 return None
-            target = out  # raises where it is read-only
+            describe(&p.out, out, real_kind())
     except ValueError:  # another number of axes
         return None
     if not is_plain(&p):
@@ -338,10 +337,8 @@ def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_off
     if out is None:
         out = empty(shape, REAL)
         describe(&p.out, out, real_kind())
-    else:
-        describe(&p.out, out, real_kind())
-        if out.shape != shape or not lies_apart(&p):
-            return None
+    elif out.shape != shape or not lies_apart(&p):
+        return None
     p.window_left, p.window_right = -1, 0 if is_causal else -1
     p.q_offset = q_offset
     p.keep_scale = 1.0
