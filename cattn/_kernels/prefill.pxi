@@ -272,19 +272,32 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
         first += panel
 
 
+cdef void prefetch_rows(const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t end,
+                        Py_ssize_t dim) noexcept nogil:
+    """Rows [first, end) of K or V, where they lie apart. Adjacent ones are left to the hardware."""
+    cdef Py_ssize_t row_bytes = dim * t.stride[3]  # of numbers side by side; others are too many lines to ask for
+    cdef Py_ssize_t i, offset
+    if -row_bytes <= t.stride[2] <= row_bytes or t.stride[3] > <Py_ssize_t> sizeof(double):
+        return
+    for i in range(first, end):
+        offset = 0
+        while offset < row_bytes:
+            prefetch(row_of(t, batch, head, i) + offset)
+            offset += 64
+
+
 cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
                        Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
     cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
-    cdef Py_ssize_t first, n, k_stride, v_stride
+    cdef Py_ssize_t first, n, k_stride, v_stride, ahead, ahead_end
     cdef Py_ssize_t key_start = low - low % p.block_kv
     cdef const real* k
     cdef const real* v
     cdef int panel, v_is_finite
-    # Contiguous rows stay where they are. Rows far apart fall into few L1 sets (16 % slower in place): they are copied,
-    # unless a single panel is to read them.
-    cdef bint k_in_place = rows_are_real(&p.k) and (
-        p.k.stride[2] == p.head_dim * <Py_ssize_t> sizeof(real) or vectors <= MAX_PANEL)
+    # Rows of V that lie apart fall into few L1 sets and are each read in several columns: they are copied, unless a
+    # single panel is to read them. Rows of K are read whole.
+    cdef bint k_in_place = rows_are_real(&p.k)
     cdef bint v_in_place = rows_are_real(&p.v) and (
         p.v.stride[2] == p.head_dim_v * <Py_ssize_t> sizeof(real) or vectors <= MAX_PANEL)
     while key_start < high and not stopped(p.call):
@@ -296,6 +309,10 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
         first = 0
         while first < vectors:
             panel = panel_vectors(vectors - first)
+            ahead = key_start + p.block_kv + p.block_kv * first // vectors  # each panel asks for some of the next block
+            ahead_end = min(high, key_start + p.block_kv + p.block_kv * (first + panel) // vectors)
+            prefetch_rows(&p.k, task.batch, task.kv_head, ahead, ahead_end, p.head_dim)
+            prefetch_rows(&p.v, task.batch, task.kv_head, ahead, ahead_end, p.head_dim_v)
             if panel == 3:
                 attend_tile(3, p, w, state, task.batch, first * LANES, key_start, n, k, k_stride, v, v_stride,
                             &v_is_finite)
