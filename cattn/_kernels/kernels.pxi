@@ -19,7 +19,7 @@ Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Pytho
 """
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, sqrt, tanh
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -51,7 +51,7 @@ cdef extern from "simd.h" nogil:
     ctypedef float real
     ctypedef float vf
     ctypedef int vi
-    const int LANES, REGISTERS, TILE_ROWS, IS_DOUBLE
+    const int LANES, VECTOR_BYTES, REGISTERS, TILE_ROWS, IS_DOUBLE
     vf vload(const real*)
     void vstore(real*, vf)
     vf vset1(real)
@@ -66,6 +66,8 @@ cdef extern from "simd.h" nogil:
     int vany(vi)
     vf vexp2(vf)
     void vtranspose(vf*)
+    void vfalse_tile(int8_t*, const char* const*, Py_ssize_t)
+    vi vfalse(const int8_t*, int)
     vf vload_f16(const uint16_t*)
     vf vload_bf16(const uint16_t*)
     float widen_f16(uint16_t)

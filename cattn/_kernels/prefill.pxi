@@ -32,6 +32,7 @@ cdef enum:
     MAX_PANEL = 3
     MAX_WIDTH = 48      # MAX_PANEL * LANES, at most
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
+    MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
     MAX_ROWS = 192      # query rows in a block: K and V pass through the cache once a block; flat from 96 to 384
 
 
@@ -199,7 +200,7 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
     cdef vf tile_max[MAX_PANEL]
     cdef Py_ssize_t low = lanes[0].low, high = lanes[0].high      # seen by some lane
     cdef Py_ssize_t all_low = low, all_high = high                # seen by all lanes
-    cdef Py_ssize_t i, j, skipped, block_keys = n
+    cdef Py_ssize_t i, j, part, skipped, block_keys = n
     cdef bint limited
     # Keys that no lane of this panel sees are not computed at all: for causal attention the tile ends at the panel's
     # own diagonal, not at the block's.
@@ -217,10 +218,15 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
 
     for i in range(VECTORS):
         tile_max[i] = vset1(<real> -INFINITY)
-    if p.mask.data != NULL:
-        prefetch_mask(&p.mask, batch, lanes, width, key_start, n)
-    score_tile(VECTORS, w.scores, tile_max, w.queries + first_lane * p.q_stride, k + skipped * k_stride, k_stride, n,
-               p.head_dim)
+    j = 0
+    while j < n:  # a masked tile in parts, so that its mask is asked for a little at a time
+        part = n - j
+        if p.mask.data != NULL:
+            part = part if part < 2 * MASK_KEYS else MASK_KEYS
+            prefetch_mask(&p.mask, batch, lanes, width, key_start, j, j + part, n)
+        score_tile(VECTORS, w.scores + j * width, tile_max, w.queries + first_lane * p.q_stride,
+                   k + (skipped + j) * k_stride, k_stride, part, p.head_dim)
+        j += part
     if modify_tile(p, w, width, batch, key_start, n, lanes, limited):
         for i in range(VECTORS):
             tile_max[i] = vset1(<real> -INFINITY)

@@ -55,6 +55,8 @@ typedef uint32_t lane_bits;
 typedef real vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef lane_int vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef lane_bits vu __attribute__((vector_size(VECTOR_BYTES))); /* where sums may wrap */
+typedef int8_t vb __attribute__((vector_size(VECTOR_BYTES)));
+typedef int8_t vb_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
 typedef real vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
 SIMD vf vload(const real *p) { return *(const vf_unaligned *)p; }
@@ -147,10 +149,11 @@ SIMD vf vexp2(vf x) {
 /* Transposes the LANES x LANES matrix whose rows are r[0..LANES): log2(LANES) rounds in which rows i and i + s swap
  * the lanes that differ in bit s. */
 #if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE_AS(integers, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#define SHUFFLE_AS(integers, a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
 #endif
+#define SHUFFLE(a, b, ...) SHUFFLE_AS(vi, a, b, __VA_ARGS__)
 #define LOW(e, s) ((e) & (s) ? LANE_COUNT + (e) - (s) : (e))
 #define HIGH(e, s) ((e) & (s) ? LANE_COUNT + (e) : (e) + (s))
 #if VECTOR_BYTES == 64 && !IS_DOUBLE
@@ -185,6 +188,47 @@ SIMD void vtranspose(vf *r) {
     TRANSPOSE_ROUND(2)
 #endif
     TRANSPOSE_ROUND(1)
+}
+
+/* False where rows[r][k], r < LANES, k < VECTOR_BYTES, is 0: transposed as bytes, which takes a quarter of the shuffles
+ * that numbers take and leaves `tile` in an order that vfalse alone knows. Each round interleaves the bytes of the rows'
+ * first half with those of their second, within every 16 bytes. */
+#define ZIP(i) i, VECTOR_BYTES + i, i + 1, VECTOR_BYTES + i + 1, i + 2, VECTOR_BYTES + i + 2, i + 3, VECTOR_BYTES + i + 3, \
+               i + 4, VECTOR_BYTES + i + 4, i + 5, VECTOR_BYTES + i + 5, i + 6, VECTOR_BYTES + i + 6, i + 7, VECTOR_BYTES + i + 7
+#if VECTOR_BYTES == 64
+#define ZIPS(i) ZIP(i), ZIP(i + 16), ZIP(i + 32), ZIP(i + 48)
+#elif VECTOR_BYTES == 32
+#define ZIPS(i) ZIP(i), ZIP(i + 16)
+#else
+#define ZIPS(i) ZIP(i)
+#endif
+SIMD void vfalse_tile(int8_t *tile, const char *const *rows, intptr_t first) {
+    vb r[LANE_COUNT], zipped[LANE_COUNT];
+    for (int i = 0; i < LANE_COUNT; i++) r[i] = *(const vb_unaligned *)(rows[i] + first) == 0;
+    for (int step = 1; step < LANE_COUNT; step *= 2) {
+        for (int i = 0; i < LANE_COUNT / 2; i++) {
+            zipped[2 * i] = SHUFFLE_AS(vb, r[i], r[i + LANE_COUNT / 2], ZIPS(0));
+            zipped[2 * i + 1] = SHUFFLE_AS(vb, r[i], r[i + LANE_COUNT / 2], ZIPS(8));
+        }
+        for (int i = 0; i < LANE_COUNT; i++) r[i] = zipped[i];
+    }
+    for (int i = 0; i < LANE_COUNT; i++) *(vb_unaligned *)(tile + i * VECTOR_BYTES) = r[i];
+}
+/* The lanes of column k as a mask: -1 where the byte was 0. */
+SIMD vi vfalse(const int8_t *tile, int k) {
+    const int in_16 = k % 16, columns = 16 / LANE_COUNT; /* of 16 bytes */
+    const int8_t *p = tile + in_16 / columns * VECTOR_BYTES + k / 16 * 16 + in_16 % columns * LANE_COUNT;
+#if defined(__AVX512F__) && IS_DOUBLE
+    return (vi)_mm512_cvtepi8_epi64(_mm_loadu_si64(p));
+#elif defined(__AVX512F__)
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__) && !IS_DOUBLE
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadu_si64(p));
+#else
+    vi mask;
+    for (int i = 0; i < LANE_COUNT; i++) mask[i] = p[i];
+    return mask;
+#endif
 }
 
 /* The 16-bit formats, one number at a time. Widening is exact; narrowing rounds to nearest even and keeps NaN. */
