@@ -353,12 +353,14 @@ def test_very_many_calls(isa, call):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "every second column"])
-def test_every_byte_of_a_bool(isa, layout):
+@pytest.mark.parametrize("num_rows", [3, 50])
+def test_every_byte_of_a_bool(isa, num_rows, layout):
     """All but 0 is True, also in a mask made of other bytes than 1."""
-    query, key, value = problem(3, 256, 8, leading=None)
-    mask = LAYOUTS[layout](np.arange(256, dtype=np.uint8)[None].view(bool))
-    results = everything(query, key, value, attn_mask=mask)
-    same_numbers(results, everything(query, key, value, attn_mask=np.arange(256) > 0))
+    query, key, value = problem(num_rows, 256, 8, leading=None)
+    numbers = np.add.outer(np.arange(num_rows), np.arange(256)).astype(np.uint8)  # 0 in another place in each row
+    for mask in numbers, numbers[:1]:
+        results = everything(query, key, value, attn_mask=LAYOUTS[layout](mask.view(bool)))
+        same_numbers(results, everything(query, key, value, attn_mask=mask > 0))
 
 
 # Memory that arrays share with `out`.

@@ -5,7 +5,7 @@
 #         pack scale * log2(e) * q, transposed, in panels of up to 3 vectors of queries
 #         row_max = LOWEST, row_sum = 0, acc = 0
 #         for each block of keys, on a grid that starts at key 0
-#             load K and V rows: in place when contiguous, else one row copy into scratch
+#             load K and V rows: in place where they are reals (V: adjacent ones), else copied into scratch
 #             for each panel that sees any of these keys
 #                 scores      S^T[key][query] = K broadcast x Q^T vectors
 #                 modify      only where a mask, a limit, softcap or ALiBi touches the tile

@@ -222,7 +222,11 @@ SIMD vi vfalse(const int8_t *tile, int k) {
     return (vi)_mm512_cvtepi8_epi64(_mm_loadu_si64(p));
 #elif defined(__AVX512F__)
     return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
-#elif defined(__AVX2__) && !IS_DOUBLE
+#elif defined(__AVX2__) && IS_DOUBLE
+    int four;
+    memcpy(&four, p, 4);
+    return (vi)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(four));
+#elif defined(__AVX2__)
     return (vi)_mm256_cvtepi8_epi32(_mm_loadu_si64(p));
 #else
     vi mask;
