@@ -9,9 +9,6 @@ from cattn.threads import checked
 
 __all__ = ["MultiHeadAttention"]
 
-# Up to here the own linear layer is faster than numpy's matmul with the same instruction set (AVX2: 1.7 times at 16
-# rows, 1.15 at 64, 1.05 at 128; AVX-512: 2.8, 1.5, 1.3). One row is a product with a vector: numpy does that well.
-_MAX_LINEAR_ROWS = 128
 _LINEAR_DTYPES = {np.dtype(np.float32), np.dtype(np.float64)}
 
 
@@ -56,9 +53,13 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         return out.reshape(batch, seq_len_q, self.embed_dim), result[1] if return_weights else None
 
     def _linear(self, x, weight, bias, num_threads):
+        """The own kernel, whatever number of rows: it is 2.7 times as fast as numpy's matmul at 16, 1.2 at 128, equal
+        from 512 on (Zen 4, AVX-512; AVX2: 1.5, 1.1, 0.95), and a layer of 4096 rows on two threads takes 0.9 of the
+        time, since there is no second pool of threads to wait for. And a row's bits depend on no other row. One row is
+        a product with a vector: numpy does that well."""
         rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
         shape = (*x.shape[:-1], len(weight))
-        if not (1 < len(rows) <= _MAX_LINEAR_ROWS and x.dtype in _LINEAR_DTYPES and weight.size
+        if not (len(rows) > 1 and x.dtype in _LINEAR_DTYPES and weight.size
                 and weight.flags.c_contiguous and weight.flags.aligned and rows.flags.aligned
                 and (bias is None or (bias.flags.c_contiguous and bias.flags.aligned))):
             # One product of two matrices: numpy would run one per batch element, and read the weight each time.

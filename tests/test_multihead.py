@@ -180,12 +180,15 @@ def test_strided_input_and_nothing_written(library):
     np.testing.assert_allclose(layer(x), layer(np.ascontiguousarray(x)), rtol=1e-12, atol=1e-12)
 
 
-def test_same_bits_with_weights_and_any_number_of_threads():
-    layer = random_layer(cattn, 48, 3, dtype=np.float32)
-    x = random_input(2, 70, 48, dtype=np.float32)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_same_bits_with_weights_any_number_of_threads_and_any_batch(dtype):
+    layer = random_layer(cattn, 48, 3, dtype=dtype)
+    x = random_input(6, 70, 48, dtype=dtype)
     out = layer(x, is_causal=True, num_threads=1)
     np.testing.assert_array_equal(layer(x, is_causal=True, return_weights=True, num_threads=2)[0], out)
     np.testing.assert_array_equal(layer(x, is_causal=True, num_threads=3), out)
+    for i in range(5):
+        np.testing.assert_array_equal(layer(x[i : i + 2], is_causal=True), out[i : i + 2])
 
 
 @both

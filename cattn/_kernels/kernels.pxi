@@ -9,7 +9,7 @@ Read in this order:
     prefill.pxi    the kernel for many query rows: queries in the SIMD lanes
     decode.pxi     the kernel for few query rows: dimensions in the SIMD lanes
     attend.pxi     their entry from Python: typed memoryviews in, OpenMP loops over tasks
-    linear.pxi     the layer's projections of few rows
+    linear.pxi     the layer's projections
     sinusoid.pxi   the table of positional encodings
     openmp.pxi     the OpenMP runtime: forks; what show_config tells of it
     measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force

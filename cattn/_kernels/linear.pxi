@@ -1,6 +1,5 @@
-# The linear layer for few rows, out = x W^T + bias: a projection of a short text. W is read in the layout that state
-# dicts have, (out_features, in_features), and not packed: packing is what a BLAS spends its time on when each number of
-# W is used for few rows.
+# The linear layer, out = x W^T + bias. W is read in the layout that state dicts have, (out_features, in_features), and
+# not packed: packing is what a BLAS spends its time on when each number of W is used for few rows.
 #
 #     for each BLOCK_DIMS dimensions (in parallel)
 #         X^T packed in panels of up to 3 vectors of rows
