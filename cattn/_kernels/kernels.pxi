@@ -39,11 +39,8 @@ cdef extern from *:
     /* What the probabilities of a row that overflowed are multiplied by when it is done again. */
     #define SHRINK 0x1p-40
     #define SMALLEST (IS_DOUBLE ? DBL_MIN : FLT_MIN)
-    /* Into L2. On Zen 4, fetches into L1 wait for its 24 buffers of misses: half the bandwidth of memory. */
-    #define prefetch(address) __builtin_prefetch(address, 0, 2)
     """
     const double LOG2_E, BIAS_LIMIT, SHRINK, SMALLEST, LOWEST, FLT_MAX
-    void prefetch(const void*) nogil
 
 
 cdef extern from "simd.h" nogil:
@@ -52,6 +49,7 @@ cdef extern from "simd.h" nogil:
     ctypedef float vf
     ctypedef int vi
     const int LANES, VECTOR_BYTES, REGISTERS, TILE_ROWS, IS_DOUBLE
+    void prefetch(const void*)
     vf vload(const real*)
     void vstore(real*, vf)
     vf vset1(real)

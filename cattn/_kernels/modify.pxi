@@ -105,10 +105,8 @@ cdef void prefetch_mask(const Tensor* mask, Py_ssize_t batch, const Lane* lanes,
     if end == n:
         end_offset += 63  # rows seldom begin with a line: the one in which the last key lies, or else the next block's
     for i in range(width):
-        offset = (first * mask.stride[3] + 63) // 64 * 64
-        while offset < end_offset:
+        for offset in range((first * mask.stride[3] + 63) // 64 * 64, end_offset, 64):
             prefetch(entry_of(mask, batch, lanes + i, key_start) + offset)
-            offset += 64
 
 
 cdef Py_ssize_t add_small_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_start, const Tensor* mask,

@@ -220,9 +220,8 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
         tile_max[i] = vset1(<real> -INFINITY)
     j = 0
     while j < n:  # a masked tile in parts, so that its mask is asked for a little at a time
-        part = n - j
+        part = MASK_KEYS if p.mask.data != NULL and n - j >= 2 * MASK_KEYS else n - j
         if p.mask.data != NULL:
-            part = part if part < 2 * MASK_KEYS else MASK_KEYS
             prefetch_mask(&p.mask, batch, lanes, width, key_start, j, j + part, n)
         score_tile(VECTORS, w.scores + j * width, tile_max, w.queries + first_lane * p.q_stride,
                    k + (skipped + j) * k_stride, k_stride, part, p.head_dim)
@@ -281,15 +280,13 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
 cdef void prefetch_rows(const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t end,
                         Py_ssize_t dim) noexcept nogil:
     """Rows [first, end) of K or V, where they lie apart. Adjacent ones are left to the hardware."""
-    cdef Py_ssize_t row_bytes = dim * t.stride[3]  # of numbers side by side; others are too many lines to ask for
-    cdef Py_ssize_t i, offset
+    cdef Py_ssize_t row_bytes = dim * t.stride[3], i, offset
+    # Numbers far apart are too many lines to ask for.
     if -row_bytes <= t.stride[2] <= row_bytes or t.stride[3] > <Py_ssize_t> sizeof(double):
         return
     for i in range(first, end):
-        offset = 0
-        while offset < row_bytes:
+        for offset in range(0, row_bytes, 64):
             prefetch(row_of(t, batch, head, i) + offset)
-            offset += 64
 
 
 cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,

@@ -3,7 +3,7 @@
  * `real` is float, or double when CATTN_DOUBLE is defined; `vf` is a vector of LANES reals whose width follows the
  * compiler's flags (64 bytes with AVX-512, 32 with AVX2, else 16), `vi` the signed integers of the same lane width;
  * comparisons give vi masks of 0 and -1. GCC and Clang vector extensions, intrinsics only where those have no word:
- * max, any, float16. Never compile with -ffast-math: vexp2 rounds by adding and subtracting a constant.
+ * max, any, widening. Never compile with -ffast-math: vexp2 rounds by adding and subtracting a constant.
  */
 #ifndef CATTN_SIMD_H
 #define CATTN_SIMD_H
@@ -59,6 +59,8 @@ typedef int8_t vb __attribute__((vector_size(VECTOR_BYTES)));
 typedef int8_t vb_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
 typedef real vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
+/* Into L2. On Zen 4, fetches into L1 wait for its 24 buffers of misses: half the bandwidth of memory. */
+SIMD void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 SIMD vf vload(const real *p) { return *(const vf_unaligned *)p; }
 SIMD void vstore(real *p, vf x) { *(vf_unaligned *)p = x; }
 SIMD vf vset1(real x) { return x - (vf){0}; }        /* x - 0, not x + 0: keeps the sign of a zero */
@@ -190,11 +192,11 @@ SIMD void vtranspose(vf *r) {
     TRANSPOSE_ROUND(1)
 }
 
-/* False where rows[r][k], r < LANES, k < VECTOR_BYTES, is 0: transposed as bytes, which takes a quarter of the shuffles
- * that numbers take and leaves `tile` in an order that vfalse alone knows. Each round interleaves the bytes of the rows'
- * first half with those of their second, within every 16 bytes. */
-#define ZIP(i) i, VECTOR_BYTES + i, i + 1, VECTOR_BYTES + i + 1, i + 2, VECTOR_BYTES + i + 2, i + 3, VECTOR_BYTES + i + 3, \
-               i + 4, VECTOR_BYTES + i + 4, i + 5, VECTOR_BYTES + i + 5, i + 6, VECTOR_BYTES + i + 6, i + 7, VECTOR_BYTES + i + 7
+/* tile (OUT): -1 where rows[r][first + k], r < LANES, k < VECTOR_BYTES, is 0, else 0; transposed as bytes, with a quarter
+ * of the shuffles that floats take. Each round interleaves the first half of the rows with the second, within every 16
+ * bytes: in the end, the byte of row r and column k is number k % 16 * LANES + r of those of its 16 columns. */
+#define PAIR(i) (i), VECTOR_BYTES + (i)
+#define ZIP(i) PAIR(i), PAIR(i + 1), PAIR(i + 2), PAIR(i + 3), PAIR(i + 4), PAIR(i + 5), PAIR(i + 6), PAIR(i + 7)
 #if VECTOR_BYTES == 64
 #define ZIPS(i) ZIP(i), ZIP(i + 16), ZIP(i + 32), ZIP(i + 48)
 #elif VECTOR_BYTES == 32
@@ -204,7 +206,7 @@ SIMD void vtranspose(vf *r) {
 #endif
 SIMD void vfalse_tile(int8_t *tile, const char *const *rows, intptr_t first) {
     vb r[LANE_COUNT], zipped[LANE_COUNT];
-    for (int i = 0; i < LANE_COUNT; i++) r[i] = *(const vb_unaligned *)(rows[i] + first) == 0;
+    for (int i = 0; i < LANE_COUNT; i++) r[i] = (vb)(*(const vb_unaligned *)(rows[i] + first) == 0);
     for (int step = 1; step < LANE_COUNT; step *= 2) {
         for (int i = 0; i < LANE_COUNT / 2; i++) {
             zipped[2 * i] = SHUFFLE_AS(vb, r[i], r[i + LANE_COUNT / 2], ZIPS(0));
@@ -214,12 +216,12 @@ SIMD void vfalse_tile(int8_t *tile, const char *const *rows, intptr_t first) {
     }
     for (int i = 0; i < LANE_COUNT; i++) *(vb_unaligned *)(tile + i * VECTOR_BYTES) = r[i];
 }
-/* The lanes of column k as a mask: -1 where the byte was 0. */
+/* Column k of a tile, as a mask of lanes. */
 SIMD vi vfalse(const int8_t *tile, int k) {
-    const int in_16 = k % 16, columns = 16 / LANE_COUNT; /* of 16 bytes */
-    const int8_t *p = tile + in_16 / columns * VECTOR_BYTES + k / 16 * 16 + in_16 % columns * LANE_COUNT;
+    const int at = k % 16 * LANE_COUNT;
+    const int8_t *p = tile + at / 16 * VECTOR_BYTES + k / 16 * 16 + at % 16;
 #if defined(__AVX512F__) && IS_DOUBLE
-    return (vi)_mm512_cvtepi8_epi64(_mm_loadu_si64(p));
+    return (vi)_mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i *)p));
 #elif defined(__AVX512F__)
     return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
 #elif defined(__AVX2__) && IS_DOUBLE
@@ -227,7 +229,7 @@ SIMD vi vfalse(const int8_t *tile, int k) {
     memcpy(&four, p, 4);
     return (vi)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(four));
 #elif defined(__AVX2__)
-    return (vi)_mm256_cvtepi8_epi32(_mm_loadu_si64(p));
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
 #else
     vi mask;
     for (int i = 0; i < LANE_COUNT; i++) mask[i] = p[i];
