@@ -181,7 +181,7 @@ def test_strided_input_and_nothing_written(library):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_same_bits_with_weights_any_number_of_threads_and_any_batch(dtype):
+def test_same_bits_with_weights_any_number_of_threads_and_any_batch_of_many_rows(dtype):
     layer = random_layer(cattn, 48, 3, dtype=dtype)
     x = random_input(6, 70, 48, dtype=dtype)
     out = layer(x, is_causal=True, num_threads=1)

@@ -10,7 +10,7 @@
 #             out = tile transposed
 
 cdef enum:
-    FEATURES = 48     # rows of W in a task: a multiple of every ROWS, and tasks enough for all threads
+    FEATURES = 48     # rows of W in a task: a multiple of every ROWS, and tasks enough for some threads, not for dozens
     BLOCK_DIMS = 128  # of a panel: half of L1. Whole rows of W at once were 5 to 10 % slower at 16 rows of X
 
 

@@ -63,7 +63,7 @@ cdef void load_row(real* row, const char* p, Py_ssize_t stride, Py_ssize_t n, Ki
                    else vload_bf16(<const uint16_t*> (p + 2 * i)))
             i += LANES
     if kind == BOOL and stride == 1:
-        for i in range(n):  # a loop of its own, for the compiler to vectorise: dense bool masks pass through here
+        for i in range(n):  # a loop of its own, for the compiler to vectorise: masks of keys
             row[i] = <real> 0.0 if p[i] else <real> -INFINITY
         return
     while i < n:  # the tail of 16-bit rows; and whatever has no loop of its own: gaps, float64 masks
