@@ -208,7 +208,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
         decode_scores(KIND, WIDTH, w.scores, w.queries, p.q_stride, k, k_bytes, v, v_bytes, p.head_dim_v * size, n)
         limited = key_start < all_low or key_start + n > all_high
         masked = limited or p.mask.data != NULL
-        modify_tile(p, w, WIDTH, task.batch, key_start, n, w.lanes, limited)
+        modify_tile(p, w, w.scores, WIDTH, task.batch, key_start, n, w.lanes, limited)
         keep_scores(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
         # What fills the last vector are keys that do not exist.
         i = n * WIDTH
@@ -229,8 +229,8 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
             if make_finite(w.v_finite, p.v_stride, v_real, v_stride, n, p.head_dim_v):
                 decode_values(F64 if IS_DOUBLE else F32, WIDTH, state.acc, p.v_stride, w.scores,
                               <const char*> w.v_finite, p.v_stride * sizeof(real), n, NULL, 0, 0)
-                repair_values(p, w, state.acc, p.v_stride, 1, v_real, v_stride, WIDTH, task.batch, key_start, n,
-                              w.lanes, limited)
+                repair_values(p, w, w.scores, state.acc, p.v_stride, 1, v_real, v_stride, WIDTH, task.batch, key_start,
+                              n, w.lanes, limited)
                 key_start += n
                 continue
         decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, v, v_bytes, n, next_k, k_bytes, next_n)

@@ -48,7 +48,7 @@ cdef extern from "simd.h" nogil:
     ctypedef float real
     ctypedef float vf
     ctypedef int vi
-    const int LANES, VECTOR_BYTES, REGISTERS, TILE_ROWS, IS_DOUBLE
+    const int LANES, VECTOR_BYTES, REGISTERS, TILE_ROWS, PANEL_VECTORS, IS_DOUBLE
     void prefetch(const void*)
     vf vload(const real*)
     void vstore(real*, vf)

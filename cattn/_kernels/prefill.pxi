@@ -9,16 +9,17 @@
 #             for each panel that sees any of these keys
 #                 scores      S^T[key][query] = K broadcast x Q^T vectors
 #                 modify      only where a mask, a limit, softcap or ALiBi touches the tile
-#                 softmax     row_max (lazily), exp2, sum: all vertical
+#                 softmax     row_max (lazily), exp2, sum: all vertical; meanwhile, of the panel before this one,
 #                 accumulate  O^T[dim][query] += V broadcast x P^T
 #         out = O^T transposed / row_sum; logsumexp
+#
+# Softmax and accumulate share a loop, one vector of exp2 every few keys: seven of its twelve operations are none for
+# the FMA pipes, and run beside the FMAs when both are within the reach of one reorder buffer. Apart, exp2 takes 8 to
+# 10 % of the time at head_dim 64; woven in, half of that.
 #
 # No horizontal operation and no packing of K or V anywhere. Every number of a query row is computed from its own query
 # and the keys it sees, each dot product and sum in one fixed order, so neither the rows beside it, the number of
 # threads, the size of the blocks of rows nor masked keys change a bit (a masked key adds an exact 0).
-#
-# A probability could also be made while its score is still in a register; that measured 1 % slower than the pass over
-# the tile in L1 (Zen 5), for a second code path.
 #
 # Exactness: sums over keys start afresh in each block of keys (one long sum costs 3 to 8 times the error at 2048 to
 # 16384 keys); probabilities are relative to a reference at most 2**8 below the maximum, so they never overflow.
@@ -26,14 +27,32 @@
 # (but for `poll`, tasks.pxi).
 
 cdef enum:
-    # Vectors of queries in a panel: 4 keys x 3 vectors = 12 accumulators hide the FMA latency; 6 x 2 is 1 to 2 %
-    # slower. AVX-512 takes 8 x 3, which halve the loads of queries and probabilities: 5 % faster on a Xeon of 2024, no
-    # faster on Zen 5. Unrolling the loop over dimensions made it 1 % slower.
+    # Vectors of queries in a panel, at most; simd.h says how many an instruction set takes. 4 keys x 3 vectors = 12
+    # accumulators hide the FMA latency; 6 x 2 is 1 to 2 % slower. Unrolling the loop over dimensions made AVX-512 1 %
+    # slower.
     MAX_PANEL = 3
     MAX_WIDTH = 48      # MAX_PANEL * LANES, at most
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
     MAX_ROWS = 192      # query rows in a block: K and V pass through the cache once a block; flat from 96 to 384
+    EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
+
+
+cdef struct Tile:               # a panel of queries against some keys of a block
+    int vectors                 # of the panel
+    Py_ssize_t first_lane
+    Py_ssize_t key_start, n
+    bint limited                # some lane does not see some key
+    real* scores                # [n][vectors * LANES]; probabilities once the softmax is through
+    const real* v               # the keys' rows of V
+    Py_ssize_t v_stride
+
+cdef struct Softmax:            # a tile's pass of exponentials, under way
+    real* scores                # the next vector
+    Py_ssize_t left             # vectors
+    int vectors, column         # of the panel; which of them is next
+    vf reference[MAX_PANEL]
+    vf total[MAX_PANEL]
 
 
 cdef Py_ssize_t keys_per_block(Py_ssize_t head_dim, Py_ssize_t head_dim_v) noexcept nogil:
@@ -43,9 +62,9 @@ cdef Py_ssize_t keys_per_block(Py_ssize_t head_dim, Py_ssize_t head_dim_v) noexc
 
 
 cdef inline int panel_vectors(Py_ssize_t vectors) noexcept nogil:
-    """How many of the remaining vectors the next panel takes: 3, and 2 + 2 instead of 3 + 1, since a panel of one
-    vector has too few accumulators to fill the FMA pipes."""
-    return 1 if vectors == 1 else 2 if vectors == 2 or vectors == 4 else 3
+    """How many of the remaining vectors the next panel takes: not 3 + 1 of 4, since a panel of one vector has too few
+    accumulators to fill the FMA pipes."""
+    return <int> vectors if vectors <= PANEL_VECTORS else 2 if vectors == 4 else PANEL_VECTORS
 
 
 cdef inline void multiply(const int ROWS, const int VECTORS, vf* acc, const real* a, Py_ssize_t a_row,
@@ -111,33 +130,55 @@ cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const
         j += 1
 
 
+cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
+    """The next `count` vectors of scores become probabilities, exp2(s - row_max); total adds them up."""
+    cdef vf prob
+    # One vector after the other: four in lockstep would spill, and a spill costs as much as two FMAs.
+    for _ in range(count):
+        prob = vexp2(vload(e.scores) - e.reference[e.column])
+        e.total[e.column] = e.total[e.column] + prob
+        vstore(e.scores, prob)
+        e.scores += LANES
+        e.column = 0 if e.column + 1 == e.vectors else e.column + 1
+    e.left -= count
+
+
 cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, const real* probs, const real* v_rows,
-                                 Py_ssize_t v_stride, Py_ssize_t n) noexcept nogil:
-    """acc[ROWS][width] (IN/OUT) += ROWS columns of V, over n keys, times the panel's probabilities."""
+                                 Py_ssize_t v_stride, Py_ssize_t n, Softmax* e) noexcept nogil:
+    """acc[ROWS][width] (IN/OUT) += ROWS columns of V, over n keys, times the panel's probabilities. The exponentials
+    of another tile (IN/OUT) move on by a vector every EXP_KEYS keys, where only `tile` is in registers."""
     cdef vf tile[8 * MAX_PANEL]
+    cdef Py_ssize_t j = 0
     cdef int r
     for r in range(ROWS * VECTORS):
         tile[r] = vset1(<real> 0.0)
-    multiply(ROWS, VECTORS, tile, v_rows, 1, v_stride, probs, n)
+    while j < n:
+        multiply(ROWS, VECTORS, tile, v_rows + j * v_stride, 1, v_stride, probs + j * VECTORS * LANES,
+                 min(n - j, <Py_ssize_t> EXP_KEYS))
+        if e.left:
+            exponentiate(e, 1)
+        j += EXP_KEYS
     for r in range(ROWS * VECTORS):
         vstore(acc + r * LANES, vload(acc + r * LANES) + tile[r])
 
 
 # acc[head_dim_v][width] (IN/OUT) in tiles of ROWS dimensions. Each tile runs over all n keys, with P in L1 and a column
-# of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2.
+# of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2. e: as in accumulate_dims;
+# what is left of it then, few dimensions have no room for, is done after them.
 cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const real* v_rows, Py_ssize_t v_stride,
-                            Py_ssize_t n, Py_ssize_t head_dim_v) noexcept nogil:
+                            Py_ssize_t n, Py_ssize_t head_dim_v, Softmax* e) noexcept nogil:
     cdef int ROWS = 8 if VECTORS == 1 else TILE_ROWS
     cdef Py_ssize_t d = 0
     while d + ROWS <= head_dim_v:
         if ROWS == 8:
-            accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n)
+            accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e)
         else:
-            accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n)
+            accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e)
         d += ROWS
     while d < head_dim_v:
-        accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n)
+        accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e)
         d += 1
+    exponentiate(e, e.left)
 
 
 cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max, real* row_sum, real* acc,
@@ -165,43 +206,17 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max
             vstore(acc + (d * VECTORS + v) * LANES, vload(acc + (d * VECTORS + v) * LANES) * factor[v])
 
 
-cdef inline void exponentiate(const int VECTORS, real* scores, const real* row_max, real* row_sum,
-                              Py_ssize_t n) noexcept nogil:
-    """scores (IN/OUT) become probabilities exp2(s - row_max); row_sum (IN/OUT) adds their sum."""
-    cdef vf reference[MAX_PANEL]
-    cdef vf total[MAX_PANEL]
-    cdef vf prob
-    cdef Py_ssize_t j
-    cdef int v
-    for v in range(VECTORS):
-        reference[v] = vload(row_max + v * LANES)
-        total[v] = vset1(<real> 0.0)
-    # One vector after the other: four in lockstep would spill, and a spill costs as much as two FMAs.
-    for j in range(n):
-        for v in range(VECTORS):
-            prob = vexp2(vload(scores + (j * VECTORS + v) * LANES) - reference[v])
-            total[v] = total[v] + prob
-            vstore(scores + (j * VECTORS + v) * LANES, prob)
-    for v in range(VECTORS):
-        vstore(row_sum + v * LANES, vload(row_sum + v * LANES) + total[v])
-
-
-cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspace* w, const State* state,
-                             Py_ssize_t batch, Py_ssize_t first_lane, Py_ssize_t key_start, Py_ssize_t n,
-                             const real* k, Py_ssize_t k_stride, const real* v, Py_ssize_t v_stride,
-                             int* v_is_finite) noexcept nogil:
-    """One panel of queries against the n keys from key_start on: its part of the state moves on.
-    v_is_finite (IN/OUT): -1 when not yet known of this block of V."""
+cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspace* w, const State* state,
+                             Py_ssize_t batch, Tile* t, const real* k, Py_ssize_t k_stride) noexcept nogil:
+    """t (IN: panel, keys of a block, where its scores go; OUT: the keys that the panel sees) = modified scores, and
+    row_max is what its softmax refers to. False where the panel sees none of the keys."""
     cdef Py_ssize_t width = VECTORS * LANES
-    cdef Lane* lanes = w.lanes + first_lane
-    cdef real* row_max = state.row_max + first_lane
-    cdef real* row_sum = state.row_sum + first_lane
-    cdef real* acc = state.acc + first_lane * p.v_stride
+    cdef Py_ssize_t key_start = t.key_start
+    cdef const Lane* lanes = w.lanes + t.first_lane
     cdef vf tile_max[MAX_PANEL]
     cdef Py_ssize_t low = lanes[0].low, high = lanes[0].high      # seen by some lane
     cdef Py_ssize_t all_low = low, all_high = high                # seen by all lanes
-    cdef Py_ssize_t i, j, part, skipped, block_keys = n
-    cdef bint limited
+    cdef Py_ssize_t i, j, part, skipped, n
     # Keys that no lane of this panel sees are not computed at all: for causal attention the tile ends at the panel's
     # own diagonal, not at the block's.
     for i in range(1, width):
@@ -210,11 +225,14 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
         all_low = max(all_low, lanes[i].low)
         all_high = min(all_high, lanes[i].high)
     skipped = max(low - key_start, 0)
-    n = min(n, high - key_start) - skipped
+    n = min(t.n, high - key_start) - skipped
     if n <= 0:
-        return
+        return False
     key_start += skipped
-    limited = key_start < all_low or key_start + n > all_high
+    k += skipped * k_stride
+    t.v += skipped * t.v_stride
+    t.vectors, t.key_start, t.n = VECTORS, key_start, n
+    t.limited = key_start < all_low or key_start + n > all_high
 
     for i in range(VECTORS):
         tile_max[i] = vset1(<real> -INFINITY)
@@ -223,30 +241,50 @@ cdef inline void attend_tile(const int VECTORS, const Problem* p, const Workspac
         part = MASK_KEYS if p.mask.data != NULL and n - j >= 2 * MASK_KEYS else n - j
         if p.mask.data != NULL:
             prefetch_mask(&p.mask, batch, lanes, width, key_start, j, j + part, n)
-        score_tile(VECTORS, w.scores + j * width, tile_max, w.queries + first_lane * p.q_stride,
-                   k + (skipped + j) * k_stride, k_stride, part, p.head_dim)
+        score_tile(VECTORS, t.scores + j * width, tile_max, w.queries + t.first_lane * p.q_stride,
+                   k + j * k_stride, k_stride, part, p.head_dim)
         j += part
-    if modify_tile(p, w, width, batch, key_start, n, lanes, limited):
+    if modify_tile(p, w, t.scores, width, batch, key_start, n, lanes, t.limited):
         for i in range(VECTORS):
             tile_max[i] = vset1(<real> -INFINITY)
         for j in range(n):
             for i in range(VECTORS):
-                tile_max[i] = vmax(vload(w.scores + (j * VECTORS + i) * LANES), tile_max[i])
-    keep_scores(p, w.scores, width, batch, key_start, n, lanes)
-    update_reference(VECTORS, tile_max, row_max, row_sum, acc, p.head_dim_v)
-    exponentiate(VECTORS, w.scores, row_max, row_sum, n)
-    drop_tile(p, w.scores, width, batch, key_start, n, lanes)
-    if w.again:
-        shrink_tile(w.scores, n * VECTORS, w.shrink + first_lane, VECTORS)
+                tile_max[i] = vmax(vload(t.scores + (j * VECTORS + i) * LANES), tile_max[i])
+    keep_scores(p, t.scores, width, batch, key_start, n, lanes)
+    update_reference(VECTORS, tile_max, state.row_max + t.first_lane, state.row_sum + t.first_lane,
+                     state.acc + t.first_lane * p.v_stride, p.head_dim_v)
+    return True
 
-    # Only a tile in which some lane does not see some key can leak that key's value; V is looked at once a block.
-    if (limited or p.mask.data != NULL) and v_is_finite[0] < 0:
-        v_is_finite[0] = not make_finite(w.v_finite, p.v_stride, v, v_stride, block_keys, p.head_dim_v)
-    if (limited or p.mask.data != NULL) and not v_is_finite[0]:
-        accumulate(VECTORS, acc, w.scores, w.v_finite + skipped * p.v_stride, p.v_stride, n, p.head_dim_v)
-        repair_values(p, w, acc, 1, width, v + skipped * v_stride, v_stride, width, batch, key_start, n, lanes, limited)
+
+cdef void begin_softmax(Softmax* e, const Tile* t, const State* state) noexcept nogil:
+    cdef int v
+    e.scores, e.left, e.vectors, e.column = t.scores, t.n * t.vectors, t.vectors, 0
+    for v in range(t.vectors):
+        e.reference[v] = vload(state.row_max + t.first_lane + v * LANES)
+        e.total[v] = vset1(<real> 0.0)
+
+
+cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, const Tile* t, Py_ssize_t batch,
+                      const State* state) noexcept nogil:
+    cdef real* row_sum = state.row_sum + t.first_lane
+    cdef int v
+    for v in range(t.vectors):
+        vstore(row_sum + v * LANES, vload(row_sum + v * LANES) + e.total[v])
+    drop_tile(p, t.scores, t.vectors * LANES, batch, t.key_start, t.n, w.lanes + t.first_lane)
+    if w.again:
+        shrink_tile(t.scores, t.n * t.vectors, w.shrink + t.first_lane, t.vectors)
+
+
+cdef void accumulate_tile(const Problem* p, const State* state, Tile* t, Softmax* e) noexcept nogil:
+    """t's part of acc (IN/OUT) moves on, and so does the softmax of another tile. t is done with then: t.n = 0."""
+    cdef real* acc = state.acc + t.first_lane * p.v_stride
+    if t.vectors == 3:
+        accumulate(3, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e)
+    elif t.vectors == 2:
+        accumulate(2, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e)
     else:
-        accumulate(VECTORS, acc, w.scores, v + skipped * v_stride, v_stride, n, p.head_dim_v)
+        accumulate(1, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e)
+    t.n = 0
 
 
 cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
@@ -298,17 +336,24 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
     cdef const real* k
     cdef const real* v
     cdef int panel, v_is_finite
+    cdef bint seen
+    cdef Tile tile, pending     # pending: its probabilities wait for being accumulated; n = 0: none does
+    cdef Softmax e, nothing
     # Rows of V that lie apart fall into few L1 sets and are each read in several columns: they are copied, unless a
     # single panel is to read them. Rows of K are read whole.
     cdef bint k_in_place = rows_are_real(&p.k)
     cdef bint v_in_place = rows_are_real(&p.v) and (
-        p.v.stride[2] == p.head_dim_v * <Py_ssize_t> sizeof(real) or vectors <= MAX_PANEL)
+        p.v.stride[2] == p.head_dim_v * <Py_ssize_t> sizeof(real) or vectors <= PANEL_VECTORS)
+    pending.n = nothing.left = 0
+    pending.scores = NULL
     while key_start < high and not stopped(p.call):
         n = min(p.block_kv, high - key_start)
         k_stride, v_stride = p.q_stride, p.v_stride
+        if pending.n and not v_in_place:
+            accumulate_tile(p, state, &pending, &nothing)
         k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, k_in_place, &k_stride)
         v = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, v_in_place, &v_stride)
-        v_is_finite = -1
+        v_is_finite = -1    # not yet known
         first = 0
         while first < vectors:
             panel = panel_vectors(vectors - first)
@@ -316,17 +361,40 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
             ahead_end = min(high, key_start + p.block_kv + p.block_kv * (first + panel) // vectors)
             prefetch_rows(&p.k, task.batch, task.kv_head, ahead, ahead_end, p.head_dim)
             prefetch_rows(&p.v, task.batch, task.kv_head, ahead, ahead_end, p.head_dim_v)
-            if panel == 3:
-                attend_tile(3, p, w, state, task.batch, first * LANES, key_start, n, k, k_stride, v, v_stride,
-                            &v_is_finite)
-            elif panel == 2:
-                attend_tile(2, p, w, state, task.batch, first * LANES, key_start, n, k, k_stride, v, v_stride,
-                            &v_is_finite)
-            else:
-                attend_tile(1, p, w, state, task.batch, first * LANES, key_start, n, k, k_stride, v, v_stride,
-                            &v_is_finite)
+            tile.first_lane, tile.key_start, tile.n, tile.v, tile.v_stride = first * LANES, key_start, n, v, v_stride
+            tile.scores = w.scores if pending.scores != w.scores else w.next_scores
             first += panel
+            if pending.n and pending.first_lane == tile.first_lane:  # before row_max moves
+                accumulate_tile(p, state, &pending, &nothing)
+            if panel == 3:
+                seen = score_panel(3, p, w, state, task.batch, &tile, k, k_stride)
+            elif panel == 2:
+                seen = score_panel(2, p, w, state, task.batch, &tile, k, k_stride)
+            else:
+                seen = score_panel(1, p, w, state, task.batch, &tile, k, k_stride)
+            if not seen:
+                continue
+            begin_softmax(&e, &tile, state)
+            if pending.n:
+                accumulate_tile(p, state, &pending, &e)
+            else:
+                exponentiate(&e, e.left)
+            end_softmax(p, w, &e, &tile, task.batch, state)
+            pending = tile
+            # Only a tile in which some lane does not see some key can leak that key's value; V is looked at once a
+            # block.
+            if tile.limited or p.mask.data != NULL:
+                if v_is_finite < 0:
+                    v_is_finite = not make_finite(w.v_finite, p.v_stride, v, v_stride, n, p.head_dim_v)
+                if not v_is_finite:
+                    pending.v, pending.v_stride = w.v_finite + (tile.key_start - key_start) * p.v_stride, p.v_stride
+                    accumulate_tile(p, state, &pending, &nothing)
+                    repair_values(p, w, tile.scores, state.acc + tile.first_lane * p.v_stride, 1,
+                                  tile.vectors * LANES, tile.v, v_stride, tile.vectors * LANES, task.batch,
+                                  tile.key_start, tile.n, w.lanes + tile.first_lane, tile.limited)
         key_start += p.block_kv
+    if pending.n:
+        accumulate_tile(p, state, &pending, &nothing)
 
 
 cdef void prefill_merge(const Problem* p, const Task* task, State* total, const State* part) noexcept nogil:

@@ -43,6 +43,7 @@ cdef struct Workspace:              # one per thread, SCRATCH
     State total, part
     real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; scaled
     real* scores                    # [block_kv][width]
+    real* next_scores               # likewise, for prefill
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
     real* k_rows                    # [block_kv][q_stride]
     real* v_rows                    # [block_kv][v_stride]
@@ -85,6 +86,7 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     place_state(&w.part, take(base, &size, state_size(p)), p)
     w.queries = <real*> take(base, &size, p.block_rows * p.q_stride * sizeof(real))
     w.scores = <real*> take(base, &size, keys * width * sizeof(real))
+    w.next_scores = <real*> take(base, &size, keys * width * sizeof(real))
     w.k_rows = <real*> take(base, &size, keys * p.q_stride * sizeof(real))
     w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
     w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
@@ -169,16 +171,16 @@ cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, Py_ssize
         limit_keys(scores, width, n, key_start, lanes)
 
 
-cdef bint modify_tile(const Problem* p, const Workspace* w, Py_ssize_t width, Py_ssize_t batch, Py_ssize_t key_start,
-                      Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
-    """All modifiers on w.scores; False where there is none."""
+cdef bint modify_tile(const Problem* p, const Workspace* w, real* scores, Py_ssize_t width, Py_ssize_t batch,
+                      Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
+    """All modifiers on scores (IN/OUT); False where there is none."""
     if not limited and p.mask.data == NULL and p.softcap == 0 and p.slopes == NULL:
         return False
     if p.softcap != 0:
-        cap_scores(w.scores, n * width, p.softcap)
+        cap_scores(scores, n * width, p.softcap)
     if p.slopes != NULL:
-        add_alibi(w.scores, width, n, key_start, lanes)
-    mask_tile(p, w, w.scores, width, batch, key_start, n, lanes, limited)
+        add_alibi(scores, width, n, key_start, lanes)
+    mask_tile(p, w, scores, width, batch, key_start, n, lanes, limited)
     return True
 
 
@@ -236,9 +238,10 @@ cdef bint make_finite(real* finite, Py_ssize_t finite_stride, const real* v_rows
     return True
 
 
-cdef void repair_values(const Problem* p, const Workspace* w, real* acc, Py_ssize_t acc_lane, Py_ssize_t acc_dim,
-                        const real* v_rows, Py_ssize_t v_stride, Py_ssize_t width, Py_ssize_t batch,
-                        Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
+cdef void repair_values(const Problem* p, const Workspace* w, const real* probs, real* acc, Py_ssize_t acc_lane,
+                        Py_ssize_t acc_dim, const real* v_rows, Py_ssize_t v_stride, Py_ssize_t width,
+                        Py_ssize_t batch, Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes,
+                        bint limited) noexcept nogil:
     """The other half of make_finite: NaN and infinities of V reach those lanes of acc, acc[lane * acc_lane +
     dim * acc_dim], that see their key. Which do: the modifiers tell, on a tile of zeros."""
     cdef Py_ssize_t j, d, i
@@ -253,7 +256,7 @@ cdef void repair_values(const Problem* p, const Workspace* w, real* acc, Py_ssiz
                 continue
             for i in range(width):
                 if w.visible[j * width + i] != -INFINITY:
-                    acc[i * acc_lane + d * acc_dim] += w.scores[j * width + i] * value
+                    acc[i * acc_lane + d * acc_dim] += probs[j * width + i] * value
 
 
 cdef inline real* weights_row(const Problem* p, Py_ssize_t batch, Lane lane) noexcept nogil:
