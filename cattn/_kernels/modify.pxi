@@ -57,13 +57,32 @@ cdef void add_alibi(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key
 
 cdef void limit_keys(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_start,
                      const Lane* lanes) noexcept nogil:
-    """Touches only the keys that a lane does not see: few, since a tile ends where its last lane does."""
-    cdef Py_ssize_t i, j
+    """Touches only keys that some lane does not see: few, since a tile ends where its last lane does."""
+    cdef real low[MAX_WIDTH]
+    cdef real high[MAX_WIDTH]
+    cdef vf masked = vset1(<real> -INFINITY), key
+    cdef Py_ssize_t all_low = 0, all_high = n, i, j, v
     for i in range(width):
-        for j in range(min(n, max(0, lanes[i].low - key_start))):
-            scores[j * width + i] = <real> -INFINITY
-        for j in range(max(0, lanes[i].high - key_start), n):
-            scores[j * width + i] = <real> -INFINITY
+        low[i] = <real> min(n, max(0, lanes[i].low - key_start))
+        high[i] = <real> min(n, max(0, lanes[i].high - key_start))
+        all_low = max(all_low, <Py_ssize_t> low[i])
+        all_high = min(all_high, <Py_ssize_t> high[i])
+    j = 0
+    while j < n:
+        if j >= all_low and j < all_high:
+            j = all_high
+            continue
+        if width % LANES:   # few rows, in decode
+            for i in range(width):
+                if not low[i] <= j < high[i]:
+                    scores[j * width + i] = <real> -INFINITY
+        else:
+            key = vset1(<real> j)
+            for v in range(width // LANES):
+                i = j * width + v * LANES
+                vstore(scores + i, vselect(vless(key, vload(low + v * LANES)), masked,
+                                           vselect(vless(key, vload(high + v * LANES)), vload(scores + i), masked)))
+        j += 1
 
 
 # A mask's entry is added to a score times log2(e); finite entries stay so small that the sum is finite.

@@ -35,6 +35,7 @@ cdef enum:
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
     MAX_ROWS = 192      # query rows in a block: K and V pass through the cache once a block; flat from 96 to 384
+    AHEAD_LINES = 2     # asked for meanwhile: 1 is 15 % slower where K and V of short sequences come from memory (AVX-512)
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
 
 
@@ -46,6 +47,15 @@ cdef struct Tile:               # a panel of queries against some keys of a bloc
     real* scores                # [n][vectors * LANES]; probabilities once the softmax is through
     const real* v               # the keys' rows of V
     Py_ssize_t v_stride
+
+cdef struct Rows:
+    const char* row             # the first that is left
+    Py_ssize_t stride, bytes, left
+
+cdef struct Ahead:              # what is asked of memory while tiles are accumulated, a line at a time: in a burst, the
+    Rows rows[4]                # queue of misses would fill, and the loops' own loads wait
+    int count, current          # of rows[]
+    Py_ssize_t offset           # in the current row
 
 cdef struct Softmax:            # a tile's pass of exponentials, under way
     real* scores                # the next vector
@@ -130,6 +140,23 @@ cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const
         j += 1
 
 
+cdef inline void prefetch_ahead(Ahead* a) noexcept nogil:
+    """The next lines."""
+    cdef Rows* rows
+    for _ in range(AHEAD_LINES):
+        if a.current == a.count:
+            return
+        rows = &a.rows[a.current]
+        prefetch(rows.row + a.offset)
+        a.offset += 64
+        if a.offset >= rows.bytes:
+            a.offset = 0
+            rows.row += rows.stride
+            rows.left -= 1
+            if rows.left == 0:
+                a.current += 1
+
+
 cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
     """The next `count` vectors of scores become probabilities, exp2(s - row_max); total adds them up."""
     cdef vf prob
@@ -144,7 +171,8 @@ cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
 
 
 cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, const real* probs, const real* v_rows,
-                                 Py_ssize_t v_stride, Py_ssize_t n, Softmax* e) noexcept nogil:
+                                 Py_ssize_t v_stride, Py_ssize_t n, Softmax* e,
+                                 Ahead* ahead) noexcept nogil:
     """acc[ROWS][width] (IN/OUT) += ROWS columns of V, over n keys, times the panel's probabilities. The exponentials
     of another tile (IN/OUT) move on by a vector every EXP_KEYS keys, where only `tile` is in registers."""
     cdef vf tile[8 * MAX_PANEL]
@@ -157,6 +185,7 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
                  min(n - j, <Py_ssize_t> EXP_KEYS))
         if e.left:
             exponentiate(e, 1)
+        prefetch_ahead(ahead)
         j += EXP_KEYS
     for r in range(ROWS * VECTORS):
         vstore(acc + r * LANES, vload(acc + r * LANES) + tile[r])
@@ -166,17 +195,17 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
 # of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2. e: as in accumulate_dims;
 # what is left of it then, few dimensions have no room for, is done after them.
 cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const real* v_rows, Py_ssize_t v_stride,
-                            Py_ssize_t n, Py_ssize_t head_dim_v, Softmax* e) noexcept nogil:
+                            Py_ssize_t n, Py_ssize_t head_dim_v, Softmax* e, Ahead* ahead) noexcept nogil:
     cdef int ROWS = 8 if VECTORS == 1 else TILE_ROWS
     cdef Py_ssize_t d = 0
     while d + ROWS <= head_dim_v:
         if ROWS == 8:
-            accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e)
+            accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
         else:
-            accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e)
+            accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
         d += ROWS
     while d < head_dim_v:
-        accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e)
+        accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
         d += 1
     exponentiate(e, e.left)
 
@@ -275,15 +304,16 @@ cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, co
         shrink_tile(t.scores, t.n * t.vectors, w.shrink + t.first_lane, t.vectors)
 
 
-cdef void accumulate_tile(const Problem* p, const State* state, Tile* t, Softmax* e) noexcept nogil:
+cdef void accumulate_tile(const Problem* p, const State* state, Tile* t, Softmax* e,
+                          Ahead* ahead) noexcept nogil:
     """t's part of acc (IN/OUT) moves on, and so does the softmax of another tile. t is done with then: t.n = 0."""
     cdef real* acc = state.acc + t.first_lane * p.v_stride
     if t.vectors == 3:
-        accumulate(3, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e)
+        accumulate(3, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
     elif t.vectors == 2:
-        accumulate(2, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e)
+        accumulate(2, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
     else:
-        accumulate(1, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e)
+        accumulate(1, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
     t.n = 0
 
 
@@ -315,23 +345,54 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
         first += panel
 
 
-cdef void prefetch_rows(const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t end,
-                        Py_ssize_t dim) noexcept nogil:
-    """Rows [first, end) of K or V, where they lie apart. Adjacent ones are left to the hardware."""
-    cdef Py_ssize_t row_bytes = dim * t.stride[3], i, offset
-    # Numbers far apart are too many lines to ask for.
-    if -row_bytes <= t.stride[2] <= row_bytes or t.stride[3] > <Py_ssize_t> sizeof(double):
+cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t n,
+                  Py_ssize_t dim) noexcept nogil:
+    """Adds rows [first, first + n) to what is asked for, unless their numbers lie far apart: too many lines."""
+    cdef Rows* rows = &a.rows[a.count]
+    if n <= 0 or not 0 < t.stride[3] <= <Py_ssize_t> sizeof(double):
         return
-    for i in range(first, end):
-        for offset in range(0, row_bytes, 64):
-            prefetch(row_of(t, batch, head, i) + offset)
+    rows.row, rows.stride, rows.bytes, rows.left = row_of(t, batch, head, first), t.stride[2], dim * t.stride[3], n
+    if rows.stride == rows.bytes:
+        rows.bytes, rows.left = n * rows.bytes, 1   # one long row
+    a.count += 1
+
+
+cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
+                     Ahead* a) noexcept nogil:
+    """a (OUT): what is wanted when the keys up to key_end are done, and the hardware does not foresee. The next block
+    of keys, where its rows lie apart; in the last block, the rows of out, and the first rows of the next task."""
+    cdef Py_ssize_t n = min(high - key_end, p.block_kv)
+    cdef Task next_task
+    a.count = a.current = 0
+    a.offset = 0
+    if n > 0:
+        if p.k.stride[2] != p.head_dim * p.k.stride[3]:
+            ask_for(a, &p.k, task.batch, task.kv_head, key_end, n, p.head_dim)
+        if p.v.stride[2] != p.head_dim_v * p.v.stride[3]:
+            ask_for(a, &p.v, task.batch, task.kv_head, key_end, n, p.head_dim_v)
+        return
+    if not p.call.in_flight:  # so little work that all of it is in the caches
+        return
+    n = min(task.num_rows, p.seq_len_q - task.query)
+    ask_for(a, &p.out, task.batch, task.head, task.query, n, p.head_dim_v)
+    # Where tasks take equally long, a thread gets every num_threads-th. Of a task whose keys are cut into splits this
+    # one may be just a part; of windows only the rows know where they begin.
+    if p.num_splits > 1 or p.window_left >= 0 or task.number + p.call.num_threads >= p.call.num_tasks:
+        return
+    locate_task(p, task.number + p.call.num_threads, &next_task)
+    n = min(p.block_kv, p.seq_len_kv)
+    ask_for(a, &p.k, next_task.batch, next_task.kv_head, 0, n, p.head_dim)
+    ask_for(a, &p.v, next_task.batch, next_task.kv_head, 0, n, p.head_dim_v)
+    n = min(next_task.num_rows, p.seq_len_q - next_task.query)
+    ask_for(a, &p.q, next_task.batch, next_task.head, next_task.query, n, p.head_dim)
 
 
 cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
                        Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
     cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
-    cdef Py_ssize_t first, n, k_stride, v_stride, ahead, ahead_end
+    cdef Py_ssize_t first, n, k_stride, v_stride
+    cdef Ahead ahead
     cdef Py_ssize_t key_start = low - low % p.block_kv
     cdef const real* k
     cdef const real* v
@@ -346,26 +407,24 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
         p.v.stride[2] == p.head_dim_v * <Py_ssize_t> sizeof(real) or vectors <= PANEL_VECTORS)
     pending.n = nothing.left = 0
     pending.scores = NULL
+    ahead.count = ahead.current = 0
     while key_start < high and not stopped(p.call):
         n = min(p.block_kv, high - key_start)
         k_stride, v_stride = p.q_stride, p.v_stride
         if pending.n and not v_in_place:
-            accumulate_tile(p, state, &pending, &nothing)
+            accumulate_tile(p, state, &pending, &nothing, &ahead)
         k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, k_in_place, &k_stride)
         v = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, v_in_place, &v_stride)
+        plan_ahead(p, task, key_start + n, high, &ahead)
         v_is_finite = -1    # not yet known
         first = 0
         while first < vectors:
             panel = panel_vectors(vectors - first)
-            ahead = key_start + p.block_kv + p.block_kv * first // vectors  # each panel asks for some of the next block
-            ahead_end = min(high, key_start + p.block_kv + p.block_kv * (first + panel) // vectors)
-            prefetch_rows(&p.k, task.batch, task.kv_head, ahead, ahead_end, p.head_dim)
-            prefetch_rows(&p.v, task.batch, task.kv_head, ahead, ahead_end, p.head_dim_v)
             tile.first_lane, tile.key_start, tile.n, tile.v, tile.v_stride = first * LANES, key_start, n, v, v_stride
             tile.scores = w.scores if pending.scores != w.scores else w.next_scores
             first += panel
             if pending.n and pending.first_lane == tile.first_lane:  # before row_max moves
-                accumulate_tile(p, state, &pending, &nothing)
+                accumulate_tile(p, state, &pending, &nothing, &ahead)
             if panel == 3:
                 seen = score_panel(3, p, w, state, task.batch, &tile, k, k_stride)
             elif panel == 2:
@@ -376,7 +435,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
                 continue
             begin_softmax(&e, &tile, state)
             if pending.n:
-                accumulate_tile(p, state, &pending, &e)
+                accumulate_tile(p, state, &pending, &e, &ahead)
             else:
                 exponentiate(&e, e.left)
             end_softmax(p, w, &e, &tile, task.batch, state)
@@ -388,13 +447,13 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
                     v_is_finite = not make_finite(w.v_finite, p.v_stride, v, v_stride, n, p.head_dim_v)
                 if not v_is_finite:
                     pending.v, pending.v_stride = w.v_finite + (tile.key_start - key_start) * p.v_stride, p.v_stride
-                    accumulate_tile(p, state, &pending, &nothing)
+                    accumulate_tile(p, state, &pending, &nothing, &ahead)
                     repair_values(p, w, tile.scores, state.acc + tile.first_lane * p.v_stride, 1,
                                   tile.vectors * LANES, tile.v, v_stride, tile.vectors * LANES, task.batch,
                                   tile.key_start, tile.n, w.lanes + tile.first_lane, tile.limited)
         key_start += p.block_kv
     if pending.n:
-        accumulate_tile(p, state, &pending, &nothing)
+        accumulate_tile(p, state, &pending, &nothing, &ahead)
 
 
 cdef void prefill_merge(const Problem* p, const Task* task, State* total, const State* part) noexcept nogil:

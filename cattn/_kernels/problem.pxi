@@ -54,7 +54,9 @@ cdef struct Workspace:              # one per thread, SCRATCH
     Lane* lanes                     # [block_rows]
 
 cdef struct Task:
+    Py_ssize_t number
     Py_ssize_t batch, kv_head
+    Py_ssize_t head, query          # of the first row
     Py_ssize_t num_rows             # query rows in this block
     Py_ssize_t low, high            # keys [low, high) are seen by some row
 
@@ -106,21 +108,27 @@ cdef void reset(const Problem* p, State* s) noexcept nogil:
     memset(s.acc, 0, p.block_rows * p.v_stride * sizeof(real))
 
 
+cdef void locate_task(const Problem* p, Py_ssize_t number, Task* task) noexcept nogil:
+    """task (OUT), but for its keys."""
+    cdef Py_ssize_t block = p.num_blocks - 1 - number % p.num_blocks   # the last rows first: most work where causal
+    cdef Py_ssize_t first_row = block * p.block_rows
+    task.number = number
+    task.kv_head = number // p.num_blocks % p.num_kv_heads
+    task.batch = number // p.num_blocks // p.num_kv_heads
+    task.head = task.kv_head * p.group_size + first_row // p.seq_len_q
+    task.query = first_row % p.seq_len_q
+    task.num_rows = min(p.block_rows, p.group_size * p.seq_len_q - first_row)
+
+
 cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* lanes) noexcept nogil:
     """task (OUT), and lanes (OUT)[block_rows]: which query each lane holds and which keys it sees. Lanes past the last
     row repeat it."""
-    cdef Py_ssize_t block = p.num_blocks - 1 - number % p.num_blocks   # the last rows first: most work where causal
-    cdef Py_ssize_t first_row = block * p.block_rows
-    cdef Py_ssize_t rows = p.group_size * p.seq_len_q
     cdef Py_ssize_t i, q_offset
     cdef real slope, limit = <real> BIAS_LIMIT
     cdef Lane lane
-    task.kv_head = number // p.num_blocks % p.num_kv_heads
-    task.batch = number // p.num_blocks // p.num_kv_heads
-    task.num_rows = min(p.block_rows, rows - first_row)
+    locate_task(p, number, task)
     task.low, task.high = p.seq_len_kv, 0
-    lane.head = task.kv_head * p.group_size + first_row // p.seq_len_q
-    lane.query = first_row % p.seq_len_q
+    lane.head, lane.query = task.head, task.query
     q_offset = p.q_offset if p.q_offsets == NULL else p.q_offsets[task.batch]
     for i in range(p.block_rows):
         lane.position = lane.query + q_offset
@@ -138,7 +146,7 @@ cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* l
             slope = p.slopes[task.batch * p.slopes_stride + lane.head]
             lane.slope = <real> LOG2_E * (-limit if slope < -limit else limit if slope > limit else slope)
         lanes[i] = lane
-        if first_row + i + 1 < rows:
+        if i + 1 < task.num_rows:
             lane.query += 1
             if lane.query == p.seq_len_q:
                 lane.query = 0
