@@ -17,6 +17,7 @@ Read in this order:
 Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Python but the entries (plain `def`), and
 `poll` in tasks.pxi, which runs the handlers of signals for the main thread of a long call.
 """
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, sqrt, tanh
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
