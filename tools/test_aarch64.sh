@@ -30,7 +30,7 @@ if [[ ! -e $site.done ]]; then
     rm -rf "$site"
     python3 -m pip install --target "$site" --python-version 3.11 --only-binary=:all: \
         --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
-        numpy 'Cython>=3.1' 'setuptools>=77' pytest pytest-xdist hypothesis ml_dtypes
+        numpy 'Cython>=3.3' 'setuptools>=77.0.3' pytest pytest-xdist hypothesis ml_dtypes gunicorn threadpoolctl
     touch "$site.done"
 fi
 

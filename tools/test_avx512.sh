@@ -24,7 +24,8 @@ cd "$(dirname "$0")/.."
 site=$cache/site source=$cache/source
 if [[ ! -e $site.done ]]; then
     rm -rf "$site"
-    python3 -m pip install --target "$site" numpy 'Cython>=3.1' 'setuptools>=77' pytest hypothesis ml_dtypes
+    python3 -m pip install --target "$site" \
+        numpy 'Cython>=3.3' 'setuptools>=77.0.3' pytest hypothesis ml_dtypes gunicorn threadpoolctl
     touch "$site.done"
 fi
 export PYTHONPATH=$site
