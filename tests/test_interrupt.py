@@ -23,6 +23,7 @@ ROOT = Path(cattn.__file__).parents[1]
 START = """
 import os, signal, sys, threading
 import numpy as np, cattn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 rng = np.random.default_rng(0)
 def normal(*shape, dtype=np.float32):
     return rng.standard_normal(shape, dtype)

@@ -209,6 +209,7 @@ def test_calls_in_flight_share_the_default(openmp_libraries):
     done = in_new_process("""
 import os, signal, threading, cattn
 import numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 x = np.ones((8, 512, 64), np.float32)
 endless = np.broadcast_to(x[:1, :1], (1, 1 << 32, 64))
 done = threading.Event()
