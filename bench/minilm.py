@@ -15,6 +15,7 @@ import importlib.resources
 import importlib.util
 import json
 import math
+import os
 import pkgutil
 import subprocess
 import sys
@@ -22,6 +23,9 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+
+# NumPy's threads then sleep between two products, instead of spinning for milliseconds where cattn's threads compute.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")  # read when numpy is imported
 
 import numpy as np
 

@@ -34,8 +34,8 @@ cdef enum:
     MAX_WIDTH = 48      # MAX_PANEL * LANES, at most
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
-    MAX_ROWS = 192      # query rows in a block: K and V pass through the cache once a block; flat from 96 to 384
-    AHEAD_LINES = 2     # asked for meanwhile: 1 is 15 % slower where K and V of short sequences come from memory (AVX-512)
+    MAX_ROWS = 192      # query rows in a block, about; K and V pass the cache once in each. Flat from 96 to 384
+    AHEAD_LINES = 2     # asked for meanwhile: 1 is 15 % slower where short sequences come from memory (AVX-512)
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
 
 
