@@ -24,8 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
-# NumPy's threads then sleep between two products, instead of spinning for milliseconds where cattn's threads compute.
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")  # read when numpy is imported
+if __name__ == "__main__":
+    # NumPy's threads then sleep between two products, instead of spinning for milliseconds where cattn's compute.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")  # read when numpy is imported
 
 import numpy as np
 

@@ -13,11 +13,11 @@ FLOATS = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLO
 # (query's dtype, key's and value's dtype): all that attention takes.
 DTYPES = [(dtype, dtype) for dtype in FLOATS] + [(FLOATS[0], FLOATS[2]), (FLOATS[0], BFLOAT16)]
 
-# On both sides of every edge in the kernels. Query rows: 2, 4, 8 and 16 lanes, panels of 1 to 3 vectors, 192 rows in a
-# block. Keys: register tiles of 4 and 8, blocks of 64, 128 and 256. head_dim: lanes, tiles, and 64, 128 and 256, where
-# the number of keys in a block changes or long sums are cut.
-ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 96, 97, 191,
-        192, 193, 385]
+# On both sides of every edge in the kernels. Query rows: 2, 4, 8 and 16 lanes, panels of 1 to 3 vectors, and where a
+# second block begins, after 192 rows and a third in whole vectors. Keys: register tiles of 4 and 8, blocks of 64, 128
+# and 256. head_dim: lanes, tiles, and 64, 128 and 256, where the number of keys in a block changes or long sums end.
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 96, 97, 240,
+        241, 248, 249, 252, 253, 254, 255, 385]
 KEYS = [1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513]
 HEAD_DIMS = [1, 3, 4, 5, 8, 17, 64, 65, 80, 128, 129, 256, 257, 513]
 

@@ -33,6 +33,7 @@ def some_options(num_heads, batch, seq_len_kv):
 # keys enough to be split between threads.
 SHAPES = {
     "prefill": {"seq_len_q": 210, "seq_len_kv": 300, "num_heads": 3, "head_dim": 33},
+    "one head": {"seq_len_q": 100, "seq_len_kv": 140, "num_heads": 1, "head_dim": 64},
     "grouped": {"seq_len_q": 50, "seq_len_kv": 300, "num_heads": 6, "num_kv_heads": 2, "head_dim": 64},
     "decode": {"seq_len_q": 1, "seq_len_kv": 3000, "num_heads": 4, "head_dim": 64},
     "grouped decode": {"seq_len_q": 2, "seq_len_kv": 3000, "num_heads": 8, "num_kv_heads": 2, "head_dim": 40},

@@ -26,12 +26,12 @@ if [[ ! -e $root.done ]]; then
     touch "$root.done"
 fi
 site=$cache/site
-if [[ ! -e $site.done ]]; then
+packages=(numpy 'Cython>=3.3' 'setuptools>=77.0.3' pytest pytest-xdist hypothesis ml_dtypes gunicorn threadpoolctl)
+if [[ $(cat "$site.done" 2> /dev/null) != "${packages[*]}" ]]; then
     rm -rf "$site"
     python3 -m pip install --target "$site" --python-version 3.11 --only-binary=:all: \
-        --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
-        numpy 'Cython>=3.3' 'setuptools>=77.0.3' pytest pytest-xdist hypothesis ml_dtypes gunicorn threadpoolctl
-    touch "$site.done"
+        --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 "${packages[@]}"
+    echo "${packages[*]}" > "$site.done"
 fi
 
 # A command, so that tests can start it as sys.executable; with -L the emulated Python finds its files in $root first.

@@ -22,11 +22,11 @@ cache=$(realpath "$cache")
 cd "$(dirname "$0")/.."
 
 site=$cache/site source=$cache/source
-if [[ ! -e $site.done ]]; then
+packages=(numpy 'Cython>=3.3' 'setuptools>=77.0.3' pytest hypothesis ml_dtypes gunicorn threadpoolctl)
+if [[ $(cat "$site.done" 2> /dev/null) != "${packages[*]}" ]]; then
     rm -rf "$site"
-    python3 -m pip install --target "$site" \
-        numpy 'Cython>=3.3' 'setuptools>=77.0.3' pytest hypothesis ml_dtypes gunicorn threadpoolctl
-    touch "$site.done"
+    python3 -m pip install --target "$site" "${packages[@]}"
+    echo "${packages[*]}" > "$site.done"
 fi
 export PYTHONPATH=$site
 rm -rf "$source"/{cattn,tests,bench}

@@ -17,7 +17,7 @@ cdef object EMPTY = empty
 
 cdef enum:
     EXP_FLOPS = 64             # an exp2 and its bookkeeping, a score
-    MIN_BLOCK = 6              # vectors of query rows: two panels, so that K and V are still used twice
+    MIN_BLOCK = 6              # vectors of query rows: two or three panels, so that K and V are still used twice
     TASKS_PER_THREAD = 4       # fewer leave threads idle at the end
     DECODE_SPLIT = 1024        # keys: 512 to 4096 measured within 4 %
     PREFILL_SPLIT = 4096       # keys: a merge is one more pass over acc
@@ -87,7 +87,7 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
     seldom, but enough of them for all threads; which block a row is in decides no bit of its result."""
     cdef Py_ssize_t rows = p.group_size * p.seq_len_q
     cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES
-    cdef Py_ssize_t size = MAX_ROWS // LANES
+    cdef Py_ssize_t size = MAX_ROWS // LANES, wide     # vectors in a block
     p.decode_width = 0
     if rows <= min(MAX_DECODE_ROWS, LANES):
         p.decode_width = 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
@@ -102,12 +102,18 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         while (num_threads > 1 and size // 2 >= MIN_BLOCK
                and p.batch * p.num_kv_heads * ((vectors + size - 1) // size) < TASKS_PER_THREAD * num_threads):
             size //= 2
-        # A third more than a block is one block still: 197 rows take 5 % longer in two. Whole panels in each.
-        p.num_blocks = max(1, (vectors + size * 2 // 3) // size)
+        p.num_blocks = (vectors + size - 1) // size
+        # Where threads have tasks enough, a third more than a block is one block still, and several are whole panels:
+        # 197 rows take 5 % longer in two blocks.
+        wide = max(1, (vectors + size * 2 // 3) // size)
+        wide = (vectors + wide - 1) // wide
+        if wide < vectors:
+            wide = (wide + PANEL_VECTORS - 1) // PANEL_VECTORS * PANEL_VECTORS
         size = (vectors + p.num_blocks - 1) // p.num_blocks
-        if size > PANEL_VECTORS:
-            size = (size + PANEL_VECTORS - 1) // PANEL_VECTORS * PANEL_VECTORS
-        p.num_blocks = max(1, (vectors + size - 1) // size)
+        if (num_threads == 1 or p.batch * p.num_kv_heads * ((vectors + wide - 1) // wide)
+                >= TASKS_PER_THREAD * num_threads):
+            size = wide
+        p.num_blocks = (vectors + size - 1) // size
         p.block_rows = size * LANES
     p.num_splits = (p.seq_len_kv + p.split_kv - 1) // p.split_kv
 

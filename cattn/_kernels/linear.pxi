@@ -94,7 +94,7 @@ cdef void do_features(real* out, const real* packed, const real* weight, const r
         panel = panel_vectors(vectors - vector)
         if panel == 1:
             linear_panel(1, tile, packed, weight, bias + first, in_features, n)
-        elif panel == 2:
+        elif PANEL_VECTORS == 2 or panel == 2:
             linear_panel(2, tile, packed, weight, bias + first, in_features, n)
         else:
             linear_panel(3, tile, packed, weight, bias + first, in_features, n)

@@ -13,9 +13,9 @@
 #                 accumulate  O^T[dim][query] += V broadcast x P^T
 #         out = O^T transposed / row_sum; logsumexp
 #
-# Softmax and accumulate share a loop, one vector of exp2 every few keys: seven of its twelve operations are none for
-# the FMA pipes, and run beside the FMAs when both are within the reach of one reorder buffer. Apart, exp2 takes 8 to
-# 10 % of the time at head_dim 64; woven in, half of that.
+# Softmax and accumulate share a loop, one vector of exp2 every few keys: ten of its fifteen operations are no FMAs, and
+# on Zen run beside them when both are within the reach of one reorder buffer. Apart, exp2 takes 8 to 10 % of the time
+# at head_dim 64; woven in, half of that.
 #
 # No horizontal operation and no packing of K or V anywhere. Every number of a query row is computed from its own query
 # and the keys it sees, each dot product and sum in one fixed order, so neither the rows beside it, the number of
@@ -35,7 +35,7 @@ cdef enum:
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
     MAX_ROWS = 192      # query rows in a block, about; K and V pass the cache once in each. Flat from 96 to 384
-    AHEAD_LINES = 2     # asked for meanwhile: 1 is 15 % slower where short sequences come from memory (AVX-512)
+    AHEAD_LINES = 2     # asked for every EXP_KEYS keys: 1 is 15 % slower where short sequences come from memory
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
 
 
@@ -52,8 +52,8 @@ cdef struct Rows:
     const char* row             # the first that is left
     Py_ssize_t stride, bytes, left
 
-cdef struct Ahead:              # what is asked of memory while tiles are accumulated, a line at a time: in a burst, the
-    Rows rows[4]                # queue of misses would fill, and the loops' own loads wait
+cdef struct Ahead:              # what is asked of memory while tiles are accumulated, a few lines at a time: in a
+    Rows rows[4]                # burst, the queue of misses would fill, and the loops' own loads wait
     int count, current          # of rows[]
     Py_ssize_t offset           # in the current row
 
@@ -192,8 +192,7 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
 
 
 # acc[head_dim_v][width] (IN/OUT) in tiles of ROWS dimensions. Each tile runs over all n keys, with P in L1 and a column
-# of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2. e: as in accumulate_dims;
-# what is left of it then, few dimensions have no room for, is done after them.
+# of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2. e: as in accumulate_dims.
 cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const real* v_rows, Py_ssize_t v_stride,
                             Py_ssize_t n, Py_ssize_t head_dim_v, Softmax* e, Ahead* ahead) noexcept nogil:
     cdef int ROWS = 8 if VECTORS == 1 else TILE_ROWS
@@ -207,7 +206,6 @@ cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, con
     while d < head_dim_v:
         accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
         d += 1
-    exponentiate(e, e.left)
 
 
 cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max, real* row_sum, real* acc,
@@ -306,15 +304,19 @@ cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, co
 
 cdef void accumulate_tile(const Problem* p, const State* state, Tile* t, Softmax* e,
                           Ahead* ahead) noexcept nogil:
-    """t's part of acc (IN/OUT) moves on, and so does the softmax of another tile. t is done with then: t.n = 0."""
+    """t's part of acc (IN/OUT) moves on, and so, to its end, does the softmax of another tile. t is done with then:
+    t.n = 0, as it may be before."""
     cdef real* acc = state.acc + t.first_lane * p.v_stride
-    if t.vectors == 3:
+    if t.n == 0:
+        pass
+    elif PANEL_VECTORS == 3 and t.vectors == 3:
         accumulate(3, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
     elif t.vectors == 2:
         accumulate(2, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
     else:
         accumulate(1, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
     t.n = 0
+    exponentiate(e, e.left)  # what the tile had no room for
 
 
 cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
@@ -360,7 +362,8 @@ cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, 
 cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
                      Ahead* a) noexcept nogil:
     """a (OUT): what is wanted when the keys up to key_end are done, and the hardware does not foresee. The next block
-    of keys, where its rows lie apart; in the last block, the rows of out, and the first rows of the next task."""
+    of keys, where its rows lie apart; in the last block of a split, the rows of out, and the first rows of the next
+    task."""
     cdef Py_ssize_t n = min(high - key_end, p.block_kv)
     cdef Task next_task
     a.count = a.current = 0
@@ -405,13 +408,13 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
     cdef bint k_in_place = rows_are_real(&p.k)
     cdef bint v_in_place = rows_are_real(&p.v) and (
         p.v.stride[2] == p.head_dim_v * <Py_ssize_t> sizeof(real) or vectors <= PANEL_VECTORS)
-    pending.n = nothing.left = 0
+    pending.n = pending.first_lane = nothing.left = 0
     pending.scores = NULL
     ahead.count = ahead.current = 0
     while key_start < high and not stopped(p.call):
         n = min(p.block_kv, high - key_start)
         k_stride, v_stride = p.q_stride, p.v_stride
-        if pending.n and not v_in_place:
+        if pending.n and not v_in_place:  # its rows of V are about to be overwritten
             accumulate_tile(p, state, &pending, &nothing, &ahead)
         k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, k_in_place, &k_stride)
         v = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, v_in_place, &v_stride)
@@ -425,7 +428,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
             first += panel
             if pending.n and pending.first_lane == tile.first_lane:  # before row_max moves
                 accumulate_tile(p, state, &pending, &nothing, &ahead)
-            if panel == 3:
+            if PANEL_VECTORS == 3 and panel == 3:
                 seen = score_panel(3, p, w, state, task.batch, &tile, k, k_stride)
             elif panel == 2:
                 seen = score_panel(2, p, w, state, task.batch, &tile, k, k_stride)
@@ -434,10 +437,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
             if not seen:
                 continue
             begin_softmax(&e, &tile, state)
-            if pending.n:
-                accumulate_tile(p, state, &pending, &e, &ahead)
-            else:
-                exponentiate(&e, e.left)
+            accumulate_tile(p, state, &pending, &e, &ahead)
             end_softmax(p, w, &e, &tile, task.batch, state)
             pending = tile
             # Only a tile in which some lane does not see some key can leak that key's value; V is looked at once a
@@ -452,8 +452,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
                                   tile.vectors * LANES, tile.v, v_stride, tile.vectors * LANES, task.batch,
                                   tile.key_start, tile.n, w.lanes + tile.first_lane, tile.limited)
         key_start += p.block_kv
-    if pending.n:
-        accumulate_tile(p, state, &pending, &nothing, &ahead)
+    accumulate_tile(p, state, &pending, &nothing, &ahead)
 
 
 cdef void prefill_merge(const Problem* p, const Task* task, State* total, const State* part) noexcept nogil:

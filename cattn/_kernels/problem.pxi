@@ -81,7 +81,7 @@ cdef inline char* take(char* base, size_t* used, size_t bytes) noexcept nogil:
 
 cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     """Lays the workspace out from `base` on, 64-byte aligned pieces; returns its size in bytes."""
-    cdef Py_ssize_t width = min(p.block_rows, MAX_PANEL * LANES)
+    cdef Py_ssize_t width = min(p.block_rows, <Py_ssize_t> PANEL_VECTORS * LANES)
     cdef Py_ssize_t keys = (min(p.block_kv, p.seq_len_kv) + LANES - 1) // LANES * LANES
     cdef size_t size = 0
     place_state(&w.total, take(base, &size, state_size(p)), p)

@@ -18,8 +18,9 @@
 #include <arm_neon.h>
 #endif
 
-/* TILE_ROWS x PANEL_VECTORS accumulators are a register tile of the kernels. With AVX-512, 8 x 3 are 4 % slower than
- * 8 x 2, whose panels fit L1 (Zen 5); gcc 12 spills 8 x 3 with NEON's 32 registers. */
+/* TILE_ROWS x PANEL_VECTORS accumulators are a register tile of the kernels. With AVX-512, attention by 8 x 3 is 4 %
+ * slower than by 8 x 2, whose panels fit L1, the layer's projections are equal (Zen 5); gcc 12 spills 8 x 3 with NEON's
+ * 32 registers. */
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #define REGISTERS 32
