@@ -20,7 +20,8 @@ It is at least the smallest normal number: below, the spacing of numbers no long
 Where few numbers decide the error (small arrays, peaked softmax, equal scores or values), plain NumPy can be right by
 luck. err(plain) is then the largest over up to ROUNDINGS problems that differ from this one by rounding alone:
 c * query and key / c; where there is a float mask, mask + c - 1; and value / c, whose results and their errors are c
-times smaller.
+times smaller. Where there are ALiBi slopes, they are 1/4096 larger at most: plain NumPy's biases are exact for slopes
+that are powers of two, and the kernel's are not.
 
 A float16 or bfloat16 result is rounded once more, to the nearest: half an ulp of each number on top. A float64
 result is compared with longdouble. Where that is no wider than double, nothing more exact is at hand: plain then
@@ -67,6 +68,7 @@ def assert_close(results, query, key, value, compared=True, **options):
     if options.get("attn_mask") is not None:
         options["attn_mask"] = attn_mask = _clipped(np.asarray(options["attn_mask"]), compute)
     biased = options.get("attn_mask") is not None and attn_mask.dtype != bool
+    slopes = options.get("alibi_slopes")
     plain, exact = _plain_and_exact(query, key, value, wide, options)
     enlarged = 1 / (1 - options.get("dropout_p", 0.0))
     scales = enlarged * largest(value), enlarged, 1 + largest(np.where(compared, exact[2], 0))
@@ -91,6 +93,8 @@ def assert_close(results, query, key, value, compared=True, **options):
                 c = compute.type(np.random.default_rng(seed).uniform(1, 2))
                 if biased:
                     options["attn_mask"] = attn_mask.astype(compute) + (c - 1)
+                if slopes is not None:
+                    options["alibi_slopes"] = np.asarray(slopes) * (1 + (c - 1) / 4096)
                 again = _plain_and_exact(query * c, key / c, value / c, wide, options)
                 worst = relevant(errors(again[0][number], again[1][number]), number).max()
                 if name == "out":
