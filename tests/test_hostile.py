@@ -225,14 +225,14 @@ def same_numbers(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def sum_errors(a, b, dtype):
+def sum_errors(a, b, dtype, factor=1.0):
     """The errors of a @ b in `dtype`: as NumPy sums, and one product after the other. For the latter the largest of
-    some problems that differ by rounding alone."""
+    some problems that differ by rounding alone; among them factor * a, which the kernel sums."""
     a, b = (np.where(np.isfinite(x), x, 0) for x in (a, b))
     exact = a @ b
     in_parts = np.abs(a.astype(dtype) @ b.astype(dtype) - exact)
     in_order = np.zeros_like(in_parts)
-    for c in (1, 1.1, 1.23, 1.37, 1.61, 1.83, 1 / math.log(2)):
+    for c in (1, 1.1, 1.23, 1.37, 1.61, 1.83, 1 / math.log(2), math.frexp(abs(factor))[0] or 1):  # of its digits alone
         c = dtype.type(c)
         products = (a.astype(dtype) * c)[..., :, :, None] * b.astype(dtype)[..., None, :, :]
         sums = np.cumsum(products, axis=-2, dtype=dtype)[..., -1, :]
@@ -295,7 +295,7 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
     faint = ((sizes[0] > 0) & (sizes[0] * abs(scale) < tiny)).any(axis=-1, keepdims=True)
     good &= per_row(faint & heavy_keys) == 0
     if query.shape[-1] > 64:
-        in_parts, in_order = sum_errors(query, key.swapaxes(-1, -2), compute)
+        in_parts, in_order = sum_errors(query, key.swapaxes(-1, -2), compute, scale / math.log(2))
         size = np.maximum(1, np.abs(np.where(np.isfinite(logsumexp), logsumexp, 0)))
         good &= per_row(1.5 * in_order - 2 * in_parts) * abs(scale) <= 4 * float(info.eps) * size
     if reach or (attn_mask is not None and attn_mask.dtype != bool):
