@@ -11,7 +11,7 @@
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'command -p rm -rf "$work"' EXIT # -p: the PATH of suite() has no rm
 [ $# -gt 0 ] || { sed -n '2,12s/^# \?//p' "$0"; exit 2; }
 
 say() { printf '\n== %s\n' "$*"; }
