@@ -297,7 +297,10 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
     if query.shape[-1] > 64:
         in_parts, in_order = sum_errors(query, key.swapaxes(-1, -2), compute, scale / math.log(2))
         size = np.maximum(1, np.abs(np.where(np.isfinite(logsumexp), logsumexp, 0)))
-        good &= per_row(1.5 * in_order - 2 * in_parts) * abs(scale) <= 4 * float(info.eps) * size
+        excess = per_row(1.5 * in_order - 2 * in_parts) * abs(scale)
+        # Scores that are off by `excess` move logsumexp by as much, a weight by up to 2 * weight * (1 - weight) of it.
+        sensitivity = np.maximum(1 / size, 2 * (weights * (1 - weights)).max(axis=-1, initial=0))
+        good &= excess * sensitivity <= 4 * float(info.eps)
     if reach or (attn_mask is not None and attn_mask.dtype != bool):
         good &= (reach <= limit) & ~((np.abs(logsumexp) > 256) & np.isfinite(logsumexp))
     infinite_values = np.isinf(value).any(axis=-1)[..., None, :]
