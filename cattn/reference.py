@@ -133,12 +133,47 @@ def scaled_dot_product_attention(
     if num_kv_heads != num_heads:
         key, value = (np.repeat(x, num_heads // num_kv_heads, axis=-3) for x in (key, value))
 
+    if one_head and attn_mask is not None and np.ndim(attn_mask) > 2:
+        attn_mask = np.expand_dims(attn_mask, -3)
+    scores, visible = _scores(
+        query, key, attn_mask, is_causal, scale, q_offset=q_offset, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, kv_lens=kv_lens)
+
+    row_max = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    row_max = np.where(row_max == -np.inf, dtype.type(0), row_max)
+    exps = np.exp(scores - row_max)
+    row_sum = exps.sum(axis=-1, keepdims=True)
+    logsumexp = (row_max + np.log(row_sum))[..., 0]
+    if sinks is not None:
+        row_sum = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
+    weights = np.where(scores != -np.inf, exps / row_sum, dtype.type(0))
+    if dropout_p:
+        keep = dropout_keep(seed, dropout_p, math.prod(leading), num_heads, seq_len_q, seq_len_kv)
+        weights = weights * keep.reshape(weights.shape) / dtype.type(1 - dropout_p)
+
+    out = _weighted_sum(weights, value, visible)
+    if one_head:
+        out, weights, logsumexp = out.squeeze(-3), weights.squeeze(-3), logsumexp.squeeze(-2)
+    results = [out.astype(result_dtype)]
+    if return_weights:
+        results.append(weights.astype(result_dtype))
+    if return_logsumexp:
+        results.append(logsumexp)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset=0, window=None, softcap=0.0,
+            alibi_slopes=None, kv_lens=None):
+    """What the softmax is of, with -inf for masked keys; and which keys are not masked. For as many key heads as query
+    heads."""
+    dtype = query.dtype
+    seq_len_q, head_dim = query.shape[-2:]
     scores = query @ key.swapaxes(-1, -2) * dtype.type(1 / math.sqrt(head_dim) if scale is None else scale)
     if softcap:
         scores = dtype.type(softcap) * np.tanh(scores / dtype.type(softcap))
 
     largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
-    key_index = np.arange(seq_len_kv)
+    key_index = np.arange(key.shape[-2])
     position = np.arange(seq_len_q)[:, None] + np.asarray(q_offset, np.int64)[..., None, None, None]
     distance = key_index - position  # (batch, 1, seq_len_q, seq_len_kv)
     if alibi_slopes is not None:
@@ -157,8 +192,6 @@ def scaled_dot_product_attention(
         visible = visible & (key_index < np.asarray(kv_lens)[..., None, None, None])
     if attn_mask is not None:
         attn_mask = np.asarray(attn_mask)
-        if one_head and attn_mask.ndim > 2:
-            attn_mask = np.expand_dims(attn_mask, -3)
         if attn_mask.dtype == bool:
             visible = visible & attn_mask
         else:
@@ -167,28 +200,7 @@ def scaled_dot_product_attention(
             visible = visible & (bias != -np.inf)
             scores = scores + bias
     scores = np.where(visible, scores, dtype.type(-np.inf))
-
-    row_max = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    row_max = np.where(row_max == -np.inf, dtype.type(0), row_max)
-    exps = np.exp(scores - row_max)
-    row_sum = exps.sum(axis=-1, keepdims=True)
-    logsumexp = (row_max + np.log(row_sum))[..., 0]
-    if sinks is not None:
-        row_sum = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
-    weights = np.where(scores != -np.inf, exps / row_sum, dtype.type(0))
-    if dropout_p:
-        keep = dropout_keep(seed, dropout_p, math.prod(leading), num_heads, seq_len_q, seq_len_kv)
-        weights = weights * keep.reshape(weights.shape) / dtype.type(1 - dropout_p)
-
-    out = _weighted_sum(weights, value, np.broadcast_to(visible, scores.shape))
-    if one_head:
-        out, weights, logsumexp = out.squeeze(-3), weights.squeeze(-3), logsumexp.squeeze(-2)
-    results = [out.astype(result_dtype)]
-    if return_weights:
-        results.append(weights.astype(result_dtype))
-    if return_logsumexp:
-        results.append(logsumexp)
-    return results[0] if len(results) == 1 else tuple(results)
+    return scores, np.broadcast_to(visible, scores.shape)
 
 
 def _weighted_sum(weights, value, visible):
