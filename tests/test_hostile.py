@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import BFLOAT16, FLOATS, INF, LAYOUTS, NAN, calls, problem
-from tolerance import assert_close, everything
+from tolerance import assert_possible, everything
 
 import cattn
 from cattn import reference
@@ -225,31 +225,13 @@ def same_numbers(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def sum_errors(a, b, dtype, factor=1.0):
-    """The errors of a @ b in `dtype`: as NumPy sums, and one product after the other. For the latter the largest of
-    some problems that differ by rounding alone; among them factor * a, which the kernel sums."""
-    a, b = (np.where(np.isfinite(x), x, 0) for x in (a, b))
-    exact = a @ b
-    in_parts = np.abs(a.astype(dtype) @ b.astype(dtype) - exact)
-    in_order = np.zeros_like(in_parts)
-    for c in (1, 1.1, 1.23, 1.37, 1.61, 1.83, 1 / math.log(2), math.frexp(abs(factor))[0] or 1):  # of its digits alone
-        c = dtype.type(c)
-        products = (a.astype(dtype) * c)[..., :, :, None] * b.astype(dtype)[..., None, :, :]
-        sums = np.cumsum(products, axis=-2, dtype=dtype)[..., -1, :]
-        in_order = np.maximum(in_order, np.abs(sums.astype(exact.dtype) / exact.dtype.type(c) - exact))
-    return in_parts, in_order
-
-
 @np.errstate(all="ignore")
 def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=None, q_offset=0, dropout_p=0.0,
                     **options):
-    """The query rows for which plain NumPy, in the dtype computed in, is a measure: (..., seq_len_q), bool. Not those
+    """The query rows whose results are specified but for rounding: (..., seq_len_q), bool. Not those
 
     * whose query or scores leave a quarter of the range: there it depends on order and units what overflows;
     * whose query times scale is subnormal, beside keys so large that what is rounded off counts (and 0 * inf is NaN);
-    * for which the order of a sum over dimensions or keys counts more than the tolerance grants: few different numbers,
-      as they are here, round the same way again and again, and NumPy's BLAS sums in parts;
-    * whose largest scores are large and have a bias: how much of the smaller of the two is left is a matter of units;
     * that give an infinite value a weight below the smallest normal number: it may become 0, and 0 * inf is NaN;
     * whose result, enlarged by dropout, may leave the range of its dtype.
     """
@@ -259,7 +241,7 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
     result_max = float(ml_dtypes.finfo(query.dtype).max)
     wide = np.dtype(np.float64 if compute == np.float32 else np.longdouble)
     query, key, value = (x.astype(compute).astype(wide) for x in (query, key, value))
-    options |= {"attn_mask": attn_mask, "q_offset": q_offset, "return_weights": True, "return_logsumexp": True}
+    options |= {"attn_mask": attn_mask, "q_offset": q_offset, "return_weights": True}
     zeros = [np.zeros(x.shape, wide) for x in (query, key, value)]
     seen = options | {"softcap": 0.0, "sinks": None}
     if attn_mask is not None and attn_mask.dtype != bool:
@@ -267,7 +249,7 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
     visible = reference.scaled_dot_product_attention(*zeros, **seen)[1] > 0
 
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(compute.type(scale))
-    _, weights, logsumexp = reference.scaled_dot_product_attention(
+    _, weights = reference.scaled_dot_product_attention(
         query, key, value, scale=scale, alibi_slopes=alibi_slopes, **options)
     reach = 0.0
     if alibi_slopes is not None:
@@ -294,22 +276,11 @@ def comparable_rows(query, key, value, attn_mask=None, scale=None, alibi_slopes=
     heavy_keys = (np.isinf(key).any(axis=-1) | (rounded_off > float(info.eps) / 4))[..., None, :]
     faint = ((sizes[0] > 0) & (sizes[0] * abs(scale) < tiny)).any(axis=-1, keepdims=True)
     good &= per_row(faint & heavy_keys) == 0
-    if query.shape[-1] > 64:
-        in_parts, in_order = sum_errors(query, key.swapaxes(-1, -2), compute, scale / math.log(2))
-        size = np.maximum(1, np.abs(np.where(np.isfinite(logsumexp), logsumexp, 0)))
-        excess = per_row(1.5 * in_order - 2 * in_parts) * abs(scale)
-        # Scores that are off by `excess` move logsumexp by as much, a weight by up to 2 * weight * (1 - weight) of it.
-        sensitivity = np.maximum(1 / size, 2 * (weights * (1 - weights)).max(axis=-1, initial=0))
-        good &= excess * sensitivity <= 4 * float(info.eps)
-    if reach or (attn_mask is not None and attn_mask.dtype != bool):
-        good &= (reach <= limit) & ~((np.abs(logsumexp) > 256) & np.isfinite(logsumexp))
+    good &= reach <= limit
     infinite_values = np.isinf(value).any(axis=-1)[..., None, :]
     lost = np.broadcast_to(infinite_values, shape).reshape(visible.shape) & (weights > 0) & (weights < tiny)
     good &= ~lost.any(axis=-1)
     largest = np.abs(np.where(np.isfinite(value), value, 0)).max(initial=0)
-    if value.shape[-2] > 16:
-        in_parts, in_order = sum_errors(weights.reshape(shape), value, compute)
-        good &= (1.5 * in_order - 2 * in_parts).max(axis=-1).reshape(good.shape) <= 4 * float(info.eps) * largest
     return good & (largest / (1 - dropout_p) <= 0.99 * result_max)
 
 
@@ -324,7 +295,7 @@ def run_call(arrays, options, out_layout):
     assert_written_alone(results[0], out_layout, *arrays, **options)
     plain_options.pop("num_threads", None)
     same_numbers(everything(*copies, **plain_options, num_threads=5), results)
-    assert_close(results, *copies, comparable_rows(*copies, **plain_options), **plain_options)
+    assert_possible(results, *copies, comparable_rows(*copies, **plain_options), **plain_options)
 
 
 def assert_written_alone(result, layout, *arrays, **options):

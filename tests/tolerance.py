@@ -28,7 +28,13 @@ result is compared with longdouble. Where that is no wider than double, nothing 
 stands for exact and the bound is for the sum of two errors, 2 * (4 * eps * scale).
 
 NaN and infinity have no error; they must stand in the same places.
+
+Some numbers let plain NumPy be right by luck in all of those problems: equal ones in long sums, float16 products, which
+float32 holds exactly. Results for any numbers at all are compared with what rounding can do at most, which no plain
+computation has to measure: assert_possible.
 """
+
+import math
 
 import numpy as np
 
@@ -65,9 +71,8 @@ def assert_close(results, query, key, value, compared=True, **options):
     wide = np.dtype(np.float64 if compute == np.float32 else np.longdouble)
     dtypes = query.dtype, query.dtype, compute
     query, key, value = (x.astype(compute) for x in (query, key, value))
-    if options.get("attn_mask") is not None:
-        options["attn_mask"] = attn_mask = _clipped(np.asarray(options["attn_mask"]), compute)
-    biased = options.get("attn_mask") is not None and attn_mask.dtype != bool
+    options["attn_mask"] = attn_mask = _clipped(options.get("attn_mask"), compute)
+    biased = attn_mask is not None and np.asarray(attn_mask).dtype != bool
     slopes = options.get("alibi_slopes")
     plain, exact = _plain_and_exact(query, key, value, wide, options)
     enlarged = 1 / (1 - options.get("dropout_p", 0.0))
@@ -106,6 +111,94 @@ def assert_close(results, query, key, value, compared=True, **options):
             f"{name}{[int(i) for i in worst]} = {result[worst]}, exactly {right[worst]}: more than {bound:.3g} apart")
 
 
+@np.errstate(all="ignore")
+def assert_possible(results, query, key, value, compared, attn_mask=None, scale=None, *, softcap=0.0,
+                    alibi_slopes=None, sinks=None, dropout_p=0.0, seed=None, enable_gqa=False, **masks):
+    """Rounding accounts for the errors of everything(query, key, value, ...) in the query rows that are `compared`,
+    (..., seq_len_q): each step rounds by u = eps / 2, sums have any order, scores any unit.
+
+    At most, with e() for the error of a number,
+
+        e(x y)        u (head_dim + 4) sum |x y|; of the 4, 3 for the unit and the scale
+        e(capped)     what e(x y) makes of c tanh(x y / c), and u |capped| 10 times: tanh is within 5 u, c and 1 / c are
+                      rounded, and multiplied by
+        e(score)      e(capped) + 6 u (|score| + |mask| + |ALiBi|): two sums, each bias is rounded and changes its unit
+                      (4.3), and the score is taken from the maximum
+        e(sink)       4 u |sink|
+        e(weight)     weight (exp(2 e) - 1), for the largest e(score) of a row: exp(score) is off by a factor of
+                      exp(e) at most, and so is the sum of all. Of the keys that may count beside the largest score
+                      alone, and nothing where that is one key.
+                      And 2 u (seq_len_kv + 20) weight: exponentials, changes of the maximum, both sums over keys
+        e(out)        sum e(weight) |value|
+        e(logsumexp)  the largest e(score), without the sinks; u (seq_len_kv + 20), and u |logsumexp| 4 times
+
+    and 4 eps of the scale of assert_close for what becomes subnormal: worst cases, hundreds of times what happens where
+    sums are long.
+    """
+    if query.ndim < 4:
+        if np.ndim(attn_mask) > 2:
+            attn_mask = np.expand_dims(attn_mask, -3)
+        results = [np.expand_dims(x, axis) for x, axis in zip(results, (-3, -3, -2), strict=True)]
+        query, key, value = (np.expand_dims(x, -3) for x in (query, key, value))
+        compared = np.expand_dims(compared, -2)
+    dtype = np.result_type(query.dtype, np.float32)
+    wide = np.dtype(np.float64 if dtype == np.float32 else np.longdouble)
+    dtypes = query.dtype, query.dtype, dtype
+    info = np.finfo(dtype)
+    unit = float(info.eps) / 2 * (1 if np.finfo(wide).eps < info.eps else 2)
+    attn_mask = _clipped(attn_mask, dtype)
+    query, key, value = (x.astype(dtype).astype(wide) for x in (query, key, value))
+    key, value = (np.repeat(x, query.shape[-3] // key.shape[-3], axis=-3) for x in (key, value))
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    modifiers = {"softcap": softcap, "alibi_slopes": alibi_slopes}
+    exact = everything(query, key, value, attn_mask, dropout_p, scale=scale, sinks=sinks, seed=seed, **modifiers,
+                       **masks, attention=reference.scaled_dot_product_attention)
+    _, weights, logsumexp = exact
+    query = np.broadcast_to(query, (*weights.shape[:-1], query.shape[-1]))
+
+    sizes = [np.abs(np.where(np.isfinite(x), x, 0)) for x in (query, key, value)]
+    error = unit * (query.shape[-1] + 4) * abs(scale) * (sizes[0] @ sizes[1].swapaxes(-1, -2))
+    if softcap:
+        products = scale * (query @ key.swapaxes(-1, -2))
+        low, capped, high = (softcap * np.tanh(x / softcap) for x in (products - error, products, products + error))
+        error = np.maximum(high - capped, capped - low) + 10 * unit * np.abs(capped)
+    scores, visible = reference._scores(query, key, attn_mask, scale=scale, **modifiers, **masks)
+    of_biases, _ = reference._scores(  # |mask| + |ALiBi|
+        0 * sizes[0], 0 * sizes[1], attn_mask if attn_mask is None or attn_mask.dtype == bool else np.abs(attn_mask),
+        alibi_slopes=None if alibi_slopes is None else -np.abs(alibi_slopes), **masks)
+    error = np.where(visible, error + 6 * unit * (np.abs(scores) + of_biases), 0)
+
+    def largest_error(scores, error):
+        """Of those that count in a row, (..., 1), and which count: exp(-750) is 0 in double."""
+        count = scores + error >= (scores - error).max(axis=-1, keepdims=True, initial=-np.inf) - 750
+        return np.where(count, error, 0).max(axis=-1, keepdims=True, initial=0), count
+
+    rounding = unit * (key.shape[-2] + 20)
+    shift, count = largest_error(scores, error)
+    of_logsumexp = shift[..., 0] + rounding + 4 * unit * np.abs(np.where(np.isfinite(logsumexp), logsumexp, 0))
+    if sinks is not None:
+        sinks = np.broadcast_to(np.asarray(sinks).astype(dtype).astype(wide)[:, None, None], (*scores.shape[:-1], 1))
+        shift, count = largest_error(np.concatenate([scores, sinks], axis=-1),
+                                     np.concatenate([error, 4 * unit * np.abs(sinks)], axis=-1))
+    growth = np.where(count.sum(axis=-1, keepdims=True) < 2, 0, np.expm1(2 * shift)) + 2 * rounding
+    enlarged = 1 / (1 - dropout_p)
+    of_weights = np.where(visible & count[..., : key.shape[-2]], np.fmin(growth * weights, enlarged), 0)
+
+    names = "out", "weights", "logsumexp"
+    bounds = of_weights @ sizes[2], of_weights, of_logsumexp
+    scales = enlarged * largest(value), enlarged, 1.0
+    for name, result, right, bound, largest_number, its_dtype in zip(
+            names, results, exact, bounds, scales, dtypes, strict=True):
+        assert (result.dtype, result.shape) == (its_dtype, right.shape), name
+        bound = bound + 4 * float(info.eps) * max(largest_number, float(info.smallest_normal))
+        rows = compared if name == "logsumexp" else compared[..., None]
+        wrong = ~(errors(result, right, its_dtype) <= bound) & rows
+        first = tuple(int(i[0]) for i in np.nonzero(wrong)) if wrong.any() else ()
+        assert not wrong.any(), (
+            f"{name}{list(first)} = {result[first]}, exactly {right[first]}: rounding makes them differ by "
+            f"{np.broadcast_to(bound, right.shape)[first]:.3g} at most")
+
+
 def errors(result, exact, dtype=None):
     """|result - exact|, less what rounding to `dtype` accounts for; infinite where one is finite and the other is not,
     or where they are not finite differently."""
@@ -125,10 +218,11 @@ def largest(array):
 
 
 def _clipped(attn_mask, dtype):
-    """`attn_mask` with what is beyond the range of `dtype`, but finite, at its ends: so it is specified."""
-    if attn_mask.dtype != np.float64 or dtype == np.float64:
+    """`attn_mask` with what is finite in it within a quarter of the range of `dtype`, as is specified."""
+    if attn_mask is None or np.asarray(attn_mask).dtype == bool:
         return attn_mask
-    return np.where(np.isfinite(attn_mask), attn_mask.clip(np.finfo(dtype).min, np.finfo(dtype).max), attn_mask)
+    attn_mask, largest = np.asarray(attn_mask, np.float64), float(np.finfo(dtype).max) / 4
+    return np.where(np.isinf(attn_mask), attn_mask, attn_mask.clip(-largest, largest))
 
 
 def _plain_and_exact(query, key, value, wide, options):
