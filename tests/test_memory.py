@@ -134,4 +134,4 @@ def test_arrays_resized_during_a_call():
     arrays, copies, errors, result = during_a_call(resize)
     assert len(errors) == 3 and all("cannot resize" in error for error in errors)
     assert_same_bits(result, attention(*copies, num_threads=1))
-    assert resize(arrays) == []
+    assert resize(arrays) == resize([x.copy() for x in copies])  # with CPython 3.14, NumPy refuses this as well
