@@ -36,6 +36,7 @@ computation has to measure: assert_possible.
 
 import math
 
+import ml_dtypes
 import numpy as np
 
 import cattn
@@ -61,10 +62,8 @@ def check(query, key, value, **options):
 
 
 @np.errstate(all="ignore")
-def assert_close(results, query, key, value, compared=True, **options):
-    """The results of everything(query, key, value, **options) are as exact as they have to be, in the query rows that
-    are `compared`, (..., seq_len_q)."""
-    compared = np.asarray(compared)
+def assert_close(results, query, key, value, **options):
+    """The results of everything(query, key, value, **options) are as exact as they have to be."""
     for name in ("out", "num_threads"):  # what the reference does not know
         options.pop(name, None)
     compute = np.result_type(query.dtype, np.float32)
@@ -72,26 +71,21 @@ def assert_close(results, query, key, value, compared=True, **options):
     dtypes = query.dtype, query.dtype, compute
     query, key, value = (x.astype(compute) for x in (query, key, value))
     options["attn_mask"] = attn_mask = _clipped(options.get("attn_mask"), compute)
-    biased = attn_mask is not None and np.asarray(attn_mask).dtype != bool
+    biased = attn_mask is not None and attn_mask.dtype != bool
     slopes = options.get("alibi_slopes")
     plain, exact = _plain_and_exact(query, key, value, wide, options)
     enlarged = 1 / (1 - options.get("dropout_p", 0.0))
-    scales = enlarged * largest(value), enlarged, 1 + largest(np.where(compared, exact[2], 0))
-
-    def relevant(error, number):
-        return np.where(compared if number == 2 else compared[..., None], error, 0)
+    scales = enlarged * largest(value), enlarged, 1 + largest(exact[2])
 
     names = "out", "weights", "logsumexp"
     for number, (name, dtype, result, right) in enumerate(zip(names, dtypes, results, exact, strict=True)):
         assert (result.dtype, result.shape) == (dtype, right.shape), name
-        if not compared.any():
-            continue
         rounding = float(np.finfo(compute).eps) * max(scales[number], float(np.finfo(compute).smallest_normal))
-        error = relevant(errors(result, right, dtype), number)
+        error = errors(result, right, dtype)
         if compute == np.float64 and not WIDER_THAN_DOUBLE:
             bound = 8 * rounding
         else:
-            bound = 2 * relevant(errors(plain[number], right), number).max(initial=0) + 4 * rounding
+            bound = 2 * errors(plain[number], right).max(initial=0) + 4 * rounding
             for seed in range(ROUNDINGS):
                 if (error <= bound).all():
                     break
@@ -101,7 +95,7 @@ def assert_close(results, query, key, value, compared=True, **options):
                 if slopes is not None:
                     options["alibi_slopes"] = np.asarray(slopes) * (1 + (c - 1) / 4096)
                 again = _plain_and_exact(query * c, key / c, value / c, wide, options)
-                worst = relevant(errors(again[0][number], again[1][number]), number).max()
+                worst = errors(again[0][number], again[1][number]).max()
                 if name == "out":
                     worst *= float(c)
                 bound = max(bound, 2 * worst + 4 * rounding)
@@ -112,10 +106,10 @@ def assert_close(results, query, key, value, compared=True, **options):
 
 
 @np.errstate(all="ignore")
-def assert_possible(results, query, key, value, compared, attn_mask=None, scale=None, *, softcap=0.0,
-                    alibi_slopes=None, sinks=None, dropout_p=0.0, seed=None, enable_gqa=False, **masks):
-    """Rounding accounts for the errors of everything(query, key, value, ...) in the query rows that are `compared`,
-    (..., seq_len_q): each step rounds by u = eps / 2, sums have any order, scores any unit.
+def assert_possible(results, query, key, value, attn_mask=None, scale=None, *, softcap=0.0, alibi_slopes=None,
+                    sinks=None, dropout_p=0.0, seed=None, enable_gqa=False, q_offset=0, **masks):
+    """Rounding accounts for the errors of everything(query, key, value, ...) in the query rows that are _specified:
+    each step rounds by u = eps / 2, sums have any order, scores any unit.
 
     At most, with e() for the error of a number,
 
@@ -140,7 +134,6 @@ def assert_possible(results, query, key, value, compared, attn_mask=None, scale=
             attn_mask = np.expand_dims(attn_mask, -3)
         results = [np.expand_dims(x, axis) for x, axis in zip(results, (-3, -3, -2), strict=True)]
         query, key, value = (np.expand_dims(x, -3) for x in (query, key, value))
-        compared = np.expand_dims(compared, -2)
     dtype = np.result_type(query.dtype, np.float32)
     wide = np.dtype(np.float64 if dtype == np.float32 else np.longdouble)
     dtypes = query.dtype, query.dtype, dtype
@@ -150,6 +143,7 @@ def assert_possible(results, query, key, value, compared, attn_mask=None, scale=
     query, key, value = (x.astype(dtype).astype(wide) for x in (query, key, value))
     key, value = (np.repeat(x, query.shape[-3] // key.shape[-3], axis=-3) for x in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    masks["q_offset"] = q_offset
     modifiers = {"softcap": softcap, "alibi_slopes": alibi_slopes}
     exact = everything(query, key, value, attn_mask, dropout_p, scale=scale, sinks=sinks, seed=seed, **modifiers,
                        **masks, attention=reference.scaled_dot_product_attention)
@@ -157,14 +151,15 @@ def assert_possible(results, query, key, value, compared, attn_mask=None, scale=
     query = np.broadcast_to(query, (*weights.shape[:-1], query.shape[-1]))
 
     sizes = [np.abs(np.where(np.isfinite(x), x, 0)) for x in (query, key, value)]
-    error = unit * (query.shape[-1] + 4) * abs(scale) * (sizes[0] @ sizes[1].swapaxes(-1, -2))
+    sums = sizes[0] @ sizes[1].swapaxes(-1, -2)
+    error = unit * (query.shape[-1] + 4) * abs(scale) * sums
     if softcap:
         products = scale * (query @ key.swapaxes(-1, -2))
         low, capped, high = (softcap * np.tanh(x / softcap) for x in (products - error, products, products + error))
         error = np.maximum(high - capped, capped - low) + 10 * unit * np.abs(capped)
     scores, visible = reference._scores(query, key, attn_mask, scale=scale, **modifiers, **masks)
     of_biases, _ = reference._scores(  # |mask| + |ALiBi|
-        0 * sizes[0], 0 * sizes[1], attn_mask if attn_mask is None or attn_mask.dtype == bool else np.abs(attn_mask),
+        0 * sizes[0], 0 * sizes[1], attn_mask if attn_mask is None else np.abs(attn_mask),
         alibi_slopes=None if alibi_slopes is None else -np.abs(alibi_slopes), **masks)
     error = np.where(visible, error + 6 * unit * (np.abs(scores) + of_biases), 0)
 
@@ -184,6 +179,12 @@ def assert_possible(results, query, key, value, compared, attn_mask=None, scale=
     enlarged = 1 / (1 - dropout_p)
     of_weights = np.where(visible & count[..., : key.shape[-2]], np.fmin(growth * weights, enlarged), 0)
 
+    farthest = np.abs(np.asarray(q_offset, float)).max(initial=0) + visible.shape[-2] + visible.shape[-1]
+    reach = 0.0 if alibi_slopes is None else min(np.abs(alibi_slopes).max(initial=0), float(info.max) / 4) * farthest
+    compared = _specified(sizes, sums, key, value, scale, weights * (1 - dropout_p), visible, reach, info)
+    # What dropout enlarges may leave the range of the result.
+    compared &= enlarged * largest(value) <= 0.99 * float(ml_dtypes.finfo(dtypes[0]).max)
+
     names = "out", "weights", "logsumexp"
     bounds = of_weights @ sizes[2], of_weights, of_logsumexp
     scales = enlarged * largest(value), enlarged, 1.0
@@ -197,6 +198,28 @@ def assert_possible(results, query, key, value, compared, attn_mask=None, scale=
         assert not wrong.any(), (
             f"{name}{list(first)} = {result[first]}, exactly {right[first]}: rounding makes them differ by "
             f"{np.broadcast_to(bound, right.shape)[first]:.3g} at most")
+
+
+def _specified(sizes, sums, key, value, scale, weights, visible, reach, info):
+    """The query rows whose results are specified but for rounding: (..., num_heads, seq_len_q), bool. `sizes` are
+    |query| and |key|, `sums` their products summed. Not those
+
+    * whose query, scores or ALiBi (`reach`) leave a quarter of the range: there it depends on order and units what
+      overflows;
+    * whose query times scale is subnormal, beside keys so large that what is rounded off counts (and 0 * inf is NaN);
+    * that give an infinite value a weight below the smallest normal number: it may become 0, and 0 * inf is NaN.
+    """
+    def per_row(x):
+        """The largest number that is seen in each row."""
+        return np.where(visible, x, 0).max(axis=-1, initial=0)
+
+    limit, tiny = float(info.max) / 4, float(info.smallest_normal)
+    within = per_row(np.maximum(sums, sizes[0].max(axis=-1, keepdims=True)) * max(abs(scale), 1.0)) <= limit
+    rounded_off = sizes[1].sum(axis=-1) * float(info.smallest_subnormal)
+    heavy_keys = (np.isinf(key).any(axis=-1) | (rounded_off > float(info.eps) / 4))[..., None, :]
+    faint = ((sizes[0] > 0) & (sizes[0] * abs(scale) < tiny)).any(axis=-1, keepdims=True)
+    lost = np.isinf(value).any(axis=-1)[..., None, :] & (weights > 0) & (weights < tiny)
+    return within & (reach <= limit) & (per_row(faint & heavy_keys) == 0) & ~lost.any(axis=-1)
 
 
 def errors(result, exact, dtype=None):
@@ -218,11 +241,14 @@ def largest(array):
 
 
 def _clipped(attn_mask, dtype):
-    """`attn_mask` with what is finite in it within a quarter of the range of `dtype`, as is specified."""
-    if attn_mask is None or np.asarray(attn_mask).dtype == bool:
+    """`attn_mask` with what is finite in it within a quarter of the range of `dtype`, as is specified; an array."""
+    if attn_mask is None:
+        return None
+    attn_mask = np.asarray(attn_mask)
+    if attn_mask.dtype == bool:
         return attn_mask
-    attn_mask, largest = np.asarray(attn_mask, np.float64), float(np.finfo(dtype).max) / 4
-    return np.where(np.isinf(attn_mask), attn_mask, attn_mask.clip(-largest, largest))
+    attn_mask, limit = attn_mask.astype(np.float64), float(np.finfo(dtype).max) / 4
+    return np.where(np.isinf(attn_mask), attn_mask, attn_mask.clip(-limit, limit))
 
 
 def _plain_and_exact(query, key, value, wide, options):
