@@ -3,6 +3,7 @@
 Switches, from the environment:
     CATTN_SANITIZE=address,undefined    build with these sanitizers
     CATTN_ANNOTATE=1                    write Cython's annotated HTML beside the sources
+    CATTN_ISAS=avx2,baseline            build these rows of the table alone, to try an edit of a kernel
 """
 
 import os
@@ -19,6 +20,11 @@ from setuptools.command.build_ext import build_ext
 KERNELS = Path("cattn/_kernels")
 CPU = "cattn._kernels.cpu"
 ISAS = runpy.run_path(str(KERNELS / "isa.py"))["compiled_for"](platform.machine())
+if os.environ.get("CATTN_ISAS"):
+    wanted, known = os.environ["CATTN_ISAS"].split(","), [isa.name for isa in ISAS]
+    if not set(wanted) <= set(known):
+        raise SystemExit(f"CATTN_ISAS: expected some of {', '.join(known)}, got {os.environ['CATTN_ISAS']!r}")
+    ISAS = [isa for isa in ISAS if isa.name in wanted]
 
 FLAGS = [
     # -O3 and forced inlining make the register tiles: without either the kernels are 5 to 8 times slower, and
