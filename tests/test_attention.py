@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import itertools
 import math
+import platform
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,10 +26,11 @@ from problems import (
     normal,
     problem,
 )
-from tolerance import check, everything
+from tolerance import assert_within, check, everything
 
 import cattn
 from cattn import reference
+from cattn._kernels.isa import X86_64
 from cattn.reference import dropout_keep
 
 F16, F32, F64 = (np.dtype(name) for name in ("float16", "float32", "float64"))
@@ -802,6 +804,52 @@ def test_values_near_the_largest_number_with_large_scores(isa, dtype, size, larg
     query[...], key[...] = 1, -size
     check(query, key, np.where(value < 0, -largest, largest).astype(dtype))
     check(query, key, np.full_like(value, largest), is_causal=True, q_offset=290)
+
+
+EXACT_PRODUCTS = {  # whole numbers, or 8 bits of a float32: plain NumPy's dot products and scores round little or nothing
+    "0 to 15": (lambda rng, shape: rng.integers(0, 16, shape), 1 / 8),
+    "0 to 3": (lambda rng, shape: rng.integers(0, 4, shape), 1.0),
+    "bfloat16 of 3": (lambda rng, shape: (3 * rng.standard_normal(shape)).astype(BFLOAT16), None),
+    "bfloat16 of 10": (lambda rng, shape: (10 * rng.standard_normal(shape)).astype(BFLOAT16), -1 / 8),
+    "20": (lambda rng, shape: 20 * rng.standard_normal(shape), None),
+}
+
+
+@pytest.mark.parametrize(("numbers", "scale"), EXACT_PRODUCTS.values(), ids=EXACT_PRODUCTS)
+def test_as_exact_where_plain_numpy_is_at_its_best(isa, numbers, scale):
+    """The scale and log2(e) may not round what the formula does not. 40 rows of 3 heads: enough for no luck."""
+    if isa == "baseline" and platform.machine() in X86_64 and numbers is EXACT_PRODUCTS["20"][0]:
+        pytest.skip("without FMA every product is rounded, which plain NumPy on this CPU does not do")
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        query, key = (numbers(rng, (1, 3, n, 64)).astype(np.float32) for n in (40, 200))
+        value = rng.standard_normal(key.shape, np.float32)
+        for options in ({}, {"alibi_slopes": [0.5, 0.25, 0.125]}, {"attn_mask": rng.integers(-9, 9, (40, 200)) * 0.5},
+                        {"softcap": 64.0}):
+            arrays, options = (query, key, value), {"scale": scale, **options}
+            assert_within(everything(*arrays, **options), *arrays, **options)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_score_within_the_range_of_factors_that_are_not(isa, dtype, rows):
+    """scale * query, or scale * key, would overflow; -scale, scores of 0 to -50 and their mirror image."""
+    largest = float(np.finfo(dtype).max)
+    query = np.full((rows, 1), largest**0.27, dtype)
+    for size, scale in ((largest**-0.98, largest**0.73), (largest**0.5, largest**-0.75)):
+        key = (np.arange(1, 51, dtype=dtype) * size)[:, None]
+        for sign in (1, -1):
+            check(query, key, np.arange(50, dtype=dtype)[:, None], scale=sign * float(scale))
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-37, 1e-30])
+def test_tiny_scales(isa, scale, rows):
+    """Where the scale is 0 or nearly, masked keys stay masked and the others get what their scores say."""
+    query, key, value = problem(rows, 200, 64)
+    for size in (1.0, 1e18):
+        for options in ({}, {"is_causal": True, "q_offset": 100}, {"attn_mask": normal(rows, 200) > 0}, {"softcap": 3.0}):
+            check(query * np.float32(size), key * np.float32(size), value, scale=scale, **options)
 
 
 def test_tiny_queries_and_keys_give_the_mean(isa):

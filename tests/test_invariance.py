@@ -212,8 +212,11 @@ def test_sixteen_bits_are_wide_numbers_rounded(isa, dtype, kv_dtype):
 
 
 @shapes
-def test_one_mask_in_many_forms(isa, shape):
-    """bool or additive, of any dtype, broadcast or written out, or said by is_causal, window and kv_lens."""
+@pytest.mark.parametrize("scale", [0.125, 0.1])
+def test_one_mask_in_many_forms(isa, shape, scale):
+    """bool or additive, of any dtype, broadcast or written out, or said by is_causal, window and kv_lens. Biases are added
+    to scores that have been multiplied by the scale, and rounded, where that is no power of two: then the additive ones
+    have bits of their own."""
     arrays = arrays_of(shape)
     seq_len_q, seq_len_kv = arrays[0].shape[2], arrays[1].shape[2]
     i, j = np.arange(seq_len_q)[:, None] + seq_len_kv // 3, np.arange(seq_len_kv)
@@ -222,13 +225,15 @@ def test_one_mask_in_many_forms(isa, shape):
     said = {"is_causal": True, "q_offset": seq_len_kv // 3, "window": (left, None),
             "kv_lens": np.array([seq_len_kv, seq_len_kv // 3 + 5])}
     seen = (j <= i) & (j >= i - left) & (j < said["kv_lens"][:, None, None, None])
-    expected = everything(*arrays, **said)
-    masks = [seen, *(np.where(seen, 0, -INF).astype(kind) for kind in FLOATS)]
-    for mask in masks:
-        assert_same_bits(everything(*arrays, attn_mask=mask), expected)
+    expected = everything(*arrays, scale=scale, **said)
+    additive = [np.where(seen, 0, -INF).astype(kind) for kind in FLOATS]
+    of_additive = expected if scale == 0.125 else everything(*arrays, attn_mask=additive[0], scale=scale)
+    for mask in (seen, *additive):
+        right = expected if mask is seen else of_additive
+        assert_same_bits(everything(*arrays, attn_mask=mask, scale=scale), right)
         written_out = np.broadcast_to(mask, (2, arrays[0].shape[1], seq_len_q, seq_len_kv)).copy()
-        assert_same_bits(everything(*arrays, attn_mask=written_out), expected)
-        assert_same_bits(everything(*arrays, attn_mask=mask, **said), expected)
+        assert_same_bits(everything(*arrays, attn_mask=written_out, scale=scale), right)
+        assert_same_bits(everything(*arrays, attn_mask=mask, scale=scale, **said), right)
 
 
 @shapes

@@ -293,8 +293,8 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     p.q_offsets = &q_offsets[0] if q_offsets is not None else NULL
     p.kv_lens = &kv_lens[0] if kv_lens is not None else NULL
     p.window_left, p.window_right = window_left, window_right
-    p.scale = <real> (scale * LOG2_E)
-    p.softcap = <real> (softcap * LOG2_E)
+    p.softcap = <real> softcap
+    choose_units(&p, scale)
     p.dropout = dropout_p > 0
     p.dropout_threshold = <uint32_t> (dropout_p * 4294967296.0)
     p.keep_scale = <real> (1.0 / (1.0 - dropout_p))
@@ -318,11 +318,12 @@ cdef bint lies_apart(const Problem* p) noexcept:
     """True when `out` is laid out as a contiguous array with gaps, or one whose heads and rows are swapped, and shares
     no range of addresses with an input. Then no two elements share memory."""
     cdef const Tensor* out = &p.out
-    cdef const Tensor** inputs = [&p.q, &p.k, &p.v]
+    cdef const Tensor* inputs[3]
     cdef char* start
     cdef char* end
     cdef int inner = 2 if out.stride[2] <= out.stride[1] else 1
     cdef int outer = 3 - inner, axis, i
+    inputs[0], inputs[1], inputs[2] = &p.q, &p.k, &p.v
     if not (out.stride[3] == sizeof(real) and out.stride[inner] >= out.length[3] * out.stride[3]
             and out.stride[outer] >= out.length[inner] * out.stride[inner]
             and out.stride[0] >= out.length[outer] * out.stride[outer]):
@@ -358,9 +359,9 @@ def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_off
     if not is_plain(&p):
         return None
     if scale is None:
-        p.scale = <real> (1 / sqrt(<double> p.head_dim) * LOG2_E)
+        choose_units(&p, 1 / sqrt(<double> p.head_dim))
     elif type(scale) is float and 1e-30 < scale < 1e30:
-        p.scale = <real> (<double> scale * LOG2_E)
+        choose_units(&p, scale)
     else:
         return None
     length[:] = [p.batch, p.q.length[1], p.seq_len_q, p.head_dim_v]

@@ -146,11 +146,11 @@ cdef inline vf spread_max(vf x, int width) noexcept nogil:
     return vload(lanes)
 
 
-cdef void decode_softmax(const Workspace* w, const State* state, int width, Py_ssize_t vectors,
+cdef void decode_softmax(const Workspace* w, const State* state, real unit, int width, Py_ssize_t vectors,
                          Py_ssize_t dims) noexcept nogil:
     """w.scores (IN/OUT): whole vectors of scores become probabilities; the state follows, as in update_reference."""
     cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
-    cdef vf row_max = vload(state.row_max), moved, factor, prob
+    cdef vf row_max = vload(state.row_max), slack = vset1(<real> SLACK), moved, factor, prob
     cdef real factors[16]
     cdef real* acc = state.acc
     cdef real* scores = w.scores
@@ -158,9 +158,9 @@ cdef void decode_softmax(const Workspace* w, const State* state, int width, Py_s
     for i in range(vectors):
         largest = vmax(vload(scores + i * LANES), largest)
     largest = spread_max(largest, width)
-    if vany(vless(row_max + vset1(<real> 8.0), largest)):
-        moved = vselect(vless(row_max + vset1(<real> 8.0), largest), largest, row_max)
-        factor = vexp2(row_max - moved)
+    if vany(vless(slack, (largest - row_max) * unit)):
+        moved = vselect(vless(slack, (largest - row_max) * unit), largest, row_max)
+        factor = vexp2((row_max - moved) * unit)
         row_max = moved
         vstore(state.row_max, row_max)
         vstore(state.row_sum, vload(state.row_sum) * factor)
@@ -169,7 +169,7 @@ cdef void decode_softmax(const Workspace* w, const State* state, int width, Py_s
             for d in range(dims):
                 acc[i * dims + d] *= factors[i]
     for i in range(vectors):
-        prob = vexp2(vload(scores + i * LANES) - row_max)
+        prob = vexp2((vload(scores + i * LANES) - row_max) * unit)
         total = total + prob
         vstore(scores + i * LANES, prob)
     vstore(state.row_sum, vload(state.row_sum) + total)
@@ -215,7 +215,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
         while i % LANES:
             w.scores[i] = <real> -INFINITY
             i += 1
-        decode_softmax(w, state, WIDTH, i // LANES, p.v_stride)
+        decode_softmax(w, state, p.unit, WIDTH, i // LANES, p.v_stride)
         drop_tile(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
         if w.again:
             shrink_tile(w.scores, i // LANES, w.shrink, 1)
@@ -270,15 +270,14 @@ cdef inline void decode_kind(const int KIND, const Problem* p, const Workspace* 
 
 
 cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
-    """w.queries (OUT)[row][q_stride] = scale * q, dimensions padded with 0."""
+    """w.queries (OUT)[row][q_stride] = sign * q, dimensions padded with 0."""
     cdef Py_ssize_t i, d
     cdef real* row
-    cdef real scale = p.scale
     for i in range(p.decode_width):
         row = w.queries + i * p.q_stride
         load_row(row, row_of(&p.q, task.batch, w.lanes[i].head, w.lanes[i].query), p.q.stride[3], p.head_dim, p.q.kind)
         for d in range(p.head_dim):
-            row[d] *= scale
+            row[d] *= p.sign
         for d in range(p.head_dim, p.q_stride):
             row[d] = 0.0
 
@@ -286,8 +285,8 @@ cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) no
 cdef void decode_merge(const Problem* p, State* total, const State* part) noexcept nogil:
     """total (IN/OUT) = both states: each relative to the larger row_max of the two."""
     cdef vf row_max = vmax(vload(total.row_max), vload(part.row_max))
-    cdef vf total_factor = vexp2(vload(total.row_max) - row_max)
-    cdef vf part_factor = vexp2(vload(part.row_max) - row_max)
+    cdef vf total_factor = vexp2((vload(total.row_max) - row_max) * p.unit)
+    cdef vf part_factor = vexp2((vload(part.row_max) - row_max) * p.unit)
     cdef real total_factors[16]
     cdef real part_factors[16]
     cdef real* acc = total.acc

@@ -19,7 +19,7 @@ Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Pytho
 """
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel cimport parallel, prange, threadid
-from libc.math cimport INFINITY, cos as c_cos, exp2, log2, pow, sin as c_sin, sqrt, tanh
+from libc.math cimport INFINITY, cos as c_cos, exp, fabs, log, pow, sin as c_sin, sqrt, tanh
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -33,15 +33,20 @@ cdef extern from *:
     """
     #include <float.h>
     #define LOG2_E 1.4426950408889634
-    /* What a score or a mask entry may be at most: the sum of two stays finite, also after * log2(e). */
+    /* What a mask entry or an ALiBi bias may be at most: its sum with a score that is no larger stays finite, also after
+       * log2(e). */
     #define BIAS_LIMIT (IS_DOUBLE ? DBL_MAX / 4 : FLT_MAX / 4)
     /* Where row_max starts: no finite score is below, and -inf - LOWEST is -inf, where -inf + inf would be NaN. */
     #define LOWEST (IS_DOUBLE ? -DBL_MAX : -FLT_MAX)
     /* What the probabilities of a row that overflowed are multiplied by when it is done again. */
     #define SHRINK 0x1p-40
     #define SMALLEST (IS_DOUBLE ? DBL_MIN : FLT_MIN)
+    /* Of a unit of scores, see choose_units: the distance of any score from LOWEST, times this, is far beyond SLACK. */
+    #define SMALLEST_UNIT 0x1p-60
+    /* What a row's scores may exceed its reference by, in log2: probabilities are 2**8 at most. */
+    #define SLACK 8
     """
-    const double LOG2_E, BIAS_LIMIT, SHRINK, SMALLEST, LOWEST, FLT_MAX
+    const double LOG2_E, BIAS_LIMIT, SHRINK, SMALLEST, SMALLEST_UNIT, SLACK, LOWEST, FLT_MAX
 
 
 cdef extern from "simd.h" nogil:

@@ -1,6 +1,7 @@
 # Modifiers: what happens to a tile of scores between Q K^T and the softmax. A tile is scores[key][lane], n keys from
-# `key_start` on by `width` lanes, one query row a lane; scores are in units of log2(e) (the softmax takes exp2), and a
-# score of -inf is a masked key. Each modifier is one pass over the tile:
+# `key_start` on by `width` lanes, one query row a lane; a score of -inf is a masked key. Each modifier is one pass over
+# the tile:
+#     scale    s = |scale| s, where a modifier below calculates with scores (choose_units)
 #     cap      s = c tanh(s / c)
 #     alibi    s = s - slope[lane] |position[lane] - key|
 #     mask     s = s + bias[lane][key], or -inf where the bias is -inf, whatever s was (NaN behind a mask must not leak)
@@ -11,7 +12,14 @@ cdef struct Lane:
     Py_ssize_t query        # row of the query array
     Py_ssize_t position     # query + q_offset: the key position it stands at
     Py_ssize_t low, high    # keys [low, high) are visible: causal, window and kv_lens together
-    real slope              # ALiBi, times log2(e)
+    real slope              # ALiBi
+
+
+cdef void scale_scores(real* scores, Py_ssize_t size, real scale) noexcept nogil:
+    """scores (IN/OUT) times scale, in whole vectors as cap_scores."""
+    cdef Py_ssize_t i
+    for i in range((size + LANES - 1) // LANES):
+        vstore(scores + i * LANES, vload(scores + i * LANES) * vset1(scale))
 
 
 cdef void cap_scores(real* scores, Py_ssize_t size, real cap) noexcept nogil:
@@ -85,18 +93,18 @@ cdef void limit_keys(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t ke
         j += 1
 
 
-# A mask's entry is added to a score times log2(e); finite entries stay so small that the sum is finite.
+# Finite entries of a mask stay so small that their sum with a score is finite.
 cdef inline vf bias_of(vf entry) noexcept nogil:
     cdef vf limit = vset1(<real> BIAS_LIMIT)
     cdef vf clipped = vmax(-limit, entry)
     clipped = vselect(vless(limit, clipped), limit, clipped)
-    return vselect(vequal(vabs(entry), vset1(<real> INFINITY)), entry, clipped * vset1(<real> LOG2_E))
+    return vselect(vequal(vabs(entry), vset1(<real> INFINITY)), entry, clipped)
 
 
 # A masked score is replaced, not added to: NaN + -inf would be NaN.
-cdef inline void add_biases(real* s, vf bias) noexcept nogil:
+cdef inline void add_biases(real* s, real scale, vf bias) noexcept nogil:
     cdef vf masked = vset1(<real> -INFINITY)
-    vstore(s, vselect(vequal(bias, masked), masked, vload(s) + bias))
+    vstore(s, vselect(vequal(bias, masked), masked, vfma(vload(s), vset1(scale), bias)))
 
 
 cdef inline char* entry_of(const Tensor* mask, Py_ssize_t batch, const Lane* lane, Py_ssize_t key) noexcept nogil:
@@ -128,8 +136,8 @@ cdef void prefetch_mask(const Tensor* mask, Py_ssize_t batch, const Lane* lanes,
             prefetch(entry_of(mask, batch, lanes + i, key_start) + offset)
 
 
-cdef Py_ssize_t add_small_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_start, const Tensor* mask,
-                               Py_ssize_t batch, const Lane* lanes) noexcept nogil:
+cdef Py_ssize_t add_small_mask(real* scores, real scale, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_start,
+                               const Tensor* mask, Py_ssize_t batch, const Lane* lanes) noexcept nogil:
     """What add_mask does, for LANES lanes and from the first key on, straight from a mask of aligned reals, as long as
     there is nothing to clip and no infinity. Returns how many keys are done, in whole vectors of them."""
     cdef const real* rows[16]
@@ -143,12 +151,11 @@ cdef Py_ssize_t add_small_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_
         for i in range(LANES):
             square[i] = vload(rows[i] + j)
             largest = vmax(vabs(square[i]), largest)  # passes over a NaN, or (NEON) stays one
-            square[i] = square[i] * vset1(<real> LOG2_E)  # the same rounding as in bias_of: no FMA spans the transpose
         if vany(vless(vset1(<real> BIAS_LIMIT), largest)) or vany(vdiffer(largest, largest)):
             break
         vtranspose(square)
         for i in range(LANES):
-            vstore(scores + (j + i) * width, vload(scores + (j + i) * width) + square[i])
+            vstore(scores + (j + i) * width, vfma(vload(scores + (j + i) * width), vset1(scale), square[i]))
         j += LANES
     return j
 
@@ -173,9 +180,10 @@ cdef Py_ssize_t add_bool_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_s
     return j
 
 
-cdef void add_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_start, const Tensor* mask,
+cdef void add_mask(real* scores, real scale, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_start, const Tensor* mask,
                    Py_ssize_t batch, const Lane* lanes, real* scratch) noexcept nogil:
-    """scratch: LANES rows of n reals, n rounded up to whole vectors."""
+    """scores (IN/OUT) = scale * scores + biases; scale is 1 under a bool mask. scratch: LANES rows of n reals, n rounded
+    up to whole vectors."""
     cdef Py_ssize_t length = (n + LANES - 1) // LANES * LANES, done = 0, j, v, i
     cdef bint in_place = rows_are_real(mask), bools = mask.kind == BOOL and mask.stride[3] == 1
     cdef vf square[16]
@@ -183,19 +191,20 @@ cdef void add_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_
         for i in range(width):
             load_bias(scratch, mask, batch, lanes + i, key_start, n)
             for j in range(n):
-                scores[j * width + i] = scratch[j] if scratch[j] == -INFINITY else scores[j * width + i] + scratch[j]
+                scores[j * width + i] = (scratch[j] if scratch[j] == -INFINITY
+                                         else scores[j * width + i] * scale + scratch[j])
         return
     # One row for every query, such as a key-padding mask: load it once, broadcast each entry to the lanes.
     if mask.stride[2] == 0 and (mask.stride[1] == 0 or lanes[0].head == lanes[width - 1].head):
         load_bias(scratch, mask, batch, lanes, key_start, n)
         for j in range(n):
             for v in range(width // LANES):
-                add_biases(scores + j * width + v * LANES, vset1(scratch[j]))
+                add_biases(scores + j * width + v * LANES, scale, vset1(scratch[j]))
         return
     # Rows of the mask run along keys, lanes across queries: a transpose in registers in between.
     for v in range(width // LANES):
         if in_place:
-            done = add_small_mask(scores + v * LANES, width, n, key_start, mask, batch, lanes + v * LANES)
+            done = add_small_mask(scores + v * LANES, scale, width, n, key_start, mask, batch, lanes + v * LANES)
         elif bools:
             done = add_bool_mask(scores + v * LANES, width, n, key_start, mask, batch, lanes + v * LANES)
         if done == n:
@@ -207,4 +216,4 @@ cdef void add_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_
                 square[i] = vload(scratch + i * length + j * LANES)
             vtranspose(square)
             for i in range(LANES):
-                add_biases(scores + (done + j * LANES + i) * width + v * LANES, square[i])
+                add_biases(scores + (done + j * LANES + i) * width + v * LANES, scale, square[i])

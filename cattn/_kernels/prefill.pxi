@@ -2,7 +2,7 @@
 # *queries in the SIMD lanes*.
 #
 #     for each task: (batch, key head, block of query rows)
-#         pack scale * log2(e) * q, transposed, in panels of up to 3 vectors of queries
+#         pack q, transposed, in panels of up to 3 vectors of queries
 #         row_max = LOWEST, row_sum = 0, acc = 0
 #         for each block of keys, on a grid that starts at key 0
 #             load K and V rows: in place where they are reals (V: adjacent ones), else copied into scratch
@@ -61,6 +61,7 @@ cdef struct Softmax:            # a tile's pass of exponentials, under way
     real* scores                # the next vector
     Py_ssize_t left             # vectors
     int vectors, column         # of the panel; which of them is next
+    vf unit
     vf reference[MAX_PANEL]
     vf total[MAX_PANEL]
 
@@ -158,11 +159,11 @@ cdef inline void prefetch_ahead(Ahead* a) noexcept nogil:
 
 
 cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
-    """The next `count` vectors of scores become probabilities, exp2(s - row_max); total adds them up."""
+    """The next `count` vectors of scores become probabilities, exp2((s - row_max) * unit); total adds them up."""
     cdef vf prob
     # One vector after the other: four in lockstep would spill, and a spill costs as much as two FMAs.
     for _ in range(count):
-        prob = vexp2(vload(e.scores) - e.reference[e.column])
+        prob = vexp2((vload(e.scores) - e.reference[e.column]) * e.unit)
         e.total[e.column] = e.total[e.column] + prob
         vstore(e.scores, prob)
         e.scores += LANES
@@ -209,23 +210,23 @@ cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, con
 
 
 cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max, real* row_sum, real* acc,
-                                  Py_ssize_t head_dim_v) noexcept nogil:
-    """row_max is a reference, not the maximum: a lane moves it only when its scores exceed it by more than 2**8, which
+                                  Py_ssize_t head_dim_v, real unit) noexcept nogil:
+    """row_max is a reference, not the maximum: a lane moves it only when its scores exceed it by more than SLACK, which
     random scores never do after the first block, and then rescales what it has summed. Lanes that stay multiply by
     an exact 1. Starting at LOWEST instead of -inf keeps -inf - row_max from being NaN."""
     cdef vf factor[MAX_PANEL]
-    cdef vf old, new
+    cdef vf old, new, slack = vset1(<real> SLACK)
     cdef Py_ssize_t d
     cdef int v
     cdef bint grew = False
     for v in range(VECTORS):
-        grew = grew or vany(vless(vload(row_max + v * LANES) + vset1(<real> 8.0), tile_max[v]))
+        grew = grew or vany(vless(slack, (tile_max[v] - vload(row_max + v * LANES)) * unit))
     if not grew:
         return
     for v in range(VECTORS):
         old = vload(row_max + v * LANES)
-        new = vselect(vless(old + vset1(<real> 8.0), tile_max[v]), tile_max[v], old)
-        factor[v] = vexp2(old - new)
+        new = vselect(vless(slack, (tile_max[v] - old) * unit), tile_max[v], old)
+        factor[v] = vexp2((old - new) * unit)
         vstore(row_max + v * LANES, new)
         vstore(row_sum + v * LANES, vload(row_sum + v * LANES) * factor[v])
     for d in range(head_dim_v):
@@ -279,12 +280,13 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
                 tile_max[i] = vmax(vload(t.scores + (j * VECTORS + i) * LANES), tile_max[i])
     keep_scores(p, t.scores, width, batch, key_start, n, lanes)
     update_reference(VECTORS, tile_max, state.row_max + t.first_lane, state.row_sum + t.first_lane,
-                     state.acc + t.first_lane * p.v_stride, p.head_dim_v)
+                     state.acc + t.first_lane * p.v_stride, p.head_dim_v, p.unit)
     return True
 
 
-cdef void begin_softmax(Softmax* e, const Tile* t, const State* state) noexcept nogil:
+cdef void begin_softmax(Softmax* e, const Tile* t, const State* state, real unit) noexcept nogil:
     cdef int v
+    e.unit = vset1(unit)
     e.scores, e.left, e.vectors, e.column = t.scores, t.n * t.vectors, t.vectors, 0
     for v in range(t.vectors):
         e.reference[v] = vload(state.row_max + t.first_lane + v * LANES)
@@ -320,7 +322,7 @@ cdef void accumulate_tile(const Problem* p, const State* state, Tile* t, Softmax
 
 
 cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
-    """w.queries (OUT)[panel][dim][width] = scale * q."""
+    """w.queries (OUT)[panel][dim][width] = sign * q."""
     cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
     cdef Py_ssize_t first = 0, v, i, d, width
     cdef bint in_place = rows_are_real(&p.q)
@@ -341,9 +343,9 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
                     load_row(w.rows + i * p.head_dim, row_of(&p.q, task.batch, lanes[i].head, lanes[i].query),
                              p.q.stride[3], p.head_dim, p.q.kind)
                 transpose(packed, width, w.rows, p.head_dim, LANES, p.head_dim)
-            # scale * log2(e) goes into the queries, head_dim numbers a row, instead of into every score
-            for d in range(p.head_dim):
-                vstore(packed + d * width, vload(packed + d * width) * vset1(p.scale))
+            if p.sign < 0:
+                for d in range(p.head_dim):
+                    vstore(packed + d * width, -vload(packed + d * width))
         first += panel
 
 
@@ -436,7 +438,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
                 seen = score_panel(1, p, w, state, task.batch, &tile, k, k_stride)
             if not seen:
                 continue
-            begin_softmax(&e, &tile, state)
+            begin_softmax(&e, &tile, state, p.unit)
             accumulate_tile(p, state, &pending, &e, &ahead)
             end_softmax(p, w, &e, &tile, task.batch, state)
             pending = tile
@@ -466,8 +468,8 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, const 
         for v in range(panel):
             i = (first + v) * LANES
             row_max = vmax(vload(total.row_max + i), vload(part.row_max + i))
-            total_factor = vexp2(vload(total.row_max + i) - row_max)
-            part_factor = vexp2(vload(part.row_max + i) - row_max)
+            total_factor = vexp2((vload(total.row_max + i) - row_max) * p.unit)
+            part_factor = vexp2((vload(part.row_max + i) - row_max) * p.unit)
             vstore(total.row_max + i, row_max)
             vstore(total.row_sum + i,
                    vload(total.row_sum + i) * total_factor + vload(part.row_sum + i) * part_factor)

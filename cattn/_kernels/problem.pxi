@@ -18,7 +18,12 @@ cdef struct Problem:
     Py_ssize_t q_offset
     Py_ssize_t batch, num_kv_heads, group_size, seq_len_q, head_dim, head_dim_v, seq_len_kv
     Py_ssize_t window_left, window_right   # -1: unbounded; is_causal is window_right = 0
-    real scale, softcap             # both times log2(e); softcap 0: none
+    # Of a score, see choose_units
+    real sign                       # the scale's: queries are packed times it
+    real scale                      # what the modifiers multiply by first; 1: nothing
+    real unit                       # exp(score) is exp2(s * unit), for a score s as it leaves the modifiers
+    double natural                  # s * natural is the score
+    real softcap                    # 0: none
     bint dropout
     uint32_t dropout_threshold
     real keep_scale
@@ -35,13 +40,14 @@ cdef struct Problem:
     Call* call
 
 cdef struct State:                  # of the softmax of a block of rows, over the keys done so far
-    real* row_max                   # [block_rows], decode: [LANES], row r in each lane l with l % decode_width == r
+    real* row_max                   # [block_rows], decode: [LANES], row r in each lane l with l % decode_width == r; in
+                                    # the unit of what leaves the modifiers
     real* row_sum                   # likewise; decode: the lanes of a row hold parts of its sum
     real* acc                       # [panel][head_dim_v][width], decode: [row][v_stride]
 
 cdef struct Workspace:              # one per thread, SCRATCH
     State total, part
-    real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; scaled
+    real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; times p.sign
     real* scores                    # [block_kv][width]
     real* next_scores               # likewise, for prefill
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
@@ -144,7 +150,7 @@ cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* l
         lane.slope = 0.0
         if p.slopes != NULL:
             slope = p.slopes[task.batch * p.slopes_stride + lane.head]
-            lane.slope = <real> LOG2_E * (-limit if slope < -limit else limit if slope > limit else slope)
+            lane.slope = -limit if slope < -limit else limit if slope > limit else slope
         lanes[i] = lane
         if i + 1 < task.num_rows:
             lane.query += 1
@@ -170,11 +176,28 @@ cdef inline const real* load_rows(real* scratch, const Tensor* t, Py_ssize_t bat
     return scratch
 
 
-cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, Py_ssize_t width, Py_ssize_t batch,
+cdef void choose_units(Problem* p, double scale) noexcept nogil:
+    """sign, scale, unit and natural (OUT), from the modifiers. The query is never multiplied by the scale: that would
+    round what plain NumPy does not, and could leave the range. As long as scores are only compared, with each other or
+    with -inf, they stay products of query and key, and exp2 takes (s - row_max) * unit, with unit = |scale| log2(e):
+    where s is near the maximum, the difference is exact and small. Where something is calculated with them, the first
+    modifier multiplies by |scale|, as NumPy does; and where |scale| is so small that -inf, times it, were lost in it.
+    The sign goes into the query, so that the largest s belongs to the largest score."""
+    cdef double size = fabs(scale)
+    p.sign = -1.0 if scale < 0 else 1.0
+    p.scale = 1.0
+    p.natural = size
+    if (size < SMALLEST_UNIT or p.softcap != 0 or p.slopes != NULL or (p.mask.data != NULL and p.mask.kind != BOOL)):
+        p.scale = <real> size
+        p.natural = 1.0
+    p.unit = <real> (p.natural * LOG2_E)
+
+
+cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, real scale, Py_ssize_t width, Py_ssize_t batch,
                     Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
     """The two modifiers that can take a key away."""
     if p.mask.data != NULL:
-        add_mask(scores, width, n, key_start, &p.mask, batch, lanes, w.rows)
+        add_mask(scores, scale, width, n, key_start, &p.mask, batch, lanes, w.rows)
     if limited:
         limit_keys(scores, width, n, key_start, lanes)
 
@@ -182,13 +205,18 @@ cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, Py_ssize
 cdef bint modify_tile(const Problem* p, const Workspace* w, real* scores, Py_ssize_t width, Py_ssize_t batch,
                       Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
     """All modifiers on scores (IN/OUT); False where there is none."""
-    if not limited and p.mask.data == NULL and p.softcap == 0 and p.slopes == NULL:
+    cdef real scale = p.scale
+    if not limited and p.mask.data == NULL and scale == 1 and p.softcap == 0 and p.slopes == NULL:
         return False
+    # A float mask, when it is the first to need it, brings the scale in itself: one FMA instead of a pass.
+    if scale != 1 and (p.softcap != 0 or p.slopes != NULL or p.mask.data == NULL or p.mask.kind == BOOL):
+        scale_scores(scores, n * width, scale)
+        scale = 1.0
     if p.softcap != 0:
         cap_scores(scores, n * width, p.softcap)
     if p.slopes != NULL:
         add_alibi(scores, width, n, key_start, lanes)
-    mask_tile(p, w, scores, width, batch, key_start, n, lanes, limited)
+    mask_tile(p, w, scores, scale, width, batch, key_start, n, lanes, limited)
     return True
 
 
@@ -256,7 +284,7 @@ cdef void repair_values(const Problem* p, const Workspace* w, const real* probs,
     cdef real value
     for j in range(n * width):
         w.visible[j] = 0.0
-    mask_tile(p, w, w.visible, width, batch, key_start, n, lanes, limited)
+    mask_tile(p, w, w.visible, 1.0, width, batch, key_start, n, lanes, limited)
     for j in range(n):
         for d in range(p.head_dim_v):
             value = v_rows[j * v_stride + d]
@@ -295,23 +323,24 @@ cdef void keep_scores(const Problem* p, const real* scores, Py_ssize_t width, Py
             row[j] = scores[j * width + i]
 
 
-cdef inline vf weight_of(vf score, real reference, real inverse_sum) noexcept nogil:
+cdef inline vf weight_of(vf score, real reference, real unit, real inverse_sum) noexcept nogil:
     """Exactly 0 for a masked key, in a row of NaN as well."""
-    return vselect(vequal(score, vset1(<real> -INFINITY)), vset1(<real> 0.0), vexp2(score - reference) * inverse_sum)
+    return vselect(vequal(score, vset1(<real> -INFINITY)), vset1(<real> 0.0),
+                   vexp2((score - reference) * unit) * inverse_sum)
 
 
-cdef void finish_weights(real* row, Py_ssize_t n, real reference, real inverse_sum) noexcept nogil:
+cdef void finish_weights(real* row, Py_ssize_t n, real reference, real unit, real inverse_sum) noexcept nogil:
     """row[0..n) (IN/OUT): scores become weights."""
     cdef real last[16]
     cdef Py_ssize_t i, tail = n % LANES
     for i in range(n // LANES):
-        vstore(row, weight_of(vload(row), reference, inverse_sum))
+        vstore(row, weight_of(vload(row), reference, unit, inverse_sum))
         row += LANES
     if tail:
         memcpy(last, row, tail * sizeof(real))
         for i in range(tail, LANES):
             last[i] = reference
-        vstore(last, weight_of(vload(last), reference, inverse_sum))
+        vstore(last, weight_of(vload(last), reference, unit, inverse_sum))
         memcpy(row, last, tail * sizeof(real))
 
 
@@ -340,7 +369,7 @@ cdef bint store_result(const Problem* p, const Workspace* w, Py_ssize_t batch, L
 
 cdef inline real sink_term(const Problem* p, Lane lane, real row_max) noexcept nogil:
     """What a sink adds to row_sum."""
-    return <real> exp2(p.sinks[lane.head] * LOG2_E - row_max) if p.sinks != NULL else <real> 0.0
+    return <real> exp(p.sinks[lane.head] - row_max * p.natural) if p.sinks != NULL else <real> 0.0
 
 
 cdef void finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max, real row_sum,
@@ -349,10 +378,10 @@ cdef void finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max
     cdef real* row
     if p.logsumexp != NULL:
         p.logsumexp[(batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query] = (
-            <real> ((row_max + log2(<double> row_sum)) / LOG2_E) if row_sum != 0 else <real> -INFINITY)
+            <real> (row_max * p.natural + log(<double> row_sum)) if row_sum != 0 else <real> -INFINITY)
     if p.weights != NULL and not stopped(p.call):
         row = weights_row(p, batch, lane)
-        finish_weights(row, p.seq_len_kv, row_max, inverse_sum)
+        finish_weights(row, p.seq_len_kv, row_max, p.unit, inverse_sum)
         if p.dropout:
             drop_weights(row, 1, 0, p.seq_len_kv, p.dropout_threshold, p.keep_scale, p.seed,
                          <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + batch))
