@@ -224,3 +224,27 @@ def eight_threads(seconds):
     assert done >= len(calls)
     used, blocks, pages = (min(part[i] for part in parts) for i in (1, 2, 3))
     assert used < 8 * done and blocks < done // 4 and pages < 64 * done + 2 * MIB
+
+
+def scratch_stays_small():
+    """Calls over many keys and wide heads, in little more than the room of their results: scratch goes with the tile, not
+    with keys, nor with heads that share them."""
+    def zeros(*shape):
+        return np.broadcast_to(np.float32(0), shape)
+
+    attention(*problem(64, 64, 64, num_heads=8), num_threads=2)  # starts the threads
+    for name, room, call in [
+        ("128 heads of 576", 4, lambda: attention(zeros(1, 128, 1, 576), *(zeros(1, 1, 2**17, d) for d in (576, 512)),
+                                                  num_threads=2)),
+        ("more keys", 4, lambda: attention(zeros(1, 64, 1, 64), *[zeros(1, 1, 2**22, 64)] * 2, num_threads=2)),
+        ("wide heads", 4, lambda: attention(*[zeros(1, 1, 400, 1024)] * 3, is_causal=True, num_threads=2)),
+        ("few of many keys", 2, lambda: attention(zeros(2, 1, 1, 64), *[zeros(2, 1, 2**31, 64)] * 2, num_threads=2,
+                                                  kv_lens=np.array([5, 3]))),
+        ("few of many keys, many rows", 2, lambda: attention(zeros(2, 1, 40, 64), *[zeros(2, 1, 2**31, 64)] * 2,
+                                                             num_threads=2, kv_lens=np.array([5, 3]))),
+    ]:
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + room * MIB, resource.RLIM_INFINITY))
+        result = call()
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(name, result.shape, flush=True)
+        assert not result.any()

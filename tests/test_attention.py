@@ -806,7 +806,8 @@ def test_values_near_the_largest_number_with_large_scores(isa, dtype, size, larg
     check(query, key, np.full_like(value, largest), is_causal=True, q_offset=290)
 
 
-EXACT_PRODUCTS = {  # whole numbers, or 8 bits of a float32: plain NumPy's dot products and scores round little or nothing
+# Whole numbers, or 8 bits of a float32: plain NumPy's dot products and scores round little or nothing.
+EXACT_PRODUCTS = {
     "0 to 15": (lambda rng, shape: rng.integers(0, 16, shape), 1 / 8),
     "0 to 3": (lambda rng, shape: rng.integers(0, 4, shape), 1.0),
     "bfloat16 of 3": (lambda rng, shape: (3 * rng.standard_normal(shape)).astype(BFLOAT16), None),
@@ -848,7 +849,8 @@ def test_tiny_scales(isa, scale, rows):
     """Where the scale is 0 or nearly, masked keys stay masked and the others get what their scores say."""
     query, key, value = problem(rows, 200, 64)
     for size in (1.0, 1e18):
-        for options in ({}, {"is_causal": True, "q_offset": 100}, {"attn_mask": normal(rows, 200) > 0}, {"softcap": 3.0}):
+        for options in ({}, {"is_causal": True, "q_offset": 100}, {"attn_mask": normal(rows, 200) > 0},
+                        {"softcap": 3.0}):
             check(query * np.float32(size), key * np.float32(size), value, scale=scale, **options)
 
 
@@ -889,3 +891,40 @@ def test_equal_scores_give_the_mean(isa, seq_len_kv, dtype):
         weights = check(query, same, value)[1]
         np.testing.assert_allclose(weights, 1 / seq_len_kv, rtol=4 * np.finfo(dtype).eps)
     check(query, np.zeros_like(key), value, sinks=[0.0], is_causal=True, q_offset=seq_len_kv - 3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_errors_do_not_grow_with_the_number_of_keys(isa, rows, dtype):
+    """In rows of equal numbers each sum loses the same in every split of the keys, and in the same direction. Merging
+    the splits loses no more: two roundings and the division's, however many there are."""
+    query, key = np.ones((1, 1, rows, 8), dtype), np.float32(0.3).astype(dtype)
+    value = np.random.default_rng(0).uniform(0.5, 1, (1, 1, 1, 20)).astype(dtype)
+
+    def mean_of(seq_len_kv):
+        shape = 1, 1, seq_len_kv
+        return attention(query, np.broadcast_to(key, (*shape, 8)), np.broadcast_to(value, (*shape, 20)))
+
+    one_split = mean_of(4096 if rows > 8 else 1024)
+    for seq_len_kv in (2**16, 2**19):
+        np.testing.assert_allclose(mean_of(seq_len_kv), one_split, rtol=2 * np.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_maxima_that_rise_from_split_to_split(isa, rows):
+    """A factor near 1 at each of 64 merges would lose a unit of exp2's error each time."""
+    seq_len_kv = 2**18 if rows > 8 else 2**16
+    query = np.ones((rows, 1), np.float32)
+    key = np.linspace(0, 6, seq_len_kv, dtype=np.float32)[:, None]
+    check(query, key, np.random.default_rng(0).uniform(0.5, 1, (seq_len_kv, 2)).astype(np.float32), scale=1.0)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_infinities_and_overflow_in_some_splits(isa, rows):
+    """What the sums of splits keep of their rounding errors is no number there."""
+    query, key, value = problem(rows, 9000, 8, leading=None)
+    value *= np.float32(1e37)
+    assert np.isfinite(check(query, key, value)[0]).all()
+    value[5000, 0], value[8999, 1], value[17, 2], value[6000, 2] = INF, -INF, INF, -INF
+    out = check(query, key, value)[0]
+    assert (out[:, 0] == INF).all() and (out[:, 1] == -INF).all() and np.isnan(out[:, 2]).all()

@@ -79,6 +79,19 @@ def test_threads(isa, shape, dtype, kv_dtype):
             assert_same_bits(everything(*arrays, num_threads=num_threads, **options), with_weights)
 
 
+@pytest.mark.parametrize("rows", [3, 20, 400])
+def test_parts_of_tasks_of_many_lengths(isa, rows):
+    """Threads take splits of the keys that some row sees, of tasks with none, one and many of them."""
+    query, key, value = problem(rows, 60_000, 5, leading=(3,), num_heads=1)
+    for options in ({"kv_lens": [60_000, 0, 9000]}, {"kv_lens": [3, 1, 60_000], "is_causal": True, "q_offset": 50_000},
+                    {"is_causal": True, "q_offset": [0, 59_000, -5000], "window": (9000, 0)},
+                    {"window": (5000, 5000), "q_offset": 30_000, "alibi_slopes": [0.01], "sinks": [1.0]}):
+        expected = attention(query, key, value, num_threads=1, return_logsumexp=True, **options)
+        for num_threads in (2, 3, 5):
+            results = attention(query, key, value, num_threads=num_threads, return_logsumexp=True, **options)
+            assert_same_bits(results, expected)
+
+
 @shapes
 def test_repeated_and_concurrent_calls(isa, shape):
     arrays, options = arrays_of(shape), options_of(shape)
@@ -214,9 +227,9 @@ def test_sixteen_bits_are_wide_numbers_rounded(isa, dtype, kv_dtype):
 @shapes
 @pytest.mark.parametrize("scale", [0.125, 0.1])
 def test_one_mask_in_many_forms(isa, shape, scale):
-    """bool or additive, of any dtype, broadcast or written out, or said by is_causal, window and kv_lens. Biases are added
-    to scores that have been multiplied by the scale, and rounded, where that is no power of two: then the additive ones
-    have bits of their own."""
+    """bool or additive, of any dtype, broadcast or written out, or said by is_causal, window and kv_lens. Biases are
+    added to scores that have been multiplied by the scale, and rounded, where that is no power of two: then the additive
+    ones have bits of their own."""
     arrays = arrays_of(shape)
     seq_len_q, seq_len_kv = arrays[0].shape[2], arrays[1].shape[2]
     i, j = np.arange(seq_len_q)[:, None] + seq_len_kv // 3, np.arange(seq_len_kv)

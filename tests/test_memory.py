@@ -60,6 +60,11 @@ def test_too_few_threads():
 
 
 @measured
+def test_scratch_stays_small():
+    run("leaks.scratch_stays_small()")
+
+
+@measured
 def test_eight_threads():
     run("leaks.eight_threads(2)")
 

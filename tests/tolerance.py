@@ -7,8 +7,8 @@ absolute error in an array,
     err(kernel) <= 2 * err(plain) + 4 * eps * scale
 
 The first term lets the kernel lose twice what the formula loses when each of its steps is rounded once: it sums in
-another order, and takes exp2 of differences times log2(e). The second is a few roundings of the largest number that goes
-in. `scale` is that number:
+another order, and takes exp2 of differences times log2(e). The second is a few roundings of the largest number that
+goes in. `scale` is that number:
 
     out         max |value|, since out is an average of values. Dropout makes the weights 1 / (1 - dropout_p) larger.
     weights     1, larger likewise: they are `out` for the identity matrix as value.
@@ -28,8 +28,8 @@ stands for exact and the bound is for the sum of two errors, 2 * (4 * eps * scal
 
 NaN and infinity have no error; they must stand in the same places.
 
-Equal numbers in long sums let plain NumPy be right by luck in all of those problems. Results for any numbers at all are compared with what rounding can do at most, which no plain
-computation has to measure: assert_possible.
+Equal numbers in long sums let plain NumPy be right by luck in all of those problems. Results for any numbers at all are
+compared with what rounding can do at most, which no plain computation has to measure: assert_possible.
 """
 
 import math
@@ -210,8 +210,8 @@ def assert_possible(results, query, key, value, attn_mask=None, scale=None, *, s
 
 
 def _specified(sums, value, scale, weights, visible, reach, info):
-    """The query rows whose results are specified but for rounding: (..., num_heads, seq_len_q), bool. `sums` are those of
-    |query * key|. Not those
+    """The query rows whose results are specified but for rounding: (..., num_heads, seq_len_q), bool. `sums` are those
+    of |query * key|. Not those
 
     * whose products, scores or ALiBi (`reach`) leave a quarter of the range: there it depends on order what overflows;
     * that give an infinite value a weight below the smallest normal number: it may become 0, and 0 * inf is NaN.

@@ -5,7 +5,7 @@
 #     scratch for each thread: the only allocation
 #     without the GIL:
 #         many tasks      for each task, by whichever thread is free: its splits in order, merged; finish
-#         few tasks       for each split of each task, by whichever thread is free; the last of a task: merge, finish
+#         few tasks       for each split of each task, by whichever thread is free; merged in order; finish
 #
 # Threads take tasks one by one (tasks.pxi): where a neighbour takes a core away, a static share of one head of 2048
 # rows took 4.9 ms instead of 3.4.
@@ -19,6 +19,7 @@ cdef enum:
     EXP_FLOPS = 64             # an exp2 and its bookkeeping, a score
     MIN_BLOCK = 6              # vectors of query rows: two or three panels, so that K and V are still used twice
     TASKS_PER_THREAD = 4       # fewer leave threads idle at the end
+    SLOTS_PER_THREAD = 2       # parts that may wait to be merged: one of each thread, and as many where one is late
     DECODE_SPLIT = 1024        # keys: 512 to 4096 measured within 4 %
     PREFILL_SPLIT = 4096       # keys: a merge is one more pass over acc
 
@@ -88,17 +89,24 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
     cdef Py_ssize_t rows = p.group_size * p.seq_len_q
     cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES
     cdef Py_ssize_t size = MAX_ROWS // LANES, wide, fewer_blocks     # size, wide: vectors in a block
+    cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
     p.decode_width = 0
+    p.may_mask = p.mask.data != NULL or p.window_left >= 0 or p.window_right >= 0 or p.kv_lens != NULL
     if rows <= min(MAX_DECODE_ROWS, LANES):
         p.decode_width = 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
         p.q_stride = (p.head_dim + LANES - 1) // LANES * LANES
         p.v_stride = (p.head_dim_v + LANES - 1) // LANES * LANES
         p.block_kv, p.split_kv = DECODE_KEYS, DECODE_SPLIT
         p.num_blocks, p.block_rows = 1, p.decode_width
+        # Both in place or both copied, since one loop reads one kind of rows.
+        p.k_in_place = decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
+        p.v_in_place = p.k_in_place and (rows_are_real(&p.v) or not p.may_mask)  # values behind masks are looked at
     else:
         p.q_stride, p.v_stride = p.head_dim, p.head_dim_v
         # Halve the blocks until every thread has a few. Smaller blocks read K and V more often, from L2 or L3.
         p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), PREFILL_SPLIT
+        if size * LANES * widest > MAX_BLOCK:
+            size = max(1, MAX_BLOCK // (LANES * widest) // PANEL_VECTORS) * PANEL_VECTORS
         while (num_threads > 1 and size // 2 >= MIN_BLOCK
                and p.batch * p.num_kv_heads * ((vectors + size - 1) // size) < TASKS_PER_THREAD * num_threads):
             size //= 2
@@ -115,6 +123,8 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
             size = wide
         p.num_blocks = (vectors + size - 1) // size
         p.block_rows = size * LANES
+        p.k_in_place = rows_are_real(&p.k)
+        p.v_in_place = prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
     p.num_splits = (p.seq_len_kv + p.split_kv - 1) // p.split_kv
 
 
@@ -144,11 +154,21 @@ cdef void do_split(const Problem* p, const Workspace* w, const Task* task, State
         prefill_keys(p, w, task, state, low, high)
 
 
-cdef void merge(const Problem* p, const Task* task, State* total, const State* part) noexcept nogil:
+cdef inline Py_ssize_t first_split(const Problem* p, const Task* task) noexcept nogil:
+    """Of those whose keys the task sees."""
+    return task.low // p.split_kv
+
+
+cdef inline Py_ssize_t num_splits(const Problem* p, const Task* task) noexcept nogil:
+    """Of these. One where it sees no key: something has to write its rows of 0."""
+    return max(1, (task.high + p.split_kv - 1) // p.split_kv - first_split(p, task))
+
+
+cdef void merge(const Problem* p, const Task* task, State* total, State* lost, const State* part) noexcept nogil:
     if p.decode_width:
-        decode_merge(p, total, part)
+        decode_merge(p, total, lost, part)
     else:
-        prefill_merge(p, task, total, part)
+        prefill_merge(p, task, total, lost, part)
 
 
 cdef bint finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
@@ -157,15 +177,19 @@ cdef bint finish(const Problem* p, const Workspace* w, const Task* task, const S
 
 cdef bint do_splits(const Problem* p, Workspace* w, const Task* task) noexcept nogil:
     """The splits of a task one after the other. True: to be done again."""
-    cdef Py_ssize_t split
+    cdef Py_ssize_t first = first_split(p, task), split
     if p.weights != NULL:
         clear_weights(p, w, task)
-    do_split(p, w, task, &w.total, task.low // p.split_kv)
-    for split in range(task.low // p.split_kv + 1, (task.high + p.split_kv - 1) // p.split_kv):
+    do_split(p, w, task, &w.total, first)
+    for split in range(first + 1, first + num_splits(p, task)):
         if stopped(p.call):
             return False
+        if split == first + 1:
+            reset(p, &w.lost)
         do_split(p, w, task, &w.part, split)
-        merge(p, task, &w.total, &w.part)
+        merge(p, task, &w.total, &w.lost, &w.part)
+    if num_splits(p, task) > 1:
+        add_lost(p, &w.total, &w.lost)
     return finish(p, w, task, &w.total)
 
 
@@ -179,60 +203,117 @@ cdef void do_task(const Problem* p, Py_ssize_t number, char* scratch) noexcept n
         do_splits(p, &w, &task)
 
 
-cdef void do_part(const Problem* p, Py_ssize_t number, char* scratch, char* states) noexcept nogil:
-    """One split of a task, its state left in states[number]."""
+# Where there are too few tasks, a part is one split of a task. Parts are numbered in the order in which they are
+# merged: the tasks one after the other, their splits likewise. Threads take them in that order, each leaves its state
+# in one of a few slots, and whoever finds the next one in line there merges it, by the same steps as do_splits. A
+# thread that is a whole round of slots ahead waits: scratch does not grow with the number of keys.
+
+cdef struct Parts:
+    Py_ssize_t* first       # [num_tasks + 1]: a task's first part
+    char* states            # [slots]: part i leaves its state in slot i % slots
+    Py_ssize_t* left        # [slots] atomic: i + 1 when part i has
+    Py_ssize_t slots
+    State total, lost       # of the task that is being merged
+    Py_ssize_t task         # its number
+    Py_ssize_t merged       # atomic: how many parts are
+    Py_ssize_t requests     # atomic: threads that have asked for a merge; above 0, one is at it
+
+
+cdef void merge_part(const Problem* p, Parts* parts, Py_ssize_t part, char* scratch) noexcept nogil:
+    """The next in line; after the last of a task, the rest of the task."""
     cdef Workspace w
     cdef Task task
     cdef State state
-    cdef Py_ssize_t split = number % p.num_splits
-    start(p, &w, &task, scratch, number // p.num_splits)
-    place_state(&state, states + number * state_size(p), p)
-    do_split(p, &w, &task, &state, split)
-
-
-cdef void merge_parts(const Problem* p, Py_ssize_t number, char* scratch, char* states) noexcept nogil:
-    """The rest of a task, when do_part has done all its splits: the same merges in the same order as do_splits."""
-    cdef Workspace w
-    cdef Task task
-    cdef State total, part
-    cdef Py_ssize_t split
-    start(p, &w, &task, scratch, number)
-    states += number * p.num_splits * state_size(p)
-    place_state(&total, states + task.low // p.split_kv * state_size(p), p)
-    for split in range(task.low // p.split_kv + 1, (task.high + p.split_kv - 1) // p.split_kv):
-        place_state(&part, states + split * state_size(p), p)
-        merge(p, &task, &total, &part)
-    if finish(p, &w, &task, &total):
+    cdef bint is_first, is_last
+    while part == parts.first[parts.task + 1]:
+        parts.task += 1
+    is_first, is_last = part == parts.first[parts.task], part + 1 == parts.first[parts.task + 1]
+    start(p, &w, &task, scratch, parts.task)
+    place_state(&state, parts.states + part % parts.slots * state_size(p), p)
+    if is_first:
+        memcpy(parts.total.acc, state.acc, state_size(p))
+        reset(p, &parts.lost)
+    else:
+        merge(p, &task, &parts.total, &parts.lost, &state)
+    if not is_last:
+        return
+    if not is_first:
+        add_lost(p, &parts.total, &parts.lost)
+    if finish(p, &w, &task, &parts.total):
         w.again = True
         do_splits(p, &w, &task)
 
 
-cdef void do_tasks(const Problem* p, char* scratch, char* states, Py_ssize_t* parts_left) noexcept nogil:
-    """What one thread does. states == NULL: whole tasks; else parts, and the rest of a task when its last part is done.
-    """
-    cdef Py_ssize_t number = take_task(p.call), task
+cdef void merge_parts(const Problem* p, Parts* parts, char* scratch) noexcept nogil:
+    """All that are next in line, unless another thread is at it: that one then looks again."""
+    cdef Py_ssize_t requests = 1, part
+    if atomic_add(&parts.requests, 1):
+        return
+    while requests:
+        part = atomic_read(&parts.merged)
+        while atomic_read(&parts.left[part % parts.slots]) == part + 1 and not stopped(p.call):
+            merge_part(p, parts, part, scratch)
+            part += 1
+            atomic_set(&parts.merged, part)
+            task_done(p.call)
+        requests = atomic_add(&parts.requests, -requests) - requests  # that came meanwhile
+
+
+cdef void do_part(const Problem* p, Parts* parts, Py_ssize_t number, char* scratch) noexcept nogil:
+    """One split of a task, its state left in a slot."""
+    cdef Workspace w
+    cdef Task task
+    cdef State state
+    cdef Py_ssize_t of_task = 0
+    while number - atomic_read(&parts.merged) >= parts.slots:
+        if stopped(p.call):
+            return
+        merge_parts(p, parts, scratch)
+        sched_yield()
+    while number >= parts.first[of_task + 1]:
+        of_task += 1
+    start(p, &w, &task, scratch, of_task)
+    place_state(&state, parts.states + number % parts.slots * state_size(p), p)
+    do_split(p, &w, &task, &state, first_split(p, &task) + number - parts.first[of_task])
+    atomic_set(&parts.left[number % parts.slots], number + 1)
+    merge_parts(p, parts, scratch)
+
+
+cdef void do_tasks(const Problem* p, Parts* parts, char* scratch) noexcept nogil:
+    """What one thread does. parts == NULL: whole tasks."""
+    cdef Py_ssize_t number = take_task(p.call)
     while number < p.call.num_tasks and not stopped(p.call):
-        if states == NULL:
+        if parts == NULL:
             do_task(p, number, scratch)
+            task_done(p.call)
         else:
-            do_part(p, number, scratch, states)
-            task = number // p.num_splits
-            if atomic_add(&parts_left[task], -1) == 1 and not stopped(p.call):
-                merge_parts(p, task, scratch, states)
-        task_done(p.call)
+            do_part(p, parts, number, scratch)
         number = take_task(p.call)
+
+
+cdef Py_ssize_t count_parts(const Problem* p, Parts* parts, Py_ssize_t num_tasks, char* scratch) noexcept nogil:
+    """parts.first (OUT); returns the number of parts: of the keys that are seen."""
+    cdef Workspace w
+    cdef Task task
+    cdef Py_ssize_t number
+    carve(&w, scratch, p)
+    parts.first[0] = 0
+    for number in range(num_tasks):
+        describe_task(p, number, &task, w.lanes)
+        parts.first[number + 1] = parts.first[number] + num_splits(p, &task)
+    return parts.first[num_tasks]
 
 
 cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     """Plans a described problem and does it."""
     cdef Workspace w
     cdef Call call
-    cdef Py_ssize_t task, num_tasks, num_parts = 0, threads
+    cdef Parts parts
+    cdef Parts* shared = NULL
+    cdef Py_ssize_t num_tasks, threads, slot
     cdef size_t scratch_size, shared_size = 0
     cdef char* allocated
     cdef char* scratch
-    cdef char* states = NULL
-    cdef Py_ssize_t* parts_left = NULL
     if p.batch * p.num_kv_heads * p.group_size * p.seq_len_q == 0:
         return 0
     # Half the flops where causal, unknown here: what they decide is no precise thing.
@@ -240,11 +321,13 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
                * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS))
     threads = call.num_threads
     plan(p, threads)
-    num_tasks = p.batch * p.num_kv_heads * p.num_blocks
+    call.num_tasks = num_tasks = p.batch * p.num_kv_heads * p.num_blocks
     if threads > 1 and num_tasks < TASKS_PER_THREAD * threads and p.num_splits > 1 and p.weights == NULL:
-        num_parts = num_tasks * p.num_splits
-        shared_size = num_parts * state_size(p) + num_tasks * sizeof(Py_ssize_t)
-    threads = call.num_threads = min(threads, max(num_tasks, num_parts))
+        shared = &parts
+        parts.slots = SLOTS_PER_THREAD * threads
+        shared_size = (parts.slots + 2) * state_size(p) + (parts.slots + num_tasks + 1) * sizeof(Py_ssize_t)
+    else:
+        threads = min(threads, num_tasks)
     scratch_size = carve(&w, NULL, p)
     allocated = <char*> malloc(threads * scratch_size + shared_size + 64)
     if allocated == NULL:
@@ -252,21 +335,28 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
         raise MemoryError(f"attention: no memory for {threads} x {scratch_size} bytes of scratch")
     # 64-byte pieces from here on: no vector of packed queries, scores or acc crosses a cache line.
     scratch = allocated + 64 - <uintptr_t> allocated % 64
-    if num_parts:
-        states = scratch + threads * scratch_size
-        parts_left = <Py_ssize_t*> (states + num_parts * state_size(p))
-        for task in range(num_tasks):
-            parts_left[task] = p.num_splits
-    call.num_tasks = call.unfinished = max(num_tasks, num_parts)
+    if shared != NULL:
+        parts.states = scratch + threads * scratch_size
+        place_state(&parts.total, parts.states + parts.slots * state_size(p), p)
+        place_state(&parts.lost, parts.states + (parts.slots + 1) * state_size(p), p)
+        parts.left = <Py_ssize_t*> (parts.states + (parts.slots + 2) * state_size(p))
+        for slot in range(parts.slots):
+            parts.left[slot] = 0
+        parts.first = parts.left + parts.slots
+        parts.task = parts.merged = parts.requests = 0
+        call.num_tasks = count_parts(p, &parts, num_tasks, scratch)
+        threads = min(threads, call.num_tasks)
+    call.unfinished = call.num_tasks
+    call.num_threads = threads
     p.call = &call
     with nogil:
         if threads > 1:
             threads = call.num_threads = cattn_startable(<int> threads)
         if threads == 1:
-            do_tasks(p, scratch, states, parts_left)
+            do_tasks(p, shared, scratch)
         else:
             with parallel(num_threads=threads):
-                do_tasks(p, scratch + threadid() * scratch_size, states, parts_left)
+                do_tasks(p, shared, scratch + threadid() * scratch_size)
                 if threadid() == 0:
                     await_others(&call)
     free(allocated)

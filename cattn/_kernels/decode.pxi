@@ -176,8 +176,7 @@ cdef void decode_softmax(const Workspace* w, const State* state, real unit, int 
 
 
 cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p, const Workspace* w, const Task* task,
-                               const State* state, Py_ssize_t low, Py_ssize_t high,
-                               bint in_place) noexcept nogil:
+                               const State* state, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
     """KIND: of the rows that the loops read, the arrays' own where they are read in place."""
     cdef Py_ssize_t key_start = low, n, next_n, i, k_stride, v_stride, all_low = 0, all_high = p.seq_len_kv
     cdef const char* k
@@ -198,7 +197,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
         k = row_of(&p.k, task.batch, task.kv_head, key_start)
         v = row_of(&p.v, task.batch, task.kv_head, key_start)
         next_k = k + n * k_bytes
-        if not in_place:
+        if not p.k_in_place:
             k_stride, v_stride = p.q_stride, p.v_stride
             k = <const char*> load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, False,
                                         &k_stride)
@@ -223,8 +222,8 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
             # NaN and infinities behind a mask must not leak: see make_finite
             v_stride = p.v_stride
             v_real = <const real*> v
-            if in_place:
-                v_real = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, False,
+            if p.k_in_place:
+                v_real = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, p.v_in_place,
                                    &v_stride)
             if make_finite(w.v_finite, p.v_stride, v_real, v_stride, n, p.head_dim_v):
                 decode_values(F64 if IS_DOUBLE else F32, WIDTH, state.acc, p.v_stride, w.scores,
@@ -237,7 +236,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
         key_start += n
 
 
-cdef bint read_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
+cdef bint decode_reads_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
     """Whole vectors of adjacent numbers, which 16-bit loads take at any alignment."""
     if dim % LANES:
         return False
@@ -247,26 +246,24 @@ cdef bint read_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
 cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
                       Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
-    # Both in place or both copied, since one loop reads one kind of rows.
-    cdef bint in_place = read_in_place(&p.k, p.head_dim) and read_in_place(&p.v, p.head_dim_v)
-    if in_place and p.k.kind == F16:
-        decode_kind(F16, p, w, task, state, low, high, True)
-    elif in_place and p.k.kind == BF16:
-        decode_kind(BF16, p, w, task, state, low, high, True)
+    if p.k_in_place and p.k.kind == F16:
+        decode_kind(F16, p, w, task, state, low, high)
+    elif p.k_in_place and p.k.kind == BF16:
+        decode_kind(BF16, p, w, task, state, low, high)
     else:
-        decode_kind(F64 if IS_DOUBLE else F32, p, w, task, state, low, high, in_place)
+        decode_kind(F64 if IS_DOUBLE else F32, p, w, task, state, low, high)
 
 
 cdef inline void decode_kind(const int KIND, const Problem* p, const Workspace* w, const Task* task,
-                             const State* state, Py_ssize_t low, Py_ssize_t high, bint in_place) noexcept nogil:
+                             const State* state, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
     if p.decode_width == 1:
-        decode_blocks(KIND, 1, p, w, task, state, low, high, in_place)
+        decode_blocks(KIND, 1, p, w, task, state, low, high)
     elif p.decode_width == 2:
-        decode_blocks(KIND, 2, p, w, task, state, low, high, in_place)
+        decode_blocks(KIND, 2, p, w, task, state, low, high)
     elif p.decode_width == 4:
-        decode_blocks(KIND, 4, p, w, task, state, low, high, in_place)
+        decode_blocks(KIND, 4, p, w, task, state, low, high)
     else:
-        decode_blocks(KIND, 8, p, w, task, state, low, high, in_place)
+        decode_blocks(KIND, 8, p, w, task, state, low, high)
 
 
 cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
@@ -282,23 +279,21 @@ cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) no
             row[d] = 0.0
 
 
-cdef void decode_merge(const Problem* p, State* total, const State* part) noexcept nogil:
-    """total (IN/OUT) = both states: each relative to the larger row_max of the two."""
-    cdef vf row_max = vmax(vload(total.row_max), vload(part.row_max))
-    cdef vf total_factor = vexp2((vload(total.row_max) - row_max) * p.unit)
-    cdef vf part_factor = vexp2((vload(part.row_max) - row_max) * p.unit)
+cdef void decode_merge(const Problem* p, State* total, State* lost, const State* part) noexcept nogil:
+    """total + lost (IN/OUT) = both states."""
+    cdef vf factors[2]
     cdef real total_factors[16]
     cdef real part_factors[16]
-    cdef real* acc = total.acc
-    cdef const real* part_acc = part.acc
-    cdef Py_ssize_t i, d
-    vstore(total.row_max, row_max)
-    vstore(total.row_sum, vload(total.row_sum) * total_factor + vload(part.row_sum) * part_factor)
-    vstore(total_factors, total_factor)
-    vstore(part_factors, part_factor)
-    for i in range(p.decode_width):
-        for d in range(i * p.v_stride, (i + 1) * p.v_stride):
-            acc[d] = acc[d] * total_factors[i] + part_acc[d] * part_factors[i]
+    cdef Py_ssize_t row, v, d
+    merge_reference(total.row_max, part.row_max, p.unit, factors)
+    merge_vector(total.row_sum, lost.row_sum, part.row_sum, factors[0], factors[1])
+    vstore(total_factors, factors[0])
+    vstore(part_factors, factors[1])
+    for row in range(p.decode_width):
+        for v in range(p.v_stride // LANES):
+            d = row * p.v_stride + v * LANES
+            merge_vector(total.acc + d, lost.acc + d, part.acc + d, vset1(total_factors[row]),
+                         vset1(part_factors[row]))
 
 
 cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
@@ -320,7 +315,7 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
         row = state.acc + i * p.v_stride
         for d in range(p.head_dim_v):
             row[d] *= inverse
-        again = store_result(p, w, task.batch, w.lanes[i], w.shrink + i, row) or again
+        again = store_result(p, task.batch, w.lanes[i], w.shrink + i, row) or again
     for lane in range(p.decode_width, LANES):
         w.shrink[lane] = w.shrink[lane % p.decode_width]
     return again

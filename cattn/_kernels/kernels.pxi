@@ -62,6 +62,7 @@ cdef extern from "simd.h" nogil:
     vf vfma(vf, vf, vf)
     vf vmax(vf, vf)
     vf vselect(vi, vf, vf)
+    vf vrounded(vf)
     vi vless(vf, vf)
     vi vequal(vf, vf)
     vi vdiffer(vf, vf)

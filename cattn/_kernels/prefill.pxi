@@ -35,6 +35,9 @@ cdef enum:
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
     MAX_ROWS = 192      # query rows in a block, about; K and V pass the cache once in each. Flat from 96 to 384
+    # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower than
+    # 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
+    MAX_BLOCK = 65536
     AHEAD_LINES = 2     # asked for every EXP_KEYS keys: 1 is 15 % slower where short sequences come from memory
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
 
@@ -405,21 +408,18 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
     cdef bint seen
     cdef Tile tile, pending     # pending: its probabilities wait for being accumulated; n = 0: none does
     cdef Softmax e, nothing
-    # Rows of V that lie apart fall into few L1 sets and are each read in several columns: they are copied, unless a
-    # single panel is to read them. Rows of K are read whole.
-    cdef bint k_in_place = rows_are_real(&p.k)
-    cdef bint v_in_place = rows_are_real(&p.v) and (
-        p.v.stride[2] == p.head_dim_v * <Py_ssize_t> sizeof(real) or vectors <= PANEL_VECTORS)
     pending.n = pending.first_lane = nothing.left = 0
     pending.scores = NULL
     ahead.count = ahead.current = 0
     while key_start < high and not stopped(p.call):
         n = min(p.block_kv, high - key_start)
         k_stride, v_stride = p.q_stride, p.v_stride
-        if pending.n and not v_in_place:  # its rows of V are about to be overwritten
+        if pending.n and not p.v_in_place:  # its rows of V are about to be overwritten
             accumulate_tile(p, state, &pending, &nothing, &ahead)
-        k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, k_in_place, &k_stride)
-        v = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, v_in_place, &v_stride)
+        k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, p.k_in_place,
+                      &k_stride)
+        v = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, p.v_in_place,
+                      &v_stride)
         plan_ahead(p, task, key_start + n, high, &ahead)
         v_is_finite = -1    # not yet known
         first = 0
@@ -457,25 +457,29 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
     accumulate_tile(p, state, &pending, &nothing, &ahead)
 
 
-cdef void prefill_merge(const Problem* p, const Task* task, State* total, const State* part) noexcept nogil:
-    """total (IN/OUT) = both states: each relative to the larger row_max of the two."""
+cdef bint prefill_reads_in_place(const Tensor* v, Py_ssize_t head_dim_v, Py_ssize_t block_rows) noexcept nogil:
+    """Rows of V that lie apart fall into few L1 sets and are each read in several columns: they are copied, unless a
+    single panel is to read them. (Rows of K are read whole.)"""
+    return rows_are_real(v) and (v.stride[2] == head_dim_v * <Py_ssize_t> sizeof(real)
+                                 or block_rows <= PANEL_VECTORS * LANES)
+
+
+cdef void prefill_merge(const Problem* p, const Task* task, State* total, State* lost,
+                        const State* part) noexcept nogil:
+    """total + lost (IN/OUT) = both states."""
     cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
     cdef Py_ssize_t first = 0, v, d, i
-    cdef vf row_max, total_factor, part_factor
+    cdef vf factors[2]
     cdef int panel
     while first < vectors:
         panel = panel_vectors(vectors - first)
         for v in range(panel):
             i = (first + v) * LANES
-            row_max = vmax(vload(total.row_max + i), vload(part.row_max + i))
-            total_factor = vexp2((vload(total.row_max + i) - row_max) * p.unit)
-            part_factor = vexp2((vload(part.row_max + i) - row_max) * p.unit)
-            vstore(total.row_max + i, row_max)
-            vstore(total.row_sum + i,
-                   vload(total.row_sum + i) * total_factor + vload(part.row_sum + i) * part_factor)
+            merge_reference(total.row_max + i, part.row_max + i, p.unit, factors)
+            merge_vector(total.row_sum + i, lost.row_sum + i, part.row_sum + i, factors[0], factors[1])
             for d in range(p.head_dim_v):
                 i = first * LANES * p.v_stride + (d * panel + v) * LANES
-                vstore(total.acc + i, vload(total.acc + i) * total_factor + vload(part.acc + i) * part_factor)
+                merge_vector(total.acc + i, lost.acc + i, part.acc + i, factors[0], factors[1])
         first += panel
 
 
@@ -530,6 +534,6 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         else:
             transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
             for i in range(num_rows):
-                again = store_result(p, w, task.batch, lanes[i], shrink + i, w.rows + i * p.head_dim_v) or again
+                again = store_result(p, task.batch, lanes[i], shrink + i, w.rows + i * p.head_dim_v) or again
         first += panel
     return again

@@ -31,6 +31,8 @@ cdef struct Problem:
     Py_ssize_t batch_offset         # of this call's first batch row, for dropout
     # The plan (attend.pxi)
     int decode_width                # 0: prefill kernel; else lanes that decode gives to rows: 1, 2, 4 or 8
+    bint k_in_place, v_in_place     # rows of K, V are read where they lie, in whatever block
+    bint may_mask                   # some row may not see some key of a block
     Py_ssize_t q_stride, v_stride   # reals from one row of packed queries, of acc, to the next
     Py_ssize_t block_rows           # query rows in a block, a multiple of LANES (decode: decode_width)
     Py_ssize_t num_blocks           # blocks of query rows per (batch, key head)
@@ -47,13 +49,14 @@ cdef struct State:                  # of the softmax of a block of rows, over th
 
 cdef struct Workspace:              # one per thread, SCRATCH
     State total, part
+    State lost                      # what rounding has taken from the sums of total, see merge_vector; no row_max
     real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; times p.sign
     real* scores                    # [block_kv][width]
     real* next_scores               # likewise, for prefill
+    real* k_rows                    # [block_kv][q_stride]; unless K is read in place
+    real* v_rows                    # [block_kv][v_stride]; likewise
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
-    real* k_rows                    # [block_kv][q_stride]
-    real* v_rows                    # [block_kv][v_stride]
-    real* v_finite                  # [block_kv][v_stride]
+    real* v_finite                  # [block_kv][v_stride]; both only where a row may not see a key
     real* rows                      # query or result rows, or LANES mask rows of block_kv
     real* shrink                    # [block_rows], decode: [LANES]; factors of probabilities, see store_result
     bint again                      # some of them are not 1
@@ -90,19 +93,21 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     cdef Py_ssize_t width = min(p.block_rows, <Py_ssize_t> PANEL_VECTORS * LANES)
     cdef Py_ssize_t keys = (min(p.block_kv, p.seq_len_kv) + LANES - 1) // LANES * LANES
     cdef size_t size = 0
-    place_state(&w.total, take(base, &size, state_size(p)), p)
-    place_state(&w.part, take(base, &size, state_size(p)), p)
+    cdef Py_ssize_t state = state_size(p)
+    place_state(&w.total, take(base, &size, state), p)
+    place_state(&w.part, take(base, &size, state if p.num_splits > 1 else 0), p)
+    place_state(&w.lost, take(base, &size, state if p.num_splits > 1 else 0), p)
     w.queries = <real*> take(base, &size, p.block_rows * p.q_stride * sizeof(real))
     w.scores = <real*> take(base, &size, keys * width * sizeof(real))
     w.next_scores = <real*> take(base, &size, keys * width * sizeof(real))
-    w.k_rows = <real*> take(base, &size, keys * p.q_stride * sizeof(real))
-    w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
+    w.k_rows = <real*> take(base, &size, 0 if p.k_in_place else keys * p.q_stride * sizeof(real))
+    w.v_rows = <real*> take(base, &size, 0 if p.v_in_place else keys * p.v_stride * sizeof(real))
     w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
                           * sizeof(real))
     w.shrink = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
     w.lanes = <Lane*> take(base, &size, p.block_rows * sizeof(Lane))
-    w.visible = <real*> take(base, &size, keys * width * sizeof(real))
-    w.v_finite = <real*> take(base, &size, keys * p.v_stride * sizeof(real))
+    w.visible = <real*> take(base, &size, keys * width * sizeof(real) if p.may_mask else 0)
+    w.v_finite = <real*> take(base, &size, keys * p.v_stride * sizeof(real) if p.may_mask else 0)
     return size
 
 
@@ -112,6 +117,39 @@ cdef void reset(const Problem* p, State* s) noexcept nogil:
         s.row_max[i] = <real> LOWEST
         s.row_sum[i] = 0.0
     memset(s.acc, 0, p.block_rows * p.v_stride * sizeof(real))
+
+
+# Splits are merged in order. Their sums are kept with what rounding takes from them, so that the error of the whole
+# does not grow with the number of splits; and the reference is moved only past SLACK, as within a split, or the errors of
+# many factors near 1 would add up.
+
+cdef inline void merge_reference(real* total_max, const real* part_max, real unit, vf* factors) noexcept nogil:
+    """total_max (IN/OUT), one vector; factors (OUT)[2]: what the sums of total and part are multiplied by."""
+    cdef vf old = vload(total_max), other = vload(part_max), new
+    new = vselect(vless(vset1(<real> SLACK), (other - old) * unit), other, old)
+    factors[0], factors[1] = vexp2((old - new) * unit), vexp2((other - new) * unit)
+    vstore(total_max, new)
+
+
+cdef inline void merge_vector(real* total, real* lost, const real* part, vf total_factor, vf part_factor) noexcept nogil:
+    """total + lost (IN/OUT) = (total + lost) * total_factor + part * part_factor: the sum of two numbers and what it
+    rounds off (Knuth, The Art of Computer Programming 2, 4.2.2) are exact. Infinities lose nothing."""
+    cdef vf a = vrounded(vload(total) * total_factor), b = vrounded(vload(part) * part_factor)
+    cdef vf both = a + b
+    cdef vf of_b = both - a
+    cdef vf off = (a - (both - of_b)) + (b - of_b)
+    off = vselect(vequal(off, off), off, vset1(<real> 0.0))
+    vstore(lost, vload(lost) * total_factor + off)
+    vstore(total, both)
+
+
+cdef void add_lost(const Problem* p, State* total, const State* lost) noexcept nogil:
+    """The sums of total (IN/OUT) get back what was lost."""
+    cdef Py_ssize_t i
+    for i in range(max(p.block_rows, LANES)):
+        total.row_sum[i] += lost.row_sum[i]
+    for i in range(p.block_rows * p.v_stride):
+        total.acc[i] += lost.acc[i]
 
 
 cdef void locate_task(const Problem* p, Py_ssize_t number, Task* task) noexcept nogil:
@@ -344,8 +382,7 @@ cdef void finish_weights(real* row, Py_ssize_t n, real reference, real unit, rea
         memcpy(row, last, tail * sizeof(real))
 
 
-cdef bint store_result(const Problem* p, const Workspace* w, Py_ssize_t batch, Lane lane, real* shrink,
-                       real* row) noexcept nogil:
+cdef bint store_result(const Problem* p, Py_ssize_t batch, Lane lane, real* shrink, real* row) noexcept nogil:
     """Stores a row of out. True where it has to be done again.
 
     Probabilities are relative to a reference near the maximum and may add up to 2**8 * keys, so that huge values can
@@ -353,16 +390,17 @@ cdef bint store_result(const Problem* p, const Workspace* w, Py_ssize_t batch, L
     times 2**-40, and only those numbers are taken from there: others would lose digits below 1e-26. Other rows keep
     their bits. Infinities and NaN that were in the input come out again."""
     cdef char* target = row_of(&p.out, batch, lane.head, lane.query)
+    cdef real stored
     cdef Py_ssize_t d
     cdef bint again = False
     if shrink[0] == 1.0:
         again = not all_finite(row, p.head_dim_v)
         shrink[0] = <real> SHRINK if again else <real> 1.0
     else:
-        load_row(w.v_rows, target, p.out.stride[3], p.head_dim_v, p.out.kind)
         for d in range(p.head_dim_v):
-            if w.v_rows[d] * <real> 0.0 == 0.0:
-                row[d] = w.v_rows[d]
+            stored = load_one(target + d * p.out.stride[3], p.out.kind)
+            if stored * <real> 0.0 == 0.0:
+                row[d] = stored
     store_row(target, p.out.stride[3], row, p.head_dim_v, p.out.kind)
     return again
 

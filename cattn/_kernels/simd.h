@@ -73,6 +73,17 @@ SIMD vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi
 SIMD vi vless(vf a, vf b) { return a < b; }
 SIMD vi vequal(vf a, vf b) { return a == b; }
 SIMD vi vdiffer(vf a, vf b) { return a != b; }
+/* x as it is, which the compiler takes for another number: a product that goes through here is rounded before it is
+ * added to, and makes no FMA. */
+#if defined(__AVX512F__)
+SIMD vf vrounded(vf x) { __asm__("" : "+v"(x)); return x; }
+#elif defined(__x86_64__)
+SIMD vf vrounded(vf x) { __asm__("" : "+x"(x)); return x; }
+#elif defined(__aarch64__)
+SIMD vf vrounded(vf x) { __asm__("" : "+w"(x)); return x; }
+#else
+SIMD vf vrounded(vf x) { volatile vf y = x; return y; }
+#endif
 SIMD vf vabs(vf x) { return (vf)((vi)x & ~(vi)vset1((real)-0.0)); }
 SIMD vf vcopysign(vf magnitude, vf sign) { vi s = (vi)vset1((real)-0.0); return (vf)(((vi)magnitude & ~s) | ((vi)sign & s)); }
 
