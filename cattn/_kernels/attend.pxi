@@ -282,6 +282,7 @@ cdef void do_part(const Problem* p, Parts* parts, Py_ssize_t number, char* scrat
 cdef void do_tasks(const Problem* p, Parts* parts, char* scratch) noexcept nogil:
     """What one thread does. parts == NULL: whole tasks."""
     cdef Py_ssize_t number = take_task(p.call)
+    cdef fp_mode before = own_mode()
     while number < p.call.num_tasks and not stopped(p.call):
         if parts == NULL:
             do_task(p, number, scratch)
@@ -289,6 +290,7 @@ cdef void do_tasks(const Problem* p, Parts* parts, char* scratch) noexcept nogil
         else:
             do_part(p, parts, number, scratch)
         number = take_task(p.call)
+    set_mode(before)
 
 
 cdef Py_ssize_t count_parts(const Problem* p, Parts* parts, Py_ssize_t num_tasks, char* scratch) noexcept nogil:

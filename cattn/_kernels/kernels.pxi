@@ -73,6 +73,11 @@ cdef extern from "simd.h" nogil:
     void vtranspose(vf*)
     void vfalse_tile(int8_t*, const char* const*, Py_ssize_t)
     vi vfalse(const int8_t*, int)
+    ctypedef int fp_mode
+    const fp_mode OWN_MODE
+    fp_mode get_mode()
+    void set_mode(fp_mode)
+    fp_mode own_mode()
     vf vload_f16(const uint16_t*)
     vf vload_bf16(const uint16_t*)
     float widen_f16(uint16_t)

@@ -222,6 +222,7 @@ cdef void choose_units(Problem* p, double scale) noexcept nogil:
     modifier multiplies by |scale|, as NumPy does; and where |scale| is so small that -inf, times it, were lost in it.
     The sign goes into the query, so that the largest s belongs to the largest score."""
     cdef double size = fabs(scale)
+    cdef fp_mode callers = own_mode()
     p.sign = -1.0 if scale < 0 else 1.0
     p.scale = 1.0
     p.natural = size
@@ -229,6 +230,7 @@ cdef void choose_units(Problem* p, double scale) noexcept nogil:
         p.scale = <real> size
         p.natural = 1.0
     p.unit = <real> (p.natural * LOG2_E)
+    set_mode(callers)
 
 
 cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, real scale, Py_ssize_t width, Py_ssize_t batch,

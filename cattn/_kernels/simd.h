@@ -252,7 +252,34 @@ SIMD vi vfalse(const int8_t *tile, int k) {
 #endif
 }
 
-/* The 16-bit formats, one number at a time. Widening is exact; narrowing rounds to nearest even and keeps NaN. */
+/* Kernels compute in a floating-point mode of their own: to nearest, subnormal numbers kept, no traps. A process may have
+ * set another (flush-to-zero is common) in some of its threads. A mode is what the CPU's register holds, less the flags
+ * of what has happened; writing it costs some 20 cycles, so it is written only where it changes. */
+#if defined(__x86_64__)
+typedef uint32_t fp_mode;
+#define OWN_MODE 0x1f80u
+SIMD fp_mode get_mode(void) { fp_mode r; __asm__ volatile("stmxcsr %0" : "=m"(r)); return r & 0xffc0u; }
+SIMD void set_mode(fp_mode mode) {
+    if (get_mode() != mode) __asm__ volatile("ldmxcsr %0" : : "m"(mode) : "memory");
+}
+#elif defined(__aarch64__)
+typedef uint64_t fp_mode;
+#define OWN_MODE 0u
+SIMD fp_mode get_mode(void) { fp_mode mode; __asm__ volatile("mrs %0, fpcr" : "=r"(mode)); return mode; }
+SIMD void set_mode(fp_mode mode) {
+    if (get_mode() != mode) __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory");
+}
+#else
+typedef int fp_mode;
+#define OWN_MODE 0
+SIMD fp_mode get_mode(void) { return OWN_MODE; }
+SIMD void set_mode(fp_mode mode) { (void)mode; }
+#endif
+/* Returns the mode before, for set_mode afterwards. */
+SIMD fp_mode own_mode(void) { fp_mode before = get_mode(); set_mode(OWN_MODE); return before; }
+
+/* The 16-bit formats, one number at a time, in any mode of the thread: subnormal numbers are made by integers. Widening is
+ * exact; narrowing rounds to nearest even and keeps NaN. */
 SIMD float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 SIMD uint32_t float_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 SIMD float widen_bf16(uint16_t h) { return bits_float((uint32_t)h << 16); }
@@ -261,10 +288,10 @@ SIMD uint16_t narrow_bf16(float f) {
     return f != f ? (uint16_t)(u >> 16 | 64) : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 SIMD float widen_f16(uint16_t h) {
-    float f = bits_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f; /* re-biases the exponent; subnormals come out normal */
-    uint32_t u = float_bits(f);
-    if ((h & 0x7c00) == 0x7c00) u |= 0x7f800000;                 /* infinity or NaN */
-    return bits_float(u | (uint32_t)(h & 0x8000) << 16);
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, u = (uint32_t)(h & 0x7fff) << 13;
+    if ((h & 0x7c00) == 0x7c00) return bits_float(sign | 0x7f800000 | u); /* infinity or NaN */
+    if ((h & 0x7c00) == 0) return bits_float(sign | float_bits((float)(h & 0x3ff) * 0x1p-24f));
+    return bits_float(sign | (u + (112 << 23))); /* the exponent's other bias */
 }
 SIMD uint16_t narrow_f16(float f) {
     uint32_t u = float_bits(f), sign = u >> 16 & 0x8000;

@@ -72,6 +72,7 @@ cdef struct Call:
     Py_ssize_t stop                 # atomic; 1: a handler has raised, its exception is set in the caller's thread state
     PyThread_type_lock finished     # held until unfinished is 0; NULL: a call that nobody watches
     int64_t next_poll               # of the caller
+    fp_mode mode                    # of the caller's thread, for handlers and afterwards
 
 
 cdef int begin_call(Call* call, Py_ssize_t num_threads, double flops) except -1:
@@ -81,6 +82,7 @@ cdef int begin_call(Call* call, Py_ssize_t num_threads, double flops) except -1:
     call.num_threads = 1
     call.in_flight = flops >= SERIAL_FLOPS
     call.next_task = call.stop = 0
+    call.mode = get_mode()
     call.finished = NULL
     if call.in_flight:
         calls = atomic_add(&calls_in_flight, 1) + 1
@@ -98,6 +100,7 @@ cdef int begin_call(Call* call, Py_ssize_t num_threads, double flops) except -1:
 
 cdef int end_call(Call* call) except -1:
     """-1, which raises what a handler has raised, if one did."""
+    set_mode(call.mode)
     if call.in_flight:
         atomic_add(&calls_in_flight, -1)
     if call.finished != NULL:
@@ -109,14 +112,17 @@ cdef int end_call(Call* call) except -1:
 
 cdef bint poll(Call* call) noexcept nogil:
     """Lets Python run the handlers of signals that have come. True when one raised."""
-    cdef PyGILState_STATE gil = PyGILState_Ensure()
+    cdef PyGILState_STATE gil
     cdef int forks = cattn_forks
+    set_mode(call.mode)
+    gil = PyGILState_Ensure()
     if PyErr_CheckSignals():
         atomic_set(&call.stop, 1)
     if cattn_forks != forks and call.num_threads > 1:
         Py_FatalError("cattn: a signal handler forked during a call, and the child returned from the handler into "
                       "the call, whose other threads it does not have")
     PyGILState_Release(gil)
+    set_mode(OWN_MODE)
     call.next_poll = milliseconds() + POLL_MS
     return atomic_read(&call.stop)
 
