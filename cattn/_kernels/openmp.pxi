@@ -9,6 +9,7 @@
 
 cdef extern from *:
     """
+    #include <limits.h>
     #if defined(_OPENMP) && !defined(_WIN32)
     #include <omp.h>
     #include <pthread.h>
@@ -52,6 +53,7 @@ cdef extern from *:
         pthread_t started[AT_MOST];
         pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
         int i, more = 0;
+        if (wanted > omp_get_thread_limit()) wanted = omp_get_thread_limit();
         if (wanted > cattn_pool) {
             pthread_mutex_lock(&gate);
             while (more < wanted - cattn_pool && more < AT_MOST
@@ -84,12 +86,19 @@ cdef extern from *:
     #endif
     #ifdef _OPENMP
     #define CATTN_OPENMP_DATE _OPENMP
-    #define CATTN_MAX_THREADS omp_get_max_threads()
+    /* Negative: OMP_NUM_THREADS has a long that is no int, and calls ask for a number of their own. */
+    #define CATTN_MAX_THREADS (omp_get_max_threads() > 0 ? omp_get_max_threads() : INT_MAX)
+    #define CATTN_THREAD_LIMIT omp_get_thread_limit()
+    #define CATTN_BOUND_CPUS (omp_get_proc_bind() == omp_proc_bind_false ? 0 : omp_get_num_procs())
     #define CATTN_IN_PARALLEL omp_in_parallel()
+    #define CATTN_NO_REGIONS (omp_get_max_active_levels() == 0)
     #else
     #define CATTN_OPENMP_DATE 0
     #define CATTN_MAX_THREADS 1
+    #define CATTN_THREAD_LIMIT 1
+    #define CATTN_BOUND_CPUS 0
     #define CATTN_IN_PARALLEL 0
+    #define CATTN_NO_REGIONS 1
     #endif
     """
     const char* CATTN_COMPILER
@@ -98,7 +107,10 @@ cdef extern from *:
     bint cattn_child_is_serial
     int cattn_forks    # that this process is away from the one that imported cattn
     const bint CATTN_IN_PARALLEL
+    const bint CATTN_NO_REGIONS
     const Py_ssize_t CATTN_MAX_THREADS
+    const Py_ssize_t CATTN_THREAD_LIMIT  # that OMP_THREAD_LIMIT sets: regions get no more, whatever they ask for
+    const Py_ssize_t CATTN_BOUND_CPUS    # the CPUs of this process, where OpenMP binds its threads; else 0
     int cattn_watch_forks(void (*in_child)() noexcept nogil) noexcept
     int cattn_startable(int wanted) noexcept nogil  # of the `wanted` threads of the next region, its caller included
 
@@ -120,6 +132,8 @@ cdef const char* one_thread() noexcept nogil:
         return "a fork, with an OpenMP that cannot take one"
     if CATTN_IN_PARALLEL:
         return "a parallel region"
+    if CATTN_NO_REGIONS:
+        return "OMP_MAX_ACTIVE_LEVELS"
     return NULL
 
 
@@ -133,15 +147,25 @@ cdef Py_ssize_t share_of_default(Py_ssize_t calls) noexcept nogil:
     cdef Py_ssize_t threads = atomic_read(&default_threads)
     if openmp_is_limited():
         threads = min(threads, CATTN_MAX_THREADS)
+    threads = min(threads, CATTN_THREAD_LIMIT)
     return max(1, threads // max(1, calls))  # 0 after a fork in a handler in a call: forgotten in the child, then ended
 
 
 def default_num_threads():
     """The threads of a call that asks for no number and is alone, and what keeps it from more, if anything does."""
     cdef const char* reason = one_thread()
+    cdef Py_ssize_t threads = share_of_default(1)
     if reason != NULL:
         return 1, reason.decode()
-    return share_of_default(1), "threadpoolctl or omp_set_num_threads" if openmp_is_limited() else None
+    if threads == CATTN_THREAD_LIMIT < atomic_read(&default_threads):
+        return threads, "OMP_THREAD_LIMIT"
+    return threads, "threadpoolctl or omp_set_num_threads" if openmp_is_limited() else None
+
+
+def bound_cpus():
+    """The CPUs that this process had when OpenMP was loaded, where OpenMP binds its threads to CPUs; 0 where it does
+    not. The affinity of the thread that loaded it is one place of them from then on."""
+    return CATTN_BOUND_CPUS
 
 
 def build_info():
