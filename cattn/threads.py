@@ -1,12 +1,13 @@
 """How many threads a call may use.
 
 In this order: the call's `num_threads`, `set_num_threads`, the environment's CATTN_NUM_THREADS, then OMP_NUM_THREADS,
-then the smaller of the CPUs this process may run on and the CPUs its cgroup's quota pays for. OpenMP itself knows no
-quota: in a container of half a CPU on a host of 64 cores it would start 64 threads and be throttled.
+then the smaller of the CPUs this process may run on (as it was when OpenMP was loaded, which can bind the main thread
+to one of them) and the CPUs its cgroup's quota pays for. OpenMP itself knows no quota: in a container of half a CPU on
+a host of 64 cores it would start 64 threads and be throttled.
 
 All but the first are one number for the process: the calls in flight share it, so that 8 Python threads on 8 CPUs get a
-CPU each and not 64 threads. A limit set on OpenMP at run time (threadpoolctl) lowers it. The kernels apply both, when a
-call comes. Results depend on none of it.
+CPU each and not 64 threads. A limit set on OpenMP at run time (threadpoolctl) lowers it. OMP_THREAD_LIMIT bounds all of
+them, a call's `num_threads` too. The kernels apply these when a call comes. Results depend on none of it.
 
 After a call the threads spin for some microseconds only (see cattn._kernels), so that those of NumPy's or PyTorch's
 next call find the CPUs free.
@@ -15,9 +16,12 @@ next call find the CPUs free.
 import math
 import operator
 import os
+import re
 
 from cattn import _kernels
 from cattn._kernels import cpu
+
+_MOST = 2**31 - 1  # an int of C, which is what OpenMP is asked for
 
 _chosen: int | None = None
 
@@ -51,8 +55,9 @@ def checked(num_threads) -> int:
         count = operator.index(num_threads)
     except TypeError:
         raise TypeError(f"num_threads: expected an integer, got {type(num_threads).__name__}") from None
-    if not 1 <= count < 2**31:
-        raise ValueError(f"num_threads: expected 1 to {2**31 - 1}, got {count}")
+    if not 1 <= count <= _MOST:
+        got = count if count.bit_length() <= 64 else f"an integer of {count.bit_length()} bits"  # str() can refuse it
+        raise ValueError(f"num_threads: expected 1 to {_MOST}, got {got}")
     return count
 
 
@@ -65,34 +70,50 @@ def source() -> str:
 def _default() -> tuple[int, str]:
     wanted = os.environ.get("CATTN_NUM_THREADS", "").strip()
     if wanted:
-        if not (wanted.isdecimal() and int(wanted) > 0):
-            raise ImportError(f"CATTN_NUM_THREADS: expected a positive integer, got {wanted!r}")
-        return int(wanted), "CATTN_NUM_THREADS"
-    if _openmp_variable():
-        return _openmp_variable(), "OMP_NUM_THREADS"
-    cpus, quota = _cpus(), _cgroup_quota()
-    if quota is not None and math.ceil(quota) < cpus:
+        count = _number(wanted)
+        if count is None or not 1 <= count <= _MOST:
+            raise ImportError(f"CATTN_NUM_THREADS: expected an integer from 1 to {_MOST}, got {_kernels.shown(wanted)}")
+        return count, "CATTN_NUM_THREADS"
+    count = _openmp_variable()
+    if count is not None:
+        return count, "OMP_NUM_THREADS"
+    quota = _cgroup_quota()
+    if quota is not None and math.ceil(quota) < _kernels.cpus:
         return math.ceil(quota), "cgroup CPU quota"
-    return cpus, "CPU affinity"
+    return _kernels.cpus, "CPU affinity"
+
+
+def _number(text: str) -> int | None:
+    """The number that ASCII digits write; None for other text, and for what no 64 bits hold, as int() refuses thousands
+    of digits."""
+    if not (text.isascii() and text.isdecimal()):
+        return None
+    significant = text.lstrip("0") or "0"
+    return int(significant) if len(significant) <= 19 else None
 
 
 def _openmp_variable() -> int | None:
-    value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # it may list one number per nesting level
-    return int(value) if value.isdecimal() and int(value) > 0 else None
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """OMP_NUM_THREADS as GCC's OpenMP reads it: a number for each level of nesting. It ignores all of them where one is
+    not a number from 1 to 2**63 - 1; here the first is to fit an int as well."""
+    numbers = []
+    for field in os.environ.get("OMP_NUM_THREADS", "").split(","):
+        number = re.fullmatch(r"\s*\+?(\d+)\s*", field, re.ASCII)
+        numbers.append(_number(number[1]) if number else None)
+    if not all(number and number < 2**63 for number in numbers) or numbers[0] > _MOST:
+        return None
+    return numbers[0]
 
 
 def _cgroup_quota(root="/sys/fs/cgroup", membership="/proc/self/cgroup") -> float | None:
     """The CPUs that the quota of this process's cgroup pays for, the least along its path to the root; None: no limit.
 
-    cgroup v2 keeps "quota period" in cpu.max ("max" for none), v1 a file for each (-1 for none).
+    cgroup v2 keeps "quota period" in cpu.max ("max" for none), v1 a file for each (-1 for none). Files that cannot be
+    read or say anything else are no limit.
     """
     quotas = []
-    for line in _read(membership).splitlines():
-        number, controllers, path = line.split(":", 2)
+    for line in _read(membership).split("\n"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if number == "0":
             base, names = root, ("cpu.max",)
         elif "cpu" in controllers.split(","):
@@ -102,20 +123,21 @@ def _cgroup_quota(root="/sys/fs/cgroup", membership="/proc/self/cgroup") -> floa
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts) + 1):
             folder = os.path.join(base, *parts[:depth])
-            fields = [field for name in names for field in _read(os.path.join(folder, name)).split()]
-            if len(fields) == 2 and fields[0] not in ("max", "-1"):
-                quotas.append(int(fields[0]) / int(fields[1]))
+            fields = [_number(field) for name in names for field in _read(os.path.join(folder, name)).split()]
+            if len(fields) == 2 and all(fields):
+                quotas.append(fields[0] / fields[1])
     return min(quotas, default=None)
 
 
 def _read(path) -> str:
     try:
-        with open(path) as file:
-            return file.read()
-    except OSError:
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read())
+    except (OSError, ValueError):  # ValueError: a path with a NUL in it
         return ""
 
 
 _DEFAULT = _default()
-_OPENMP = _openmp_variable() or _cpus()  # what OpenMP starts with: it says less in a thread where somebody limits it
+# What OpenMP starts with: it says less in a thread where somebody limits it.
+_OPENMP = _openmp_variable() or _kernels.cpus
 set_num_threads(None)

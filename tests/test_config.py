@@ -1,7 +1,11 @@
 """show_config: all that a bug report needs."""
 
+import os
 import platform
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,3 +57,14 @@ def test_every_module_says_how_it_was_built(isa):
     built = _kernels.f32.build_info()
     assert built == _kernels.f64().build_info()
     assert set(built) == {"compiler", "openmp"} and all(built.values())
+
+
+@pytest.mark.parametrize("variables", [
+    {"OMP_NUM_THREADS": "9" * 5000}, {"OMP_NUM_THREADS": "\udcff"}, {"OMP_PLACES": "cores"}, {"OMP_THREAD_LIMIT": "1"},
+    {"OMP_THREAD_LIMIT": "9" * 5000}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, {"LC_ALL": "no_SUCH.locale"},
+], ids=lambda variables: " ".join(variables))
+def test_odd_environments(variables):
+    root = Path(cattn.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", "import cattn; cattn.show_config()"], cwd=root,
+                          env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 7, done.stderr

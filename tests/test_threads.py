@@ -25,6 +25,11 @@ ROOT = Path(cattn.__file__).parents[1]
 VARIABLES = "CATTN_NUM_THREADS", "OMP_NUM_THREADS"
 
 
+def beginning(parameter):
+    """The name of a case."""
+    return ascii(parameter)[:24]
+
+
 def in_new_process(code, **variables):
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -43,32 +48,126 @@ def no_number_set():
     cattn.set_num_threads(None)
 
 
+@pytest.fixture
+def openmp_libraries():
+    """Those that this process has loaded."""
+    if _kernels.f32.build_info()["openmp"].startswith("none"):
+        pytest.skip("a build without OpenMP")
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    return [library["filepath"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "openmp"]
+
+
 @pytest.mark.parametrize(("variables", "expected"), [
     ({"CATTN_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, "5 CATTN_NUM_THREADS"),
     ({"CATTN_NUM_THREADS": " 6 "}, "6 CATTN_NUM_THREADS"),
     ({"CATTN_NUM_THREADS": "", "OMP_NUM_THREADS": "3"}, "3 OMP_NUM_THREADS"),
-    ({"OMP_NUM_THREADS": "7"}, "7 OMP_NUM_THREADS"),  # more than there are CPUs: as told
-    ({"OMP_NUM_THREADS": "4,2"}, "4 OMP_NUM_THREADS"),  # one for each level of nesting
+    ({"CATTN_NUM_THREADS": str(2**31 - 1)}, f"{2**31 - 1} CATTN_NUM_THREADS"),
+    ({"CATTN_NUM_THREADS": "0" * 5000 + "5"}, "5 CATTN_NUM_THREADS"),
+    ({"CATTN_NUM_THREADS": "5", "OMP_NUM_THREADS": str(2**31)}, "5 CATTN_NUM_THREADS"),  # OpenMP shows a negative int
 ])
 def test_environment(variables, expected):
     assert number_and_source(**variables) == expected
 
 
-@pytest.mark.parametrize("nonsense", ["0", "-1", "two", "1.5"])
-def test_nonsense_in_the_environment(nonsense):
-    """An error in cattn's own variable; OpenMP's is for OpenMP to judge."""
+@pytest.mark.parametrize(("value", "expected"), [
+    ("7", 7),  # more than there are CPUs: as told
+    ("4,2", 4),  # one for each level of nesting
+    (" 4", 4), ("4\n", 4), ("4 , 2", 4), ("+4", 4), ("04", 4), ("0" * 5000 + "4", 4), (f"4,{2**63 - 1}", 4),
+], ids=beginning)
+def test_environment_of_openmp(openmp_libraries, value, expected):
+    """What GCC's OpenMP takes."""
+    code = (f"import ctypes; print(ctypes.CDLL({openmp_libraries[0]!r}).omp_get_max_threads())\n"
+            "import cattn.threads as t; print(t.get_num_threads(), t.source())")
+    done = in_new_process(code, OMP_NUM_THREADS=value)
+    assert done.stdout.split("\n") == [str(expected), f"{expected} OMP_NUM_THREADS", ""], done.stderr
+
+
+NONSENSE = ["0", "-1", "two", "1.5", "0x4", "1_0", "\u0663", "4 2", "\udcff", str(2**63), str(2**64), "9" * 5000]
+
+
+@pytest.mark.parametrize("nonsense", [*NONSENSE, "+4", "4,2", str(2**31)], ids=beginning)
+def test_nonsense_in_the_own_variable(nonsense):
     done = in_new_process("import cattn", CATTN_NUM_THREADS=nonsense)
     assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last == f"ImportError: CATTN_NUM_THREADS: expected a positive integer, got {nonsense!r}"
+    got = repr(nonsense) if len(nonsense) < 60 else f"{'9' * 40!r}... (5000 characters)"
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: CATTN_NUM_THREADS: expected an integer from 1 to 2147483647, got {got}")
+
+
+@pytest.mark.parametrize("nonsense", [
+    *NONSENSE, "", ",4", "4,", "4,0", "4,-1", "4,x", f"4,{2**63}", "+ 4", "4;2", str(2**31), "3000000000",
+    str(2**63 - 1),
+], ids=beginning)
+def test_nonsense_in_the_environment(nonsense):
+    """OpenMP's variable is for OpenMP to judge: it ignores nonsense. (A number between an int and a long it takes, to
+    die of it in the first region that asks for no number.)"""
     assert number_and_source(OMP_NUM_THREADS=nonsense) == number_and_source()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
-def test_affinity():
+@pytest.mark.parametrize("variables", [{}, {"OMP_PROC_BIND": "true"}])
+def test_affinity(variables):
     code = ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
             "import cattn.threads as t; print(t.get_num_threads(), t.source())")
-    assert in_new_process(code).stdout == "1 CPU affinity\n"
+    assert in_new_process(code, **variables).stdout == "1 CPU affinity\n"
+
+
+CPUS = ",".join(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else "0"
+
+
+@pytest.mark.parametrize("variables", [
+    {"OMP_PROC_BIND": "true"}, {"OMP_PROC_BIND": "close"}, {"OMP_PROC_BIND": "spread"}, {"OMP_PLACES": "cores"},
+    {"OMP_PLACES": "threads", "OMP_PROC_BIND": "close"}, {"GOMP_CPU_AFFINITY": CPUS},
+])
+def test_binding(openmp_libraries, variables):
+    """OpenMP binds the main thread to one CPU when it is loaded, by cattn or by another library before: the process has
+    no fewer CPUs for that."""
+    assert number_and_source(**variables) == number_and_source()
+    code = (f"import ctypes; ctypes.CDLL({openmp_libraries[0]!r}).omp_get_num_procs()\n"
+            "import cattn.threads as t; print(t.get_num_threads(), t.source())")
+    assert in_new_process(code, **variables).stdout == in_new_process(code).stdout
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({"CATTN_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "1"}, "1 CATTN_NUM_THREADS, limited by OMP_THREAD_LIMIT"),
+    ({"CATTN_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "3"}, "3 CATTN_NUM_THREADS, limited by OMP_THREAD_LIMIT"),
+    ({"OMP_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "3"}, "3 OMP_NUM_THREADS, limited by OMP_THREAD_LIMIT"),
+    ({"CATTN_NUM_THREADS": "8", "OMP_MAX_ACTIVE_LEVELS": "0"}, "1 CATTN_NUM_THREADS, limited by OMP_MAX_ACTIVE_LEVELS"),
+    ({"CATTN_NUM_THREADS": "3", "OMP_THREAD_LIMIT": "3"}, "3 CATTN_NUM_THREADS"),
+    ({"CATTN_NUM_THREADS": "3", "OMP_THREAD_LIMIT": "0"}, "3 CATTN_NUM_THREADS"),  # ignored
+])
+def test_thread_limit(openmp_libraries, variables, expected):
+    assert number_and_source(**variables) == expected
+    done = in_new_process("import cattn; cattn.show_config()", **variables)
+    assert f"(from: {expected.split(' ', 1)[1]})" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+@pytest.mark.parametrize("limit", [1, 3])
+def test_calls_under_a_thread_limit(openmp_libraries, limit):
+    """However many threads they ask for."""
+    code = """
+import os, numpy as np, cattn
+def total():
+    layer, sums = cattn.MultiHeadAttention(64, 4, seed=0), []
+    for dtype in (np.float32, np.float64):
+        x = np.random.default_rng(0).standard_normal((8, 512, 64)).astype(dtype)
+        sums.append(cattn.scaled_dot_product_attention(x, x, x, num_threads=8).sum())
+    sums += [layer(x.astype(np.float32), num_threads=8).sum(), cattn.sinusoidal_encoding(9000, 512).sum()]
+    return [float(number).hex() for number in sums]
+before = len(os.listdir("/proc/self/task"))
+results = total()
+print(len(os.listdir("/proc/self/task")) - before, results)
+"""
+    limited = in_new_process(code, CATTN_NUM_THREADS="8", OMP_THREAD_LIMIT=str(limit)).stdout
+    free = in_new_process(code, CATTN_NUM_THREADS="8").stdout
+    assert limited.split(" ", 1)[0] == str(limit - 1) and free.split(" ", 1)[0] == "7"
+    assert limited.split(" ", 1)[1] == free.split(" ", 1)[1]
+
+
+def test_a_number_too_large_to_print():
+    with pytest.raises(ValueError, match="num_threads: expected 1 to 2147483647, got an integer of 16610 bits"):
+        cattn.set_num_threads(10**5000)
 
 
 @pytest.mark.parametrize(("cpus", "quota", "expected"), [
@@ -82,7 +181,7 @@ def test_affinity():
 def test_quota_and_affinity(monkeypatch, cpus, quota, expected):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+    monkeypatch.setattr(_kernels, "cpus", cpus)
     monkeypatch.setattr(threads, "_cgroup_quota", lambda: quota)
     assert threads._default() == expected
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
@@ -91,16 +190,22 @@ def test_quota_and_affinity(monkeypatch, cpus, quota, expected):
     assert threads._default() == (6, "CATTN_NUM_THREADS")
 
 
-def test_without_affinity(monkeypatch):
-    """macOS has none."""
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(threads, "_cgroup_quota", lambda: None)
+def test_affinity_is_that_of_the_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
+    assert _kernels._count_cpus() == 7
+
+
+@pytest.mark.parametrize("error", [AttributeError, PermissionError, OSError])
+def test_without_affinity(monkeypatch, error):
+    """macOS has none; a sandbox may forbid to ask."""
+    def refuse(pid):
+        raise error
+
+    monkeypatch.setattr(os, "sched_getaffinity", refuse, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert threads._default()[0] == 12
+    assert _kernels._count_cpus() == 12
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert threads._default()[0] == 1
+    assert _kernels._count_cpus() == 1
 
 
 def test_set_num_threads():
@@ -134,15 +239,6 @@ def test_the_call_comes_first(monkeypatch):
     cattn.scaled_dot_product_attention(x, x, x, num_threads=np.uint8(5))
     cattn.scaled_dot_product_attention(x, x, x)
     assert used == [0, 0, 2, 5, 0]  # 0: the kernel takes a share of the default
-
-
-@pytest.fixture
-def openmp_libraries():
-    """Those that this process has loaded."""
-    if _kernels.f32.build_info()["openmp"].startswith("none"):
-        pytest.skip("a build without OpenMP")
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    return [library["filepath"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "openmp"]
 
 
 def test_limits_of_threadpoolctl(openmp_libraries):
@@ -319,7 +415,7 @@ def files(folder, contents):
     for name, text in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 @pytest.mark.parametrize(("path", "contents", "expected"), [
@@ -361,6 +457,54 @@ def test_cgroup_v1_and_v2_together(tmp_path):
         "cgroup/b/cpu.max": "200000 100000", "membership": "3:cpu,cpuacct:/a\n0::/b\n",
     })
     assert _cgroup_quota(tmp_path / "cgroup", tmp_path / "membership") == 2.0
+
+
+ODD = [
+    "100000 0", "0 100000", "0 0", "-5 100000", "100000 -1", "-100000 -100000", "words here", "1e5 1e5", "0x10 10",
+    "1.5 1", "\u0663 1", "100000", "1 2 3", "", "\n", b"\xff\xfe \x80", b"1\x00 1", f"{10**30} 1", f"1 {10**400}",
+    f"{'9' * 5000} 100000",
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=beginning)
+def test_odd_quotas(tmp_path, odd):
+    """They count as none; what the parent says still does."""
+    odd = odd if isinstance(odd, bytes) else odd.encode()
+    quota, _, period = odd.partition(b" ")
+    files(tmp_path, {
+        "alone/a/cpu.max": odd, "two/a/cpu.max": odd, "two/cpu.max": "200000 100000",
+        "old/cpu/a/cpu.cfs_quota_us": quota, "old/cpu/a/cpu.cfs_period_us": period,
+        "v2": "0::/a\n", "v1": "5:cpu,cpuacct:/a\n",
+    })
+    assert _cgroup_quota(tmp_path / "alone", tmp_path / "v2") is None
+    assert _cgroup_quota(tmp_path / "two", tmp_path / "v2") == 2.0
+    assert _cgroup_quota(tmp_path / "old", tmp_path / "v1") is None
+
+
+@pytest.mark.parametrize("odd", [
+    b"", b"\n\n", b"no colons", b"0", b"0:", b"5:cpu", b":::", b"0::/a\x00b", b"\xff:\xfe:\xfd", b"0::" + b"/b" * 5000,
+    b"0::/../../..", "\u0660::/a".encode(),
+], ids=beginning)
+def test_odd_memberships(tmp_path, odd):
+    files(tmp_path, {"cgroup/a/cpu.max": "100000 100000", "odd": odd + b"\n", "both": odd + b"\n0::/a\n"})
+    assert _cgroup_quota(tmp_path / "cgroup", tmp_path / "odd") is None
+    assert _cgroup_quota(tmp_path / "cgroup", tmp_path / "both") == 1.0
+
+
+def test_a_cgroup_whose_name_is_no_utf8(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"a\xff\xe2\x80\xa8b")  # with a line separator of Unicode in it
+    os.mkdir(folder)
+    Path(os.fsdecode(folder), "cpu.max").write_text("50000 100000")
+    files(tmp_path, {"membership": b"0::/a\xff\xe2\x80\xa8b\n"})
+    assert _cgroup_quota(tmp_path, tmp_path / "membership") == 0.5
+
+
+@pytest.mark.parametrize("unreadable", ["cgroup/a/cpu.max", "membership"])
+def test_files_that_cannot_be_read(tmp_path, monkeypatch, unreadable):
+    files(tmp_path, {"cgroup/a/cpu.max": "100000 100000", "membership": "0::/a\n"})
+    (tmp_path / unreadable).unlink()
+    (tmp_path / unreadable).mkdir()
+    assert _cgroup_quota(tmp_path / "cgroup", tmp_path / "membership") is None
 
 
 def test_no_cgroups(tmp_path):

@@ -21,12 +21,26 @@ def available_isas() -> tuple[str, ...]:
     )
 
 
+def shown(text: str) -> str:
+    """`text` as an error message quotes it: its beginning, where it is long."""
+    return repr(text) if len(text) <= 60 else f"{text[:40]!r}... ({len(text)} characters)"
+
+
 def _choose() -> str:
     available = available_isas()
     wanted = os.environ.get("CATTN_ISA") or available[0]
     if wanted not in available:
         raise ImportError(f"CATTN_ISA: expected one of {', '.join(available)} on this CPU, got {wanted!r}")
     return wanted
+
+
+def _count_cpus() -> int:
+    """The CPUs that this process may run on. To be asked before OpenMP is loaded: where it is told to bind its threads
+    (OMP_PROC_BIND, OMP_PLACES, GOMP_CPU_AFFINITY), it binds the thread that loads it, at once, to the first place."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS has no affinity, and a sandbox may forbid to ask
+        return os.cpu_count() or 1
 
 
 def _import_with_short_spin(name: str):
@@ -47,7 +61,9 @@ def _import_with_short_spin(name: str):
 
 
 isa = _choose()
+cpus = _count_cpus()
 f32 = _import_with_short_spin(f"{__name__}.{isa}")
+cpus = max(cpus, f32.bound_cpus())  # another library had loaded OpenMP, which has bound this thread since
 
 
 def f64():
