@@ -6,10 +6,12 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,12 @@ from cattn import _kernels
 from cattn._kernels.isa import ISAS, compiled_for
 
 ROOT = Path(cattn.__file__).parents[1]
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0] if sysconfig.get_config_var("Py_GIL_DISABLED") else ".abi3.so"
 
 
-def python(code, **variables):
+def python(code, folder=ROOT, **variables):
     environment = {name: value for name, value in os.environ.items() if name != "CATTN_ISA"} | variables
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_flags_are_in_force(isa):
@@ -61,9 +64,8 @@ def test_modules_are_those_of_the_table():
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     built = [path.name for suffix in suffixes for path in folder.glob(f"*{suffix}")
              if "." not in path.name.removesuffix(suffix)]
-    suffix = suffixes[0] if sysconfig.get_config_var("Py_GIL_DISABLED") else ".abi3.so"
     named = [name for row in compiled_for(platform.machine()) for name in (row.name, f"{row.name}_f64")]
-    assert sorted(built) == sorted(f"{name}{suffix}" for name in [*named, "cpu"])
+    assert sorted(built) == sorted(f"{name}{SUFFIX}" for name in [*named, "cpu"])
 
 
 def test_table():
@@ -83,12 +85,14 @@ def test_every_available_module_works(isa):
         np.testing.assert_allclose(cattn.scaled_dot_product_attention(x, x, x, scale=1000), x)
 
 
-def test_unknown_isa():
-    done = python("import cattn", CATTN_ISA="nonsense")
+@pytest.mark.parametrize(("nonsense", "got"), [
+    ("nonsense", "'nonsense'"), ("\udcff", r"'\udcff'"), ("x" * 5000, f"'{'x' * 40}'... (5000 characters)"),
+], ids=["word", "no UTF-8", "long"])
+def test_unknown_isa(nonsense, got):
+    done = python("import cattn", CATTN_ISA=nonsense)
     assert done.returncode == 1
     choices = ", ".join(cattn.available_isas())
-    assert done.stderr.splitlines()[-1] == (
-        f"ImportError: CATTN_ISA: expected one of {choices} on this CPU, got 'nonsense'")
+    assert done.stderr.splitlines()[-1] == f"ImportError: CATTN_ISA: expected one of {choices} on this CPU, got {got}"
 
 
 @pytest.mark.parametrize("wanted", [*cattn.available_isas(), ""])
@@ -120,7 +124,8 @@ print(json.dumps([count() - before, threading.active_count(), sorted(set(sys.mod
     packages = {name.split(".")[0] for name in modules}
     assert packages.isdisjoint({"multiprocessing", "concurrent", "subprocess", "asyncio", "torch", "scipy", "ml_dtypes",
                                 "Cython", "setuptools", "matplotlib", "tqdm", "hypothesis", "pytest"})
-    assert not [name for name in modules if name.endswith("_f64")]
+    assert not [name for name in modules if name.endswith("_f64") or name.startswith(("numpy.random", "numpy.ma"))]
+    assert "cattn.__pyinstaller" not in modules
 
 
 def test_public_names():
@@ -128,3 +133,175 @@ def test_public_names():
     for name in cattn.__all__:
         assert hasattr(cattn, name)
     assert (Path(cattn.__file__).parent / "py.typed").exists()
+
+
+# What is not there.
+
+
+@pytest.fixture
+def installation(tmp_path):
+    """A copy of the package that lacks something, as a checkout or an installation."""
+    def copy(*missing, checkout=False):
+        package = tmp_path / "cattn"
+        shutil.copytree(ROOT / "cattn", package, ignore=shutil.ignore_patterns("*.pyx", "__pycache__", *missing))
+        if (ROOT / "cattn.libs").exists():  # of a wheel: its OpenMP runtime
+            shutil.copytree(ROOT / "cattn.libs", tmp_path / "cattn.libs")
+        if checkout:
+            (package / "_kernels" / "cpu.pyx").touch()
+        return tmp_path
+    return copy
+
+
+def last_error(done):
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_checkout_that_is_not_built(installation):
+    folder = installation("*.so", checkout=True)
+    done = python("import cattn", folder)
+    assert last_error(done) == ("ImportError: cattn: the compiled module cattn._kernels.cpu is missing: "
+                                f"`pip install -e .` in {folder} builds it")
+    assert "ModuleNotFoundError: No module named 'cattn._kernels.cpu'\n\nThe above exception was" in done.stderr
+
+
+def test_an_installation_without_modules(installation):
+    folder = installation("*.so")
+    assert last_error(python("import cattn", folder)) == (
+        "ImportError: cattn: the compiled module cattn._kernels.cpu is missing: "
+        f"`pip install --force-reinstall --no-deps cattn` brings it back to {folder / 'cattn' / '_kernels'}")
+
+
+def test_an_installation_without_kernels(installation):
+    """The last of the table, which every CPU runs."""
+    missing = (f"{row.name}*.so" for row in ISAS)
+    done = python("import cattn", installation(*missing, checkout=True))
+    assert last_error(done).startswith(
+        "ImportError: cattn: the compiled module cattn._kernels.baseline is missing: `pip install -e .`")
+    assert "ModuleNotFoundError" in done.stderr
+
+
+def test_an_installation_without_float64(installation):
+    code = "import numpy as np, cattn; x = np.eye(2, dtype={}); cattn.scaled_dot_product_attention(x, x, x)"
+    folder = installation("*_f64*")
+    assert python(code.format("'f4'"), folder).returncode == 0
+    assert last_error(python(code.format("'f8'"), folder)).startswith(
+        f"ImportError: cattn: the compiled module cattn._kernels.{cattn.available_isas()[0]}_f64 is missing: `pip")
+
+
+def test_a_frozen_application_without_modules(installation):
+    done = python("import sys; sys.frozen = True; import cattn", installation("*.so"))
+    assert last_error(done) == (
+        "ImportError: cattn: the compiled module cattn._kernels.cpu is missing: freeze the application with all "
+        "modules of cattn._kernels, which are imported by name: PyInstaller finds them by the hook of an installed "
+        "cattn, other tools want them listed")
+
+
+def test_what_is_missing_inside_a_module_is_not_the_module(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", raising(ModuleNotFoundError("No module named 'abc'", name="abc")))
+    with pytest.raises(ModuleNotFoundError, match="No module named 'abc'"):
+        _kernels._load("cpu")
+
+
+def raising(error):
+    def function(*arguments):
+        raise error
+    return function
+
+
+NOT_FOUND = "cannot open shared object file: No such file or directory"
+
+
+@pytest.mark.parametrize(("error", "cure"), [
+    (f"libgomp.so.1: {NOT_FOUND}", "the OpenMP runtime libgomp.so.1 is not on this system: `apt-get install libgomp1`"),
+    ("Error loading shared library libgomp.so.1: No such file or directory (needed by /cattn/_kernels/avx2.abi3.so)",
+     "the OpenMP runtime libgomp.so.1 is not on this system: `apt-get install libgomp1`"),
+    (f"libgomp-24e2ab19.so.1.0.0: {NOT_FOUND}",
+     "the OpenMP runtime libgomp-24e2ab19.so.1.0.0 of the wheel is missing: `pip install"),
+    (f"libomp.so.5: {NOT_FOUND}", "the OpenMP runtime libomp.so.5 is not on this system: `apt-get install libomp5`"),
+    ("dlopen(/cattn/_kernels/baseline.abi3.so, 0x0002): Library not loaded: /opt/homebrew/opt/libomp/lib/libomp.dylib",
+     "the OpenMP runtime libomp.dylib is not on this system: `apt-get install libomp5`"),
+], ids=["glibc", "musl", "wheel", "LLVM", "macOS"])
+def test_without_the_openmp_runtime(monkeypatch, error, cure):
+    """What the dynamic linkers of glibc, musl and macOS say."""
+    cause = ImportError(error)
+    monkeypatch.setattr(importlib, "import_module", raising(cause))
+    with pytest.raises(ImportError) as raised:
+        _kernels._load(cattn.isa)
+    assert str(raised.value).startswith(f"cattn: {cure}") and raised.value.__cause__ is cause
+
+
+@pytest.mark.parametrize("error", [
+    "libgomp.so.1: version `GOMP_5.0' not found (required by /cattn/_kernels/avx2.abi3.so)",
+    f"libm.so.7: {NOT_FOUND}",
+    "/usr/lib/libgomp.so.1: cannot allocate memory in static TLS block",
+])
+def test_other_errors_of_the_dynamic_linker(monkeypatch, error):
+    """They say what is wrong."""
+    cause = ImportError(error)
+    monkeypatch.setattr(importlib, "import_module", raising(cause))
+    with pytest.raises(ImportError) as raised:
+        _kernels._load(cattn.isa)
+    assert raised.value is cause
+
+
+def test_modules_whose_openmp_runtime_is_not_on_the_system(installation):
+    folder = installation()
+    modules = [path for path in folder.glob(f"cattn/_kernels/*{SUFFIX}") if b"libgomp.so.1\0" in path.read_bytes()]
+    if not modules:
+        pytest.skip("built with another OpenMP runtime, or none")
+    for path in modules:
+        path.write_bytes(path.read_bytes().replace(b"libgomp.so.1\0", b"libgomp.so.9\0"))
+    done = python("import cattn", folder)
+    assert last_error(done).startswith(
+        "ImportError: cattn: the OpenMP runtime libgomp.so.9 is not on this system: `apt-get install libgomp1` (Debian")
+    assert f"ImportError: libgomp.so.9: {NOT_FOUND}\n\nThe above exception was" in done.stderr
+
+
+# PyInstaller.
+
+
+def hook_folders():
+    """Where the entry point sends PyInstaller."""
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    module, function = project["entry-points"]["pyinstaller40"]["hook-dirs"].split(":")
+    return getattr(importlib.import_module(module), function)()
+
+
+def test_hook_for_pyinstaller():
+    """It names each module of the table that this machine has, and loads none."""
+    [folder] = hook_folders()
+    hook = os.path.join(folder, "hook-cattn.py")
+    done = python(f"""
+import json, runpy, sys
+hidden = runpy.run_path({hook!r})["hiddenimports"]
+print(json.dumps([hidden, [name for name in sys.modules if name.startswith(("cattn", "numpy", "PyInstaller"))]]))
+""")
+    assert done.returncode == 0, done.stderr
+    hidden, modules = json.loads(done.stdout)
+    named = [name for row in compiled_for(platform.machine()) for name in (row.name, f"{row.name}_f64")]
+    assert sorted(hidden) == sorted(f"cattn._kernels.{name}" for name in ["cpu", *named])
+    assert modules == []
+
+
+@pytest.mark.slow
+def test_a_frozen_application(tmp_path):
+    pytest.importorskip("PyInstaller")
+    (tmp_path / "application.py").write_text("""
+import sys
+import numpy as np
+import cattn
+
+for dtype in (np.float32, np.float64):
+    x = np.eye(3, dtype=dtype)
+    assert np.allclose(cattn.scaled_dot_product_attention(x, x, x, scale=1000), x)
+assert cattn.MultiHeadAttention(16, 4, seed=0)(np.ones((2, 3, 16), np.float32)).shape == (2, 3, 16)
+cattn.preload()
+print(sys.frozen, *cattn.available_isas())
+""")
+    command = [sys.executable, "-m", "PyInstaller", "--paths", ROOT, "application.py"]
+    for folder in hook_folders():  # of a checkout that is not installed
+        command += ["--additional-hooks-dir", folder]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    done = subprocess.run([tmp_path / "dist/application/application"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["True", *cattn.available_isas()]), done.stderr

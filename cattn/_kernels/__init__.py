@@ -1,24 +1,24 @@
 """Picks, at import, the modules of the best instruction set that this CPU runs, or the one CATTN_ISA names.
 
 A module that the CPU cannot run would die at import (SIGILL), so the choice is made from the table before importing.
+What is missing, a module or the OpenMP runtime under it, is an ImportError that says how to get it.
 """
 
 import importlib
 import os
 import platform
+import re
+import sys
 from importlib.util import find_spec
 
-from cattn._kernels import cpu
 from cattn._kernels.isa import compiled_for
+
+_FOLDER = os.path.dirname(__file__)
 
 
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that are built into this installation and that this CPU runs, best first."""
-    return tuple(
-        row.name
-        for row in compiled_for(platform.machine())
-        if all(cpu.supports(feature) for feature in row.features) and find_spec(f"{__name__}.{row.name}")
-    )
+    return _AVAILABLE
 
 
 def shown(text: str) -> str:
@@ -26,11 +26,63 @@ def shown(text: str) -> str:
     return repr(text) if len(text) <= 60 else f"{text[:40]!r}... ({len(text)} characters)"
 
 
+def _load(name: str):
+    """The extension module cattn._kernels.<name>."""
+    full_name = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(full_name)
+    except ModuleNotFoundError as error:
+        if error.name != full_name:
+            raise
+        raise ImportError(f"cattn: the compiled module {full_name} is missing: {_cure()}", name=full_name) from error
+    except ImportError as error:
+        cure = _cure_of_openmp(str(error))
+        if cure is None:
+            raise
+        raise ImportError(f"cattn: {cure}", name=full_name) from error
+
+
+def _cure() -> str:
+    """What brings back modules that are not here."""
+    if getattr(sys, "frozen", False):
+        return (f"freeze the application with all modules of {__name__}, which are imported by name: PyInstaller finds "
+                f"them by the hook of an installed cattn, other tools want them listed")
+    if os.path.exists(os.path.join(_FOLDER, "cpu.pyx")):
+        return f"`pip install -e .` in {os.path.dirname(os.path.dirname(_FOLDER))} builds it"
+    return f"`pip install --force-reinstall --no-deps cattn` brings it back to {_FOLDER}"
+
+
+def _cure_of_openmp(error: str) -> str | None:
+    """None: it is not the OpenMP runtime that the dynamic linker (of glibc, musl or macOS) has not found."""
+    library = re.search(r"lib(gomp|i?omp)[\w-]*\.\w[\w.]*", error)
+    if not library or not re.search("cannot open shared object|Error loading shared library|Library not loaded", error):
+        return None
+    if "-" in library[0]:  # a copy under a name of its own, as wheels carry it
+        return f"the OpenMP runtime {library[0]} of the wheel is missing: {_cure()}"
+    if library[1] != "gomp":
+        return (f"the OpenMP runtime {library[0]} is not on this system: `apt-get install libomp5`, `dnf install "
+                f"libomp` or, on macOS, `brew install libomp` installs it")
+    return (f"the OpenMP runtime {library[0]} is not on this system: `apt-get install libgomp1` (Debian, Ubuntu), "
+            f"`dnf install libgomp` (Fedora, RHEL) or `apk add libgomp` (Alpine) installs it")
+
+
+cpu = _load("cpu")
+
+
+def _find_isas() -> tuple[str, ...]:
+    return tuple(
+        row.name
+        for row in compiled_for(platform.machine())
+        if all(cpu.supports(feature) for feature in row.features) and find_spec(f"{__name__}.{row.name}")
+    )
+
+
 def _choose() -> str:
-    available = available_isas()
-    wanted = os.environ.get("CATTN_ISA") or available[0]
-    if wanted not in available:
-        raise ImportError(f"CATTN_ISA: expected one of {', '.join(available)} on this CPU, got {wanted!r}")
+    if not _AVAILABLE:
+        _load(compiled_for(platform.machine())[-1].name)  # every CPU runs it: it is missing, and that is raised
+    wanted = os.environ.get("CATTN_ISA") or _AVAILABLE[0]
+    if wanted not in _AVAILABLE:
+        raise ImportError(f"CATTN_ISA: expected one of {', '.join(_AVAILABLE)} on this CPU, got {shown(wanted)}")
     return wanted
 
 
@@ -43,7 +95,7 @@ def _count_cpus() -> int:
         return os.cpu_count() or 1
 
 
-def _import_with_short_spin(name: str):
+def _load_with_short_spin(name: str):
     """Imports the first module that loads GCC's OpenMP runtime, which reads GOMP_SPINCOUNT then, and only then.
 
     By default its threads spin for milliseconds after each parallel region, on cores that another pool (OpenBLAS, in
@@ -52,23 +104,24 @@ def _import_with_short_spin(name: str):
     both alone; with 15 us 1.2, but a layer, whose three regions lie 30 to 80 us apart, twice the time; with 100 us 1.7.
     """
     if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
-        return importlib.import_module(name)
+        return _load(name)
     os.environ["GOMP_SPINCOUNT"] = str(cpu.spin_rounds(50e-6))
     try:
-        return importlib.import_module(name)
+        return _load(name)
     finally:
         del os.environ["GOMP_SPINCOUNT"]
 
 
+_AVAILABLE = _find_isas()  # asked once: where rights are dropped after the import, the folder may be out of sight later
 isa = _choose()
 cpus = _count_cpus()
-f32 = _import_with_short_spin(f"{__name__}.{isa}")
+f32 = _load_with_short_spin(isa)
 cpus = max(cpus, f32.bound_cpus())  # another library had loaded OpenMP, which has bound this thread since
 
 
 def f64():
     """The module that computes in float64, imported when it is first asked for."""
-    return importlib.import_module(f"{__name__}.{isa}_f64")
+    return _load(f"{isa}_f64")
 
 
 fma_flops = f32.fma_flops
