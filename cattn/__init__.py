@@ -4,6 +4,7 @@
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
     sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
     reference                       all of it in plain NumPy: the specification
+    preload                         modules and threads that a first call would ask for, before rights are dropped
 
 How a call goes:  attention.py, multihead.py, positional.py (checks, allocation)  ->  _kernels (one module per
 instruction set, chosen at import: isa, available_isas)  ->  tiles.  threads.py says how many threads.
@@ -11,6 +12,7 @@ instruction set, chosen at import: isa, available_isas)  ->  tiles.  threads.py 
 
 from cattn import reference
 from cattn._kernels import available_isas, isa
+from cattn._preload import preload
 from cattn.attention import scaled_dot_product_attention
 from cattn.config import show_config
 from cattn.multihead import MultiHeadAttention
@@ -25,6 +27,7 @@ __all__ = [
     "available_isas",
     "get_num_threads",
     "isa",
+    "preload",
     "reference",
     "relative_shift",
     "scaled_dot_product_attention",
