@@ -416,8 +416,7 @@ class MultiHeadAttention:
         seed : int in [0, 2**64), optional
             Of the dropout.
         num_threads : int, optional
-            Of `cattn.MultiHeadAttention` alone: threads of this call. Its projections of a single row, or of
-            16-bit numbers, are NumPy's matmul, which has its own.
+            Of `cattn.MultiHeadAttention` alone: threads of this call.
 
         Returns
         -------

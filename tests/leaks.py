@@ -227,8 +227,8 @@ def eight_threads(seconds):
 
 
 def scratch_stays_small():
-    """Calls over many keys and wide heads, in little more than the room of their results: scratch goes with the tile, not
-    with keys, nor with heads that share them."""
+    """Calls over many keys and wide heads, in little more than the room of their results: scratch goes with the tile,
+    not with keys, nor with heads that share them."""
     def zeros(*shape):
         return np.broadcast_to(np.float32(0), shape)
 

@@ -228,7 +228,7 @@ def test_sixteen_bits_are_wide_numbers_rounded(isa, dtype, kv_dtype):
 @pytest.mark.parametrize("scale", [0.125, 0.1])
 def test_one_mask_in_many_forms(isa, shape, scale):
     """bool or additive, of any dtype, broadcast or written out, or said by is_causal, window and kv_lens. Biases are
-    added to scores that have been multiplied by the scale, and rounded, where that is no power of two: then the additive
+    added to scores that have been multiplied by the scale, and rounded, where that is no power of two: then additive
     ones have bits of their own."""
     arrays = arrays_of(shape)
     seq_len_q, seq_len_kv = arrays[0].shape[2], arrays[1].shape[2]

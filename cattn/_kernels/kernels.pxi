@@ -71,6 +71,7 @@ cdef extern from "simd.h" nogil:
     int vany(vi)
     vf vexp2(vf)
     void vtranspose(vf*)
+    void vload_square(vf*, const real*, Py_ssize_t)
     void vfalse_tile(int8_t*, const char* const*, Py_ssize_t)
     vi vfalse(const int8_t*, int)
     ctypedef int fp_mode

@@ -1,23 +1,38 @@
 # The linear layer, out = x W^T + bias. W is read in the layout that state dicts have, (out_features, in_features), and
 # not packed: packing is what a BLAS spends its time on when each number of W is used for few rows.
 #
-#     for each BLOCK_DIMS dimensions (in parallel)
-#         X^T packed in panels of up to 3 vectors of rows
-#     for each task: FEATURES rows of W (in parallel)
-#         for each panel
-#             for each BLOCK_DIMS dimensions, for ROWS features at a time
-#                 tile    out^T[feature][row] += W broadcast x X^T vectors; prefetch the next rows of W
-#             out = tile transposed
+#     for each block of rows of x
+#         x as reals: few rows as they are, many packed as X^T in panels of up to 3 vectors of rows (in parallel)
+#         for each task: FEATURES rows of W (in parallel)
+#             few rows    for each LANES of them, for each BLOCK_DIMS dimensions
+#                             LANES dimensions of W transposed in registers,
+#                             out[row][features] += W vectors x X broadcast
+#             many rows   for each BLOCK_DIMS dimensions, for each panel, for each ROWS features
+#                             out^T[feature][row] += W broadcast x X^T vectors
+#             out, narrowed
+#
+# A number of out is one chain of FMAs over each BLOCK_DIMS dimensions, and the sum of bias and these chains, one after
+# the other: whichever way, so that the bits of a row depend on no other row. With one row of x the second way would be
+# bound by its broadcasts, one FMA a number of W, and the first by memory.
 
 cdef enum:
-    FEATURES = 48     # rows of W in a task: a multiple of every ROWS, and tasks enough for some threads, not for dozens
+    # Rows of W in a task: a multiple of every ROWS, and tasks enough for some threads, not for dozens
+    FEATURES = 48
     BLOCK_DIMS = 128  # of a panel: half of L1. Whole rows of W at once were 5 to 10 % slower at 16 rows of X
+    W_STRIDE = 144    # of BLOCK_DIMS dimensions that are copied: rows in different sets of L1
+    MAX_PACKED = 1 << 22  # numbers of x in a block of rows: 16 MB, and tasks stay short where rows are very long
+
+
+cdef inline bint few_rows(Py_ssize_t rows) noexcept nogil:
+    """Transposing W takes as long as multiplying it with LANES / 2 rows."""
+    return rows <= LANES // 2
 
 
 cdef inline void linear_tile(const int ROWS, const int VECTORS, real* tile, const real* x, const real* weight,
-                             Py_ssize_t in_features, Py_ssize_t dims) noexcept nogil:
-    """tile[ROWS][width] += `dims` dimensions of ROWS features of the panel's rows. The ROWS rows of W after these are
-    prefetched on the way, a line at a time: they come from memory, and the hardware's own streams stop at each row."""
+                             Py_ssize_t w_stride, Py_ssize_t ahead, Py_ssize_t dims) noexcept nogil:
+    """tile[ROWS][width] += `dims` dimensions of ROWS features of the panel's rows. What lies `ahead` numbers from there
+    is prefetched on the way, a line at a time: it comes from memory, and the hardware's own streams stop at each row. 0:
+    nothing is."""
     cdef vf acc[8 * MAX_PANEL]
     cdef Py_ssize_t line = 64 // <Py_ssize_t> sizeof(real)
     cdef Py_ssize_t d = 0
@@ -25,118 +40,348 @@ cdef inline void linear_tile(const int ROWS, const int VECTORS, real* tile, cons
     for i in range(ROWS * VECTORS):
         acc[i] = vset1(<real> 0.0)
     while d < dims:
-        for r in range(ROWS):
-            prefetch(weight + (ROWS + r) * in_features + d)
-        multiply(ROWS, VECTORS, acc, weight + d, in_features, 1, x + d * VECTORS * LANES, min(line, dims - d))
+        if ahead:
+            for r in range(ROWS):
+                prefetch(weight + r * w_stride + d + ahead)
+        multiply(ROWS, VECTORS, acc, weight + d, w_stride, 1, x + d * VECTORS * LANES, min(line, dims - d))
         d += line
     for i in range(ROWS * VECTORS):
         vstore(tile + i * LANES, vload(tile + i * LANES) + acc[i])
 
 
-cdef inline void linear_panel(const int VECTORS, real* tile, const real* x, const real* weight, const real* bias,
-                              Py_ssize_t in_features, Py_ssize_t n) noexcept nogil:
-    """tile[n][width] (OUT): n features. Some dimensions of all of them after the other, so that these of the panel
-    stay in L1."""
+cdef inline void linear_panel(const int VECTORS, real* tile, const real* x, const real* weight, Py_ssize_t w_stride,
+                              Py_ssize_t ahead, Py_ssize_t dims, Py_ssize_t n) noexcept nogil:
+    """tile[n][width] (IN/OUT): `dims` dimensions of n features, for one panel."""
     cdef int ROWS = 8 if VECTORS == 1 or TILE_ROWS == 8 else 6 if VECTORS == 2 else 4
     cdef Py_ssize_t width = VECTORS * LANES
-    cdef Py_ssize_t d = 0, dims, o
-    cdef const real* w
-    cdef int v
-    for o in range(n):
-        for v in range(VECTORS):
-            vstore(tile + (o * VECTORS + v) * LANES, vset1(bias[o]))
-    while d < in_features:
-        dims = min(in_features - d, <Py_ssize_t> BLOCK_DIMS)
-        o = 0
-        w = weight + d
-        while o + ROWS <= n:
-            if ROWS == 8:
-                linear_tile(8, VECTORS, tile + o * width, x + d * width, w, in_features, dims)
-            elif ROWS == 6:
-                linear_tile(6, VECTORS, tile + o * width, x + d * width, w, in_features, dims)
-            else:
-                linear_tile(4, VECTORS, tile + o * width, x + d * width, w, in_features, dims)
-            o += ROWS
-            w += ROWS * in_features
-        while o < n:
-            linear_tile(1, VECTORS, tile + o * width, x + d * width, w, in_features, dims)
-            o += 1
-            w += in_features
-        d += dims
+    cdef Py_ssize_t o = 0
+    while o + ROWS <= n:
+        if ROWS == 8:
+            linear_tile(8, VECTORS, tile + o * width, x, weight, w_stride, ahead, dims)
+        elif ROWS == 6:
+            linear_tile(6, VECTORS, tile + o * width, x, weight, w_stride, ahead, dims)
+        else:
+            linear_tile(4, VECTORS, tile + o * width, x, weight, w_stride, ahead, dims)
+        o += ROWS
+        weight += ROWS * w_stride
+    while o < n:
+        linear_tile(1, VECTORS, tile + o * width, x, weight, w_stride, ahead, dims)
+        o += 1
+        weight += w_stride
 
 
-cdef void pack_dims(real* packed, const real* x, Py_ssize_t rows, Py_ssize_t in_features,
+cdef inline void linear_columns(const int ROWS, real* tile, const real* x, Py_ssize_t x_stride, const real* weight,
+                                Py_ssize_t w_stride, const char* ahead, Py_ssize_t ahead_stride, Py_ssize_t ahead_item,
+                                Py_ssize_t dims) noexcept nogil:
+    """tile[ROWS][LANES] (IN/OUT): `dims` dimensions of LANES features. As many at `ahead`, of ahead_item bytes each, are
+    prefetched on the way; 0: none."""
+    cdef vf acc[8]
+    cdef vf columns[16]
+    cdef real lanes[16]
+    cdef Py_ssize_t d = 0
+    cdef int i, r
+    for r in range(ROWS):
+        acc[r] = vset1(<real> 0.0)
+    while d + LANES <= dims:
+        if ahead_item and d * ahead_item % 64 == 0:
+            for i in range(LANES):
+                prefetch(ahead + i * ahead_stride + d * ahead_item)
+        vload_square(columns, weight + d, w_stride)
+        for i in range(LANES):
+            for r in range(ROWS):
+                acc[r] = vfma(columns[i], vset1(x[r * x_stride + d + i]), acc[r])
+        d += LANES
+    while d < dims:
+        for i in range(LANES):
+            lanes[i] = weight[i * w_stride + d]
+        columns[0] = vload(lanes)
+        for r in range(ROWS):
+            acc[r] = vfma(columns[0], vset1(x[r * x_stride + d]), acc[r])
+        d += 1
+    for r in range(ROWS):
+        vstore(tile + r * LANES, vload(tile + r * LANES) + acc[r])
+
+
+cdef struct Linear:
+    Tensor x, weight, bias, out     # IN (1, batch, seq, in_features), IN (1, 1, out_features, in_features), IN (1, 1, 1,
+                                    # out_features) or no data, OUT (1, batch, seq, out_features)
+    Py_ssize_t seq, rows            # rows of x in a batch row, and in all
+    Py_ssize_t in_features, out_features
+    Py_ssize_t block                # rows of x at a time
+    bint w_in_place                 # W is read where it lies: rows of adjacent reals
+    real* packed                    # x of the block: [panel][in_features][width], few rows: [row][in_features]
+    Call* call
+
+
+cdef struct Bench:                  # what a thread works on, SCRATCH
+    real* tile                      # [panel][FEATURES][width], few rows: [row][LANES]
+    real* weight                    # [FEATURES][W_STRIDE], where W is not
+    real* rows                      # [MAX_WIDTH][BLOCK_DIMS] or [MAX_WIDTH][FEATURES]
+
+
+cdef size_t carve_bench(Bench* b, char* base, const Linear* l) noexcept nogil:
+    """Lays the scratch of a thread out from `base` on; returns its size in bytes."""
+    cdef size_t size = 0
+    b.tile = <real*> take(base, &size, FEATURES * (l.block + MAX_WIDTH) * sizeof(real))
+    b.weight = <real*> take(base, &size, FEATURES * W_STRIDE * sizeof(real))
+    b.rows = <real*> take(base, &size, MAX_WIDTH * BLOCK_DIMS * sizeof(real))
+    return size
+
+
+cdef inline char* row_number(const Linear* l, const Tensor* t, Py_ssize_t row) noexcept nogil:
+    return row_of(t, 0, row // l.seq, row % l.seq)
+
+
+cdef inline bint rows_are_even(const Linear* l, const Tensor* t, Py_ssize_t first_row, Py_ssize_t n) noexcept nogil:
+    """True where these rows are reals in place and equally far apart, also where they are of several batch rows."""
+    return rows_are_real(t) and (
+        row_number(l, t, first_row + n - 1) == row_number(l, t, first_row) + (n - 1) * t.stride[2])
+
+
+cdef inline Py_ssize_t padded_rows(Py_ssize_t rows) noexcept nogil:
+    """As many rows of x as the loops over few take at once; the last of them repeats."""
+    return 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
+
+
+cdef void pack_dims(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssize_t rows,
                     Py_ssize_t first) noexcept nogil:
-    """packed[panel][first : first + BLOCK_DIMS][width] (OUT) = x transposed; lanes past the last row are 0."""
-    cdef Py_ssize_t dims = min(in_features - first, <Py_ssize_t> BLOCK_DIMS)
-    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES
-    cdef Py_ssize_t width
+    """BLOCK_DIMS dimensions of l.packed (OUT), from `first` on; lanes past the last row are 0."""
+    cdef Py_ssize_t dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
+    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, width, n, r
+    cdef real* packed = l.packed
+    cdef Bench b
+    carve_bench(&b, scratch, l)
+    if few_rows(rows):
+        for r in range(padded_rows(rows)):
+            load_row(packed + r * l.in_features + first,
+                     row_number(l, &l.x, first_row + min(r, rows - 1)) + first * l.x.stride[3], l.x.stride[3], dims,
+                     l.x.kind)
+        return
     while vectors > 0:
         width = panel_vectors(vectors) * LANES
-        if rows < width:
+        n = min(rows, width)
+        if n < width:
             memset(packed + first * width, 0, width * dims * sizeof(real))
-        transpose(packed + first * width, width, x + first, in_features, min(rows, width), dims)
-        packed += width * in_features
-        x += width * in_features
+        if rows_are_even(l, &l.x, first_row, n):
+            transpose(packed + first * width, width, <const real*> row_number(l, &l.x, first_row) + first,
+                      l.x.stride[2] // <Py_ssize_t> sizeof(real), n, dims)
+        else:
+            for r in range(n):
+                load_row(b.rows + r * BLOCK_DIMS, row_number(l, &l.x, first_row + r) + first * l.x.stride[3],
+                         l.x.stride[3], dims, l.x.kind)
+            transpose(packed + first * width, width, b.rows, BLOCK_DIMS, n, dims)
+        packed += width * l.in_features
+        first_row += width
         rows -= width
         vectors -= width // LANES
 
 
-cdef void do_features(real* out, const real* packed, const real* weight, const real* bias, real* tile, Py_ssize_t rows,
-                      Py_ssize_t in_features, Py_ssize_t out_features, Py_ssize_t first) noexcept nogil:
-    """out[rows][first : first + FEATURES] (OUT)"""
-    cdef Py_ssize_t n = min(FEATURES, out_features - first)
-    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES
-    cdef Py_ssize_t vector = 0
-    cdef int panel
-    weight += first * in_features
-    while vector < vectors:
-        panel = panel_vectors(vectors - vector)
-        if panel == 1:
-            linear_panel(1, tile, packed, weight, bias + first, in_features, n)
-        elif PANEL_VECTORS == 2 or panel == 2:
-            linear_panel(2, tile, packed, weight, bias + first, in_features, n)
+cdef void few_features(const Linear* l, const Bench* b, Py_ssize_t first_row, Py_ssize_t rows, Py_ssize_t feature,
+                       Py_ssize_t n) noexcept nogil:
+    """out[first_row : + rows][feature : + n] (OUT): few rows, at most LANES features. All dimensions of these after the
+    other: each row of W is one stream from memory."""
+    cdef Py_ssize_t first = 0, r, dims, padded = padded_rows(rows), w_stride, ahead, item = l.weight.stride[3]
+    cdef bint in_place = l.w_in_place and n == LANES
+    cdef const char* weight = row_of(&l.weight, 0, 0, feature)
+    cdef const real* w
+    cdef const real* x = l.packed
+    cdef real* tile = b.tile
+    load_bias_of(l, b.rows, feature, n)
+    for r in range(padded):
+        vstore(tile + r * LANES, vload(b.rows))
+    while first < l.in_features:
+        if stopped(l.call):
+            return
+        dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
+        # Asked for: the next dimensions, in the end the first ones of the next features.
+        ahead = dims * item if first + dims < l.in_features else LANES * l.weight.stride[2] - first * item
+        if feature + 2 * LANES > l.out_features and first + dims == l.in_features:
+            item = 0
+        w, w_stride = <const real*> weight, l.weight.stride[2] // <Py_ssize_t> sizeof(real)
+        if not in_place:
+            w, w_stride = b.weight, W_STRIDE
+            for r in range(n):
+                load_row(b.weight + r * W_STRIDE, weight + r * l.weight.stride[2], l.weight.stride[3], dims,
+                         l.weight.kind)
+        if padded == 1:
+            linear_columns(1, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+        elif padded == 2:
+            linear_columns(2, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+        elif padded == 4:
+            linear_columns(4, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
         else:
-            linear_panel(3, tile, packed, weight, bias + first, in_features, n)
-        transpose(out + vector * LANES * out_features + first, out_features, tile, panel * LANES, n,
-                  min(panel * LANES, rows - vector * LANES))
-        packed += panel * LANES * in_features
-        vector += panel
+            linear_columns(8, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+        x += dims
+        weight += dims * l.weight.stride[3]
+        first += dims
+    for r in range(rows):
+        store_row(row_number(l, &l.out, first_row + r) + feature * l.out.stride[3], l.out.stride[3], tile + r * LANES,
+                  n, l.out.kind)
 
 
-def linear(const real[:, ::1] x, const real[:, ::1] weight, const real[::1] bias, real[:, ::1] out,
-           Py_ssize_t num_threads):
-    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d]. No axis is empty; arrays are aligned.
-    num_threads: 0 for the default."""
-    cdef Py_ssize_t rows = x.shape[0], in_features = x.shape[1], out_features = weight.shape[0]
-    cdef Py_ssize_t block = (min(rows, MAX_ROWS) + LANES - 1) // LANES * LANES
-    cdef Py_ssize_t num_tasks = (out_features + FEATURES - 1) // FEATURES
-    cdef Py_ssize_t first, n, task, tile_size = FEATURES * MAX_WIDTH
+cdef void load_bias_of(const Linear* l, real* bias, Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
+    """bias (OUT)[FEATURES] of n features, 0 behind them and where there is none."""
+    cdef Py_ssize_t o
+    for o in range(FEATURES):
+        bias[o] = 0.0
+    if l.bias.data != NULL:
+        load_row(bias, l.bias.data + feature * l.bias.stride[3], l.bias.stride[3], n, l.bias.kind)
+
+
+cdef void multiply_dims(const Linear* l, const Bench* b, Py_ssize_t rows, Py_ssize_t feature, Py_ssize_t n,
+                        Py_ssize_t first) noexcept nogil:
+    """b.tile (IN/OUT): BLOCK_DIMS dimensions, from `first` on, of n features. Meanwhile memory is asked for the next
+    ones, or for the first of the next FEATURES."""
+    cdef Py_ssize_t dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
+    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, ahead = dims
+    cdef Py_ssize_t w_stride = l.weight.stride[2] // <Py_ssize_t> sizeof(real), r, width, line
+    cdef const char* weight = row_of(&l.weight, 0, 0, feature) + first * l.weight.stride[3]
+    cdef const real* w = <const real*> weight
+    cdef const real* x = l.packed
+    cdef real* tile = b.tile
+    cdef int panel
+    if first + dims == l.in_features:
+        ahead = FEATURES * w_stride - first if feature + 2 * FEATURES <= l.out_features else 0
+    if not l.w_in_place:
+        ahead = (ahead if first + dims < l.in_features else 0) * l.weight.stride[3]
+        w, w_stride = b.weight, W_STRIDE
+        for r in range(n):
+            if 0 < ahead <= BLOCK_DIMS * <Py_ssize_t> sizeof(real):  # adjacent numbers
+                for line in range(0, ahead, 64):
+                    prefetch(weight + r * l.weight.stride[2] + ahead + line)
+            load_row(b.weight + r * W_STRIDE, weight + r * l.weight.stride[2], l.weight.stride[3], dims,
+                     l.weight.kind)
+        ahead = 0
+    while vectors > 0:
+        panel = panel_vectors(vectors)
+        width = panel * LANES
+        if panel == 1:
+            linear_panel(1, tile, x + first * width, w, w_stride, ahead, dims, n)
+        elif PANEL_VECTORS == 2 or panel == 2:
+            linear_panel(2, tile, x + first * width, w, w_stride, ahead, dims, n)
+        else:
+            linear_panel(3, tile, x + first * width, w, w_stride, ahead, dims, n)
+        ahead = 0  # asked for once
+        tile += FEATURES * width
+        x += width * l.in_features
+        vectors -= panel
+
+
+cdef void many_features(const Linear* l, const Bench* b, Py_ssize_t first_row, Py_ssize_t rows, Py_ssize_t feature,
+                        Py_ssize_t n) noexcept nogil:
+    """out[first_row : + rows][feature : + n] (OUT): many rows, at most FEATURES features. Some dimensions of all after the
+    other, so that these of W and of the panels stay in L1."""
+    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, first = 0, width, o, r
+    cdef real* tile = b.tile
+    load_bias_of(l, b.rows, feature, n)
+    while vectors > 0:
+        width = panel_vectors(vectors) * LANES
+        for o in range(n):
+            for r in range(width // LANES):
+                vstore(tile + o * width + r * LANES, vset1(b.rows[o]))
+        tile += FEATURES * width
+        vectors -= width // LANES
+    while first < l.in_features:
+        if stopped(l.call):
+            return
+        multiply_dims(l, b, rows, feature, n, first)
+        first += BLOCK_DIMS
+    tile = b.tile
+    while rows > 0:
+        width = panel_vectors((rows + LANES - 1) // LANES) * LANES
+        if rows_are_even(l, &l.out, first_row, min(width, rows)):
+            transpose(<real*> row_number(l, &l.out, first_row) + feature, l.out.stride[2] // <Py_ssize_t> sizeof(real),
+                      tile, width, n, min(width, rows))
+        else:
+            transpose(b.rows, FEATURES, tile, width, n, min(width, rows))
+            for r in range(min(width, rows)):
+                store_row(row_number(l, &l.out, first_row + r) + feature * l.out.stride[3], l.out.stride[3],
+                          b.rows + r * FEATURES, n, l.out.kind)
+        tile += FEATURES * width
+        first_row += width
+        rows -= width
+
+
+cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssize_t rows,
+                      Py_ssize_t feature) noexcept nogil:
+    """out[first_row : + rows][feature : + FEATURES] (OUT)"""
+    cdef Py_ssize_t end = min(feature + FEATURES, l.out_features)
+    cdef Bench b
+    carve_bench(&b, scratch, l)
+    if not few_rows(rows):
+        many_features(l, &b, first_row, rows, feature, end - feature)
+        return
+    while feature < end:
+        few_features(l, &b, first_row, rows, feature, min(<Py_ssize_t> LANES, end - feature))
+        feature += LANES
+
+
+cdef int describe_linear(Linear* l, x, weight, bias, out, Kind kind, Kind weight_kind) except -1:
+    """l (OUT), but for what is planned; ValueError where the shapes do not fit together."""
+    describe(&l.x, x, kind)
+    describe(&l.weight, weight, weight_kind)
+    describe(&l.out, out, kind)
+    l.bias.data = NULL
+    if bias is not None:
+        describe(&l.bias, bias, kind)
+    l.seq, l.rows = l.x.length[2], l.x.length[1] * l.x.length[2]
+    l.in_features, l.out_features = l.weight.length[3], l.weight.length[2]
+    if (l.x.length[3] != l.in_features or l.out.length[3] != l.out_features or l.x.length[1] != l.out.length[1]
+            or l.x.length[2] != l.out.length[2] or (bias is not None and l.bias.length[3] != l.out_features)
+            or not l.x.length[0] == l.out.length[0] == l.weight.length[0] == l.weight.length[1] == 1
+            or (bias is not None and not l.bias.length[0] == l.bias.length[1] == l.bias.length[2] == 1)):
+        raise ValueError(f"linear: x of shape {x.shape}, weight of shape {weight.shape}, bias of shape "
+                         f"{None if bias is None else bias.shape} and out of shape {out.shape} do not fit together")
+    return 0
+
+
+def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_threads):
+    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d], in arrays of 4 axes as Linear says; bias may
+    be None. num_threads: 0 for the default."""
+    cdef Linear l
+    cdef Bench b
+    cdef Call call
+    cdef Py_ssize_t first_row, rows, task, num_tasks, num_blocks
+    cdef size_t packed_size, bench_size
     cdef int threads
     cdef char* allocated
-    cdef real* packed
-    cdef real* tiles
-    cdef Call call
-    begin_call(&call, num_threads, 2.0 * rows * in_features * out_features)
+    cdef char* scratch
+    cdef fp_mode before
+    describe_linear(&l, x, weight, bias, out, kind, weight_kind)
+    if l.rows == 0 or l.out_features == 0:
+        return
+    num_tasks = (l.out_features + FEATURES - 1) // FEATURES
+    num_blocks = (l.in_features + BLOCK_DIMS - 1) // BLOCK_DIMS
+    l.block = min(l.rows, <Py_ssize_t> MAX_ROWS, max(LANES // 2, MAX_PACKED // max(1, l.in_features)))
+    l.w_in_place = rows_are_real(&l.weight)
+    begin_call(&call, num_threads, 2.0 * l.rows * l.in_features * l.out_features)
+    l.call = &call
     threads = <int> min(call.num_threads, num_tasks)
-    allocated = <char*> malloc((block * in_features + threads * tile_size) * sizeof(real) + 64)
+    rows = padded_rows(l.block) if few_rows(l.block) else (l.block + LANES - 1) // LANES * LANES
+    packed_size = (rows * l.in_features * sizeof(real) + 63) // 64 * 64
+    bench_size = carve_bench(&b, NULL, &l)
+    allocated = <char*> malloc(packed_size + threads * bench_size + 64)
     if allocated == NULL:
         end_call(&call)
-        raise MemoryError(f"linear: no memory for a copy of {block} x {in_features} numbers")
-    packed = <real*> (allocated + 64 - <uintptr_t> allocated % 64)
-    tiles = packed + block * in_features
+        raise MemoryError(f"linear: no memory for a copy of {l.block} x {l.in_features} numbers")
+    scratch = allocated + 64 - <uintptr_t> allocated % 64
+    l.packed = <real*> scratch
+    scratch += packed_size
     with nogil:
         if threads > 1:
             threads = cattn_startable(threads)
-        first = 0
-        while first < rows and not stopped(&call):
-            n = min(block, rows - first)
+        first_row = 0
+        while first_row < l.rows and not stopped(&call):
+            rows = min(l.block, l.rows - first_row)
             with parallel(num_threads=threads):
-                for task in prange((in_features + BLOCK_DIMS - 1) // BLOCK_DIMS, schedule="static"):
-                    pack_dims(packed, &x[first, 0], n, in_features, task * BLOCK_DIMS)
+                before = own_mode()
+                for task in prange(num_blocks, schedule="static"):
+                    if not stopped(&call):
+                        pack_dims(&l, scratch + threadid() * bench_size, first_row, rows, task * BLOCK_DIMS)
                 for task in prange(num_tasks, schedule="dynamic", chunksize=1):
-                    do_features(&out[first, 0], packed, &weight[0, 0], &bias[0], tiles + threadid() * tile_size, n,
-                                in_features, out_features, task * FEATURES)
-            first += block
+                    if not stopped(&call):
+                        do_features(&l, scratch + threadid() * bench_size, first_row, rows, task * FEATURES)
+                set_mode(before)
+            first_row += l.block
     free(allocated)
     end_call(&call)
