@@ -8,12 +8,22 @@ import itertools
 import math
 import numbers
 import sys
+import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference, threads
-from cattn.reference import _as_array, _check_dropout, _check_int, _check_seed, _is_bfloat16
+from cattn.reference import (
+    _as_array,
+    _cast,
+    _check_bool,
+    _check_dropout,
+    _check_int,
+    _check_seed,
+    _is_bfloat16,
+    _is_masked,
+)
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -28,30 +38,42 @@ _MAX_NUMBERS = 2**48  # in value, by strides of 0: beyond, the size of the scrat
 # Of scale and softcap: a quarter of the largest number, as for a bias, fits after * log2(e) as well.
 _F32_RANGE, _F64_RANGE = ((float(x.smallest_normal), float(x.max) / 4) for x in map(np.finfo, (np.float32, np.float64)))
 _MAX_AXES = 32  # numpy broadcasts no more
+# Of numpy.shares_memory. They take up to 75 ms; of random arrays 1 in 20,000 takes more, with 5 axes, and none with 4.
+_MAX_STEPS = 1_000_000
+# Of a float mask, that are looked at in each call. 64 rows of tril(ones(64, 64)), or one of 4096: it takes 1.7 us, and
+# a single number 1.1. (All of 512 x 512 would take 26 us.)
+_FIRST_NUMBERS = 4096
+# The bits of 1. As arrays of no axes: compared with twice as fast as scalars.
+_ONE = {F32: np.ones((), np.float32).view(np.uint32), F64: np.ones((), np.float64).view(np.uint64),
+        F16: np.ones((), np.float16).view(np.uint16), BF16: np.array(0x3F80, np.uint16)}
+_PACKAGE = __name__.partition(".")[0]
 
 
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *, q_offset: ArrayLike = 0,
-    window: tuple[int | None, int | None] | None = None, softcap: float = 0.0, alibi_slopes: ArrayLike | None = None,
-    sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None, return_weights: bool = False,
-    return_logsumexp: bool = False, out: np.ndarray | None = None, num_threads: int | None = None,
-    seed: int | None = None,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    return_weights: bool = False, return_logsumexp: bool = False, out: np.ndarray | None = None,
+    num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
+    # is_causal with fewer queries than keys and no q_offset goes the long way, where it is warned of.
     if (attn_mask is None and kv_lens is None and window is None and sinks is None and alibi_slopes is None
-            and seed is None and not return_weights and not return_logsumexp and type(q_offset) is int
+            and seed is None and return_weights is False and return_logsumexp is False
+            and (enable_gqa is False or enable_gqa is True)
             and type(dropout_p) is float and type(softcap) is float and dropout_p == softcap == 0
-            and -_FAR <= q_offset <= _FAR):
-        result = _kernels.f32.attend_plain(query, key, value, out, is_causal, scale, q_offset,
+            and (q_offset is None or (type(q_offset) is int and -_FAR <= q_offset <= _FAR))
+            and (is_causal is False or (is_causal is True and (
+                q_offset is not None or (type(query) is type(key) is np.ndarray and query.ndim == 4 == key.ndim
+                                         and query.shape[2] >= key.shape[2]))))):
+        result = _kernels.f32.attend_plain(query, key, value, out, is_causal, scale, q_offset or 0,
                                            0 if num_threads is None else threads.checked(num_threads))
         if result is not None:
             return result
-    try:
-        query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
-    except ValueError:
-        for name, array in (("query", query), ("key", key), ("value", value)):
-            _as_array(name, array)
-        raise
+    query, key, value = _as_array("query", query), _as_array("key", key), _as_array("value", value)
+    is_causal, _ = _check_bool("is_causal", is_causal), _check_bool("enable_gqa", enable_gqa)
+    return_weights = _check_bool("return_weights", return_weights)
+    return_logsumexp = _check_bool("return_logsumexp", return_logsumexp)
     q_kind, kv_kind = _kind("query", query), _kind("key", key)
     if value.dtype != key.dtype:
         raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}")
@@ -77,8 +99,11 @@ def scaled_dot_product_attention(
     dropout_p = _check_dropout("dropout_p", dropout_p)
     seed = _check_seed(seed) if dropout_p or seed is not None else 0
     num_threads = 0 if num_threads is None else threads.checked(num_threads)  # 0: the kernel takes the default
+    no_offset = q_offset is None
     q_offsets = None
-    if type(q_offset) is not int:
+    if no_offset:
+        q_offset = 0
+    elif type(q_offset) is not int:
         q_offsets = _check_lengths("q_offset", q_offset, leading)
         q_offset = 0
     if kv_lens is not None:
@@ -93,13 +118,19 @@ def scaled_dot_product_attention(
         sinks = _check_vector("sinks", sinks, ((num_heads,),), compute_dtype)
     mask_kind = BOOL
     if attn_mask is not None:
-        attn_mask, mask_kind = _check_mask(attn_mask, (*rows_shape, seq_len_kv))
+        given_mask = _as_array("attn_mask", attn_mask)
+        attn_mask, mask_kind = _check_mask(given_mask, (*rows_shape, seq_len_kv))
     if out is None:
         out = target = np.empty((*rows_shape, head_dim_v), query.dtype)
     else:
         inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "alibi_slopes": alibi_slopes,
                   "sinks": sinks}
         target = _check_out(out, (*rows_shape, head_dim_v), query.dtype, inputs)
+    if is_causal and no_offset and 0 < seq_len_q < seq_len_kv:
+        _warn_of_first_keys(seq_len_q, kv_lens)
+    if mask_kind != BOOL and _is_0_and_1(given_mask, mask_kind):
+        _warn("attn_mask: a float mask that holds only 0 and 1 and is added to the scores; for True = attend pass "
+              "attn_mask.astype(bool)")
     weights = np.empty((*rows_shape, seq_len_kv), compute_dtype) if return_weights else None
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
 
@@ -124,14 +155,49 @@ def scaled_dot_product_attention(
         return out
     results = [out]
     if return_weights:
-        with np.errstate(over="ignore"):  # dropout makes them as large as 1 / (1 - dropout_p)
-            results.append(weights.astype(query.dtype, copy=False))
+        results.append(_cast(weights, query.dtype))
     if return_logsumexp:
         results.append(logsumexp)
     return tuple(results)
 
 
 scaled_dot_product_attention.__doc__ = reference.scaled_dot_product_attention.__doc__
+
+
+def _warn(message):
+    """A UserWarning at the line that called the library, through however many functions of its own: what is shown once
+    per place is shown once for each such line. So the text has no numbers, which change from token to token."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _warn_of_first_keys(seq_len_q, kv_lens):
+    if kv_lens is None:
+        _warn("is_causal with fewer queries than keys and no q_offset: query i sees keys 0 to i; for queries that are "
+              "the last tokens pass q_offset=seq_len_kv - seq_len_q, else q_offset=0")
+    elif seq_len_q < kv_lens.max(initial=0):
+        _warn("is_causal with fewer queries than kv_lens and no q_offset: query i sees keys 0 to i; for queries that "
+              "are the last tokens pass q_offset=kv_lens - seq_len_q, else q_offset=0")
+
+
+def _is_0_and_1(mask, kind):
+    """Whether both are there, and nothing else. False as well where the first numbers of a large mask are all the same."""
+    if mask.size <= _FIRST_NUMBERS:
+        return _holds_0_and_1(mask, kind)
+    part = mask
+    for axis in range(mask.ndim):
+        if part.size > _FIRST_NUMBERS:
+            part = part[(slice(None),) * axis + (slice(max(1, _FIRST_NUMBERS * part.shape[axis] // part.size)),)]
+    once = tuple(slice(None) if stride else slice(1) for stride in mask.strides)
+    return _holds_0_and_1(part, kind) and _holds_0_and_1(mask[once], kind)
+
+
+def _holds_0_and_1(numbers, kind):
+    one = _ONE[kind]
+    ones = np.count_nonzero(numbers.view(one.dtype) == one)  # by their bits: numpy.errstate has no say in this
+    return 0 < ones < numbers.size and np.count_nonzero(numbers) == ones
 
 
 def _kind(name, array):
@@ -223,12 +289,11 @@ def _check_vector(name, vector, shapes, dtype):
         raise TypeError(f"{name}: expected a float array, got dtype {vector.dtype}")
     if vector.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got shape {vector.shape}")
-    with np.errstate(over="ignore"):  # infinity does what a number beyond the range would
-        return np.ascontiguousarray(vector, dtype)
+    vector = np.ascontiguousarray(_cast(vector, dtype))  # infinity does what a number beyond the range would
+    return vector if vector.flags.aligned else vector.copy()
 
 
 def _check_mask(attn_mask, shape):
-    attn_mask = _as_array("attn_mask", attn_mask)
     if attn_mask.dtype == bool:
         kind = BOOL
     elif attn_mask.dtype in _KINDS or _is_bfloat16(attn_mask.dtype):
@@ -243,34 +308,59 @@ def _check_mask(attn_mask, shape):
 
 
 def _check_out(out, shape, dtype, inputs):
-    """`out` as a plain array: what a subclass says of its shape and strides need not be true."""
+    """A view of `out` as a plain array: what a subclass says of its shape and strides need not be true, and another
+    thread may set them."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: expected an array of query's dtype {dtype}, got {type(out)}")
-    out = np.asarray(out)
+    if _is_masked(out):
+        raise TypeError("out: expected a plain array, got a masked array, whose mask would be ignored; use its .data")
+    out = np.asarray(out)[...]
     if out.dtype != dtype:
         raise TypeError(f"out: expected an array of query's dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got shape {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out: expected a writeable array, got a read-only one")
-    extent = out.itemsize  # bytes from the first to the end of the last element, over the axes of smaller strides
-    for stride, length in sorted((abs(stride), length) for stride, length in zip(out.strides, shape, strict=True)):
-        if out.size and length > 1 and stride < extent:
+    try:
+        if _overlaps_itself(out):
             raise ValueError(f"out: expected elements that do not overlap each other, got strides {out.strides}")
-        extent += stride * (length - 1)
+    except np.exceptions.TooHardError:
+        raise ValueError(f"out: expected elements that do not overlap each other, or strides of which that can be seen "
+                         f"in {_MAX_STEPS} steps, got strides {out.strides}") from None
     for name, array in inputs.items():
-        if array is not None and _overlap(out, array):
-            raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")
+        if array is None:
+            continue
+        try:
+            if np.may_share_memory(out, array) and np.shares_memory(out, array, max_work=_MAX_STEPS):
+                raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")
+        except np.exceptions.TooHardError:
+            raise ValueError(f"out: expected memory of its own, or strides of which that can be seen in {_MAX_STEPS} "
+                             f"steps, got an array that may overlap {name}") from None
     return out
 
 
-def _overlap(a, b):
-    if not np.may_share_memory(a, b):
+def _overlaps_itself(out):
+    """Whether two elements share a byte. TooHardError where that is no matter of few steps."""
+    axes = sorted((abs(stride), length, axis)
+                  for axis, (stride, length) in enumerate(zip(out.strides, out.shape, strict=True)) if length > 1)
+    extent = out.itemsize  # bytes from the first to the end of the last element, over the axes of smaller strides
+    for stride, length, _ in axes:
+        if stride < extent:
+            break
+        extent += stride * (length - 1)
+    else:
         return False
-    try:
-        return np.shares_memory(a, b, max_work=10_000)
-    except np.exceptions.TooHardError:
-        return True
+    if not out.size:
+        return False
+    # Axes that interleave. Two elements that share a byte differ along a first axis of these: moved together, one is at
+    # index 0 of it and the other is not, both at 0 of the axes before and anywhere along those after.
+    here = [slice(None)] * out.ndim
+    for _, _, axis in reversed(axes):
+        there = here.copy()
+        here[axis], there[axis] = slice(1), slice(1, None)
+        if np.shares_memory(out[tuple(here)], out[tuple(there)], max_work=_MAX_STEPS):
+            return True
+    return False
 
 
 def _four_axes(array, kind, leading, one_head):

@@ -10,6 +10,7 @@ import math
 import numbers
 import operator
 import os
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,7 +31,7 @@ __all__ = [
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike = 0, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
@@ -64,9 +65,9 @@ def scaled_dot_product_attention(
         1 / sqrt(head_dim) when None. At most a quarter of the range of the dtype computed in, as softcap.
     enable_gqa : bool
         Accepted so that calls written for PyTorch work; the shapes say it all.
-    q_offset : int or int array (batch,)
+    q_offset : int or int array (batch,), optional
         Position of query 0 among the keys (those already in a cache). May be negative. "batch" is the shape
-        of the leading axes where there are several.
+        of the leading axes where there are several. 0 when None.
     window : (left, right), optional
         Query i sees keys i + q_offset - left to i + q_offset + right, both included; None or -1 = unbounded.
     softcap : float
@@ -99,6 +100,13 @@ def scaled_dot_product_attention(
     ------
     ValueError, TypeError
         Naming the argument, the rule and what came, before anything is written. The reference checks nothing.
+
+    Warns
+    -----
+    UserWarning
+        Where is_causal meets fewer queries than keys (than kv_lens says, if given) and no q_offset: query 0 is
+        at key 0 then, not near the last key; q_offset=0 says that it is meant. And where a float mask holds 0
+        and 1 and nothing else, as if 1 meant "attend". The reference warns of nothing.
 
     Notes
     -----
@@ -162,7 +170,7 @@ def scaled_dot_product_attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset=0, window=None, softcap=0.0,
+def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset=None, window=None, softcap=0.0,
             alibi_slopes=None, kv_lens=None):
     """What the softmax is of, with -inf for masked keys; and which keys are not masked. For as many key heads as query
     heads."""
@@ -174,7 +182,8 @@ def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset
 
     largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
     key_index = np.arange(key.shape[-2])
-    position = np.arange(seq_len_q)[:, None] + np.asarray(q_offset, np.int64)[..., None, None, None]
+    q_offset = np.asarray(0 if q_offset is None else q_offset, np.int64)
+    position = np.arange(seq_len_q)[:, None] + q_offset[..., None, None, None]
     distance = key_index - position  # (batch, 1, seq_len_q, seq_len_kv)
     if alibi_slopes is not None:
         slopes = np.clip(np.asarray(alibi_slopes).astype(dtype), -largest, largest)[..., None, None]
@@ -826,7 +835,7 @@ def _columns(dim, layout):
 
 def _xavier_uniform(rng, fan_out, fan_in, dtype):
     bound = math.sqrt(6 / (fan_in + fan_out))
-    return rng.uniform(-bound, bound, (fan_out, fan_in)).astype(dtype)
+    return _cast(rng.uniform(-bound, bound, (fan_out, fan_in)), dtype)
 
 
 def _compute_dtype(x):
@@ -842,11 +851,46 @@ def _is_bfloat16(dtype):
     return dtype.name == "bfloat16" and dtype.isnative
 
 
-def _as_array(name, x):
-    try:
-        return np.asarray(x)
-    except ValueError as error:  # such as rows of different lengths
-        raise ValueError(f"{name}: expected an array, got a {type(x).__name__} that makes none: {error}") from None
+def _as_array(name, x, what=""):
+    """The array that numpy.asarray makes of x, as a view of its own: another thread may set the shape of the caller's.
+
+    An argument that makes none, in whatever way, is named; so is a masked array, since asarray drops the mask.
+    """
+    if type(x) is not np.ndarray:
+        given = type(x).__name__
+        try:
+            x = np.asanyarray(x)
+        except MemoryError:
+            raise
+        except ValueError as error:  # such as rows of different lengths
+            raise ValueError(f"{name}: expected an array{what}, got a {given} that makes none: {error}") from None
+        except Exception as error:  # __array__ is foreign code
+            raise TypeError(f"{name}: expected an array{what}, got a {given} that makes none: {error}") from error
+        if _is_masked(x):
+            raise TypeError(f"{name}: expected a plain array{what}, got a masked array, whose mask would be ignored; "
+                            f"use .filled(...)")
+        x = np.asarray(x)
+    return x[...]
+
+
+def _is_masked(x):
+    """Of numpy.ma, which this does not import: without it there are none."""
+    return issubclass(type(x), getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
+
+
+def _cast(array, dtype):
+    """`array` in this dtype, itself where it has it already. What overflows is infinite, in silence, whatever the
+    caller's numpy.errstate."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(all="ignore"):
+        return array.astype(dtype)
+
+
+def _check_bool(name, value):
+    if value is not True and value is not False and not isinstance(value, np.bool_):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+    return bool(value)
 
 
 def _check_int(name, value, minimum=None):

@@ -450,7 +450,8 @@ def short_way(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [
-    {}, {"is_causal": True}, {"scale": 0.3}, {"is_causal": True, "q_offset": 7}, {"is_causal": True, "q_offset": -3},
+    {}, {"is_causal": True, "q_offset": 0}, {"scale": 0.3}, {"is_causal": True, "q_offset": 7},
+    {"is_causal": True, "q_offset": -3}, {"enable_gqa": True},
 ], ids=str)
 def test_the_short_way_and_the_long_way(isa, monkeypatch, options, layout):
     """To the same bits, into the caller's array or a new one."""
@@ -470,6 +471,16 @@ def test_the_short_way_and_the_long_way(isa, monkeypatch, options, layout):
         taken.clear()
 
 
+def test_the_short_way_when_causal_without_an_offset(monkeypatch):
+    """Where no key comes after the last query."""
+    taken = short_way(monkeypatch)
+    for seq_len_q, seq_len_kv in [(1, 1), (5, 5), (9, 4)]:
+        arrays = problem(seq_len_q, seq_len_kv, 8, num_heads=4, num_kv_heads=2)
+        assert_same_bits(attention(*arrays, is_causal=True), attention(*arrays, is_causal=np.True_, q_offset=0))
+        assert taken == [True]
+        taken.clear()
+
+
 def test_what_the_short_way_leaves_alone(monkeypatch):
     taken = short_way(monkeypatch)
     x = normal(2, 3, 5, 8)
@@ -480,10 +491,14 @@ def test_what_the_short_way_leaves_alone(monkeypatch):
         ((x,) * 3, {"scale": 0.0}), ((x,) * 3, {"out": np.empty((*x.shape, 2), F32)[..., 0]}),
         ((x,) * 3, {"out": np.empty_like(x)[::-1]}), ((x[..., :0, :], x, x), {}),
     ]:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError):
             attention(*arrays, **options)
         assert taken == [False], (arrays, options)
         taken.clear()
+    for options in ({"enable_gqa": 1}, {"is_causal": 1}, {"is_causal": np.False_}, {"return_weights": 0}):
+        with contextlib.suppress(TypeError):
+            attention(x, x, x, **options)
+        assert taken == [], options
 
 
 def test_out_with_the_smallest_gaps(isa):

@@ -1,7 +1,12 @@
 """Every bad call of attention: the exception, its whole text, and that nothing was written before it came."""
 
 import math
+import operator
+import subprocess
+import sys
+import warnings
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -9,7 +14,7 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import threads
+from cattn import reference, threads
 
 F32, F64 = np.float32, np.float64
 
@@ -39,6 +44,11 @@ def read_only(array):
 def overlapping():
     """Two rows in the place of one."""
     return np.lib.stride_tricks.as_strided(zeros(1000), (2, 4, 3, 6), (288, 72, 0, 4))
+
+
+def interleaved():
+    """Two rows of three numbers, each 8 bytes long: at bytes 0, 16, 32 and 24, 40, 56."""
+    return np.ndarray((2, 3), F64, np.zeros(8), 0, (24, 16))
 
 
 class Larger(np.ndarray):
@@ -187,7 +197,7 @@ BAD_CALLS = [
     ({"window": (None, -5)}, ValueError,
      "window: expected keys to the left and right >= 0, or -1 or None for all, got (None, -5)"),
     ({"q_offset": 1.0}, KIND, "q_offset: expected integers, got dtype float64"),
-    ({"q_offset": None}, KIND, "q_offset: expected integers, got dtype object"),
+    ({"q_offset": "0"}, KIND, "q_offset: expected integers, got dtype <U1"),
     ({"q_offset": True}, KIND, "q_offset: expected integers, got dtype bool"),
     ({"q_offset": [0, 1, 2]}, ValueError, "q_offset: expected shape (2,), one per batch row, got shape (3,)"),
     ({"q_offset": [[0, 1]]}, ValueError, "q_offset: expected shape (2,), one per batch row, got shape (1, 2)"),
@@ -279,14 +289,19 @@ def test_out_that_overlaps_an_input(which):
 
 
 def test_overlap_that_is_hard_to_decide_counts_as_one(monkeypatch):
-    """Whether two strided arrays overlap is an integer problem; numpy gives up after a number of steps."""
+    """Whether two strided arrays overlap, or two elements of one, is an integer problem; numpy gives up after a number
+    of steps."""
     def give_up(*args, **kwargs):
         raise np.exceptions.TooHardError
 
     monkeypatch.setattr(np, "shares_memory", give_up)
     pairs = zeros(2, 4, 3, 16)
-    with pytest.raises(ValueError, match="overlaps query"):
+    with pytest.raises(ValueError, match=r"^out: expected memory of its own, or strides of which that can be seen in "
+                                         r"1000000 steps, got an array that may overlap query$"):
         call(query=pairs[..., ::2], out=pairs[..., 1:13:2])
+    with pytest.raises(ValueError, match=r"^out: expected elements that do not overlap each other, or strides of which "
+                                         r"that can be seen in 1000000 steps, got strides \(24, 16\)$"):
+        cattn.scaled_dot_product_attention(*[np.ones((2, 3))] * 3, out=interleaved())
 
 
 @pytest.mark.parametrize(("shape", "seq_len_kv", "return_weights"), [
@@ -332,3 +347,412 @@ def test_set_num_threads(num_threads, error, message):
         cattn.set_num_threads(num_threads)
     assert raised.type is error and str(raised.value) == message
     assert cattn.get_num_threads() == before and threads.source() != "set_num_threads"
+
+
+# Truth values.
+
+
+@pytest.mark.parametrize("name", ["is_causal", "enable_gqa", "return_weights", "return_logsumexp"])
+@pytest.mark.parametrize("number", ["no", None, 0, 1.0, np.ones(2, bool), np.ones(1, bool), np.array(True), [True]],
+                         ids=repr)
+@pytest.mark.parametrize("short", [True, False])
+def test_truth_values_are_bools(name, number, short):
+    with pytest.raises(TypeError) as raised:
+        call(**{name: number}, **({} if short else {"softcap": 1.0}))
+    assert str(raised.value) == f"{name}: expected a bool, got {number!r}"
+
+
+def test_truth_values_of_numpy():
+    arrays = [np.random.default_rng(i).standard_normal((1, 2, 5, 4)).astype(F32) for i in range(3)]
+    attention = cattn.scaled_dot_product_attention
+    np.testing.assert_array_equal(attention(*arrays, is_causal=np.True_), attention(*arrays, is_causal=True))
+    np.testing.assert_array_equal(attention(*arrays, is_causal=np.False_, enable_gqa=np.True_), attention(*arrays))
+    assert len(attention(*arrays, return_weights=np.True_, return_logsumexp=np.True_)) == 3
+
+
+# What makes no array, and masked arrays.
+
+ARRAYS = {"query": zeros(2, 4, 3, 8), "key": zeros(2, 2, 5, 8), "value": zeros(2, 2, 5, 6), "attn_mask": zeros(3, 5),
+          "q_offset": np.array([1, 2]), "kv_lens": np.array([3, 4]), "alibi_slopes": zeros(4), "sinks": zeros(4)}
+
+
+class Raises:
+    """As a torch tensor that requires grad does, or one on a GPU."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __array__(self, dtype=None, copy=None):
+        raise self.error
+
+
+class Makes(Raises):
+    """As a variable of a netCDF file does."""
+
+    def __array__(self, dtype=None, copy=None):
+        return self.error
+
+
+@pytest.mark.parametrize("which", ARRAYS)
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, KeyError, NotImplementedError, ZeroDivisionError, OSError])
+def test_what_makes_no_array_is_named(which, error):
+    cause = error("Can't call numpy() on Tensor that requires grad.")
+    out = np.full((2, 4, 3, 6), 7, F32)
+    with pytest.raises(TypeError) as raised:
+        call(**{which: Raises(cause)}, out=out)
+    assert str(raised.value) == f"{which}: expected an array, got a Raises that makes none: {cause}"
+    assert raised.value.__cause__ is cause
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("which", ARRAYS)
+def test_bad_value_in_what_makes_no_array(which):
+    with pytest.raises(ValueError, match=f"^{which}: expected an array, got a Raises that makes none: wrong$"):
+        call(**{which: Raises(ValueError("wrong"))})
+
+
+@pytest.mark.parametrize("which", ARRAYS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_is_not_about_the_argument_goes_through(which, error):
+    error = error("as it is")
+    with pytest.raises(type(error)) as raised:
+        call(**{which: Raises(error)})
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("which", ARRAYS)
+@pytest.mark.parametrize("through", [lambda x: x, Makes], ids=["itself", "through __array__"])
+def test_masked_array(which, through):
+    out = np.full((2, 4, 3, 6), 7, F32)
+    masked = np.ma.masked_array(ARRAYS[which], ARRAYS[which] == 0)
+    with pytest.raises(TypeError) as raised:
+        call(**{which: through(masked)}, out=out)
+    assert str(raised.value) == (f"{which}: expected a plain array, got a masked array, whose mask would be ignored; "
+                                 f"use .filled(...)")
+    assert (out == 7).all()
+    call(**{which: masked.filled()})
+
+
+def test_masked_array_as_out():
+    out = np.ma.masked_array(np.full((2, 4, 3, 6), 7, F32), True)
+    with pytest.raises(TypeError) as raised:
+        call(out=out)
+    assert str(raised.value) == ("out: expected a plain array, got a masked array, whose mask would be ignored; "
+                                 "use its .data")
+    assert (out.data == 7).all()
+    call(out=out.data)
+    assert (out.data == 0).all()
+
+
+def test_masked_arrays_are_known_without_importing_them():
+    code = """if True:
+        import sys, cattn
+        x = [[1.0, 2.0]]
+        cattn.scaled_dot_product_attention(x, x, x, [[True]])
+        cattn.MultiHeadAttention(2, 1, dtype=float).load_state_dict(cattn.MultiHeadAttention(2, 1).state_dict())
+        assert "numpy.ma" not in sys.modules
+        """
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(cattn.__file__).parents[1], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Arrays that change while a call looks at its arguments: they count as they were when they came.
+
+
+class Changes:
+    """A number that sets the shape of arrays when it is asked for its value."""
+
+    def __init__(self, value, *arrays_and_shapes):
+        self.value, self.arrays_and_shapes = value, arrays_and_shapes
+
+    def __index__(self):
+        for array, shape in self.arrays_and_shapes:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy: shape is not to be set
+                array.shape = shape
+        return self.value
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(operator.index(self))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, np.float16, ml_dtypes.bfloat16])
+def test_shapes_set_during_the_checks(dtype):
+    def arrays():
+        rng = np.random.default_rng(0)
+        return {"query": rng.standard_normal((1, 8, 6, 6)).astype(dtype),
+                "key": rng.standard_normal((1, 8, 6, 6)).astype(dtype),
+                "value": rng.standard_normal((1, 8, 6, 6)).astype(dtype)}
+
+    vectors = {"alibi_slopes": np.ones(8), "attn_mask": np.ones((6, 6), bool)}
+    expected = cattn.scaled_dot_product_attention(**arrays(), **vectors)
+    for shape in ((8, 1, 6, 6), (288,), (1, 1, 1, 288), (2, 144)):
+        changed = arrays()
+        changes = Changes(2, *((array, shape) for array in changed.values()))
+        result = cattn.scaled_dot_product_attention(**changed, **vectors, seed=changes)
+        np.testing.assert_array_equal(result, expected)
+        changed = arrays()
+        changes = Changes(0, *((array, shape) for array in changed.values()))
+        result = cattn.scaled_dot_product_attention(**changed, **vectors, q_offset=changes)
+        np.testing.assert_array_equal(result, expected)
+
+
+# numpy.errstate is the caller's: no number makes a call raise by it.
+
+EXTREME = {  # float64 numbers beyond float32, below its least, and NaN
+    "sinks": {"sinks": np.array([1e300, 1e-300, -1e300, np.nan])},
+    "alibi_slopes": {"alibi_slopes": np.array([1e300, 1e-300, -1e300, 5e-324])},
+    "float64 mask": {"attn_mask": np.array([1e300, 1e-300, -1e300, 5e-324, np.nan])},
+    "longdouble sinks": {"sinks": np.array([1e300, 1e-300, -1e300, np.nan], np.longdouble)},
+    "signalling NaN": {"attn_mask": np.array([0x7F800001, 0, 0, 0, 0], np.uint32).view(F32)},
+    "scale": {"scale": np.longdouble(1) / 3},
+    "softcap": {"softcap": np.float64(1.1754944e-38)},
+    "dropout": {"dropout_p": 1 - 1e-12, "seed": 1},
+    "every way out": {"return_weights": True, "return_logsumexp": True, "dropout_p": 1 - 1e-6, "seed": 3},
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("options", EXTREME)
+def test_errstate_raises_nothing(dtype, options):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape) for shape in ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6))]
+    arrays[0] *= 20
+    arrays = [x.astype(dtype) for x in arrays]
+    options = {"return_weights": True, **EXTREME[options]}
+    with np.errstate(all="ignore"):
+        expected = cattn.scaled_dot_product_attention(*arrays, **options)
+    for state in ("raise", "warn"):  # a warning is an error here
+        with np.errstate(all=state):
+            results = cattn.scaled_dot_product_attention(*arrays, **options)
+        for result, right in zip(results, expected, strict=True):
+            assert result.tobytes() == right.tobytes()
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ({"scale": np.float32(np.nan)}, "scale"), ({"scale": np.longdouble("inf")}, "scale"),
+    ({"softcap": np.float16(np.nan)}, "softcap"), ({"dropout_p": np.float32(np.nan)}, "dropout_p"),
+    ({"dropout_p": np.float16(np.inf)}, "dropout_p"), ({"dropout_p": np.longdouble("1e-4000")}, None),
+])
+def test_errstate_and_numbers_out_of_range(options, name):
+    with np.errstate(all="raise"):
+        if name is None:
+            call(**options)
+        else:
+            with pytest.raises(ValueError, match=f"^{name}: expected "):
+                call(**options)
+
+
+# Memory of `out`.
+
+
+def brute_force(array):
+    """The addresses of all bytes, one for each time that it is part of an element."""
+    start = array.__array_interface__["data"][0]
+    for stride, length in zip(array.strides, array.shape, strict=True):
+        start = np.add.outer(start, stride * np.arange(length))
+    return np.add.outer(start, np.arange(array.itemsize)).ravel()
+
+
+def random_views(rng, memory):
+    """Arrays of one shape in one piece of memory, whose axes interleave, in and out of each other: of 2, 3 or 4 axes,
+    with the steps of sliced buffers or any others."""
+    dtype = rng.choice([F32, F64, np.float16])
+    size = np.dtype(dtype).itemsize
+    shape = tuple(int(n) for n in rng.integers(1, 5, rng.choice([2, 3, 4])))
+    if len(shape) == 4 and rng.random() < 0.5:
+        shape = (1, 1, *shape[2:])
+    views = []
+    for _ in range(2):
+        if rng.random() < 0.5:  # a contiguous buffer with longer axes, sliced and transposed
+            steps = rng.integers(1, 4, len(shape))
+            order = rng.permutation(len(shape))
+            strides, stride = [0] * len(shape), size
+            for axis in order:
+                strides[axis] = stride * int(steps[axis]) * int(rng.choice([-1, 1]))
+                stride *= int(steps[axis]) * shape[axis]
+        else:
+            strides = [int(n) * (size if rng.random() < 0.7 else 1) for n in rng.integers(-12, 13, len(shape))]
+        spans = [stride * (n - 1) for stride, n in zip(strides, shape, strict=True)]
+        low, high = -sum(min(span, 0) for span in spans), sum(max(span, 0) for span in spans) + size
+        if low + high > len(memory):
+            return None
+        start = int(rng.integers(low, min(len(memory) - high, low + 4 * size) + 1))
+        views.append(np.ndarray(shape, dtype, memory, start, strides))
+    return views
+
+
+def test_out_is_refused_exactly_where_it_overlaps():
+    """Against all addresses, one by one: random views of one piece of memory, in which axes interleave."""
+    memory, rng = np.zeros(3000, np.uint8), np.random.default_rng(0)
+    taken, refused = 0, {"expected elements that do not overlap each other": 0, "expected memory of its own": 0}
+    for _ in range(6000):
+        views = random_views(rng, memory)
+        if views is None:
+            continue
+        query, out = views
+        plain = np.zeros(query.shape, query.dtype)
+        own, others = brute_force(out), brute_force(query)
+        itself = len(np.unique(own)) < len(own)
+        shares = len(np.intersect1d(own, others)) > 0
+        try:
+            assert cattn.scaled_dot_product_attention(query, plain, plain, out=out) is out
+        except ValueError as error:
+            rule = str(error).removeprefix("out: ").split(", got")[0]
+            refused[rule] += 1
+            assert itself if "elements" in rule else shares and not itself, (error, out.shape, out.strides)
+        else:
+            assert not (itself or shares), (out.shape, out.strides, query.strides)
+            taken += 1
+    assert taken > 500 and min(refused.values()) > 500
+
+
+BUFFERS = {  # out and query take turns in one buffer of this shape
+    "columns": ((2, 4, 3, 16), np.s_[..., 0::2], np.s_[..., 1::2]),
+    "rows": ((2, 4, 6, 8), np.s_[:, :, 0::2], np.s_[:, :, 1::2]),
+    "heads": ((2, 8, 3, 8), np.s_[:, 0::2], np.s_[:, 1::2]),
+    "batch rows": ((4, 4, 3, 8), np.s_[0::2], np.s_[1::2]),
+    "reversed columns": ((2, 4, 3, 16), np.s_[..., 0::2], np.s_[..., ::-2]),
+    "thirds of rows and halves of columns": ((2, 4, 9, 16), np.s_[:, :, 1::3, 0::2], np.s_[:, :, 1::3, 1::2]),
+    "halves of large arrays": ((8, 16, 128, 128), np.s_[..., 0::2], np.s_[..., 1::2]),
+    "heads of large arrays": ((8, 32, 128, 64), np.s_[:, 0::2], np.s_[:, 1::2]),
+}
+
+
+@pytest.mark.parametrize("which", BUFFERS)
+@pytest.mark.parametrize("dtype", [F32, F64, np.float16])
+def test_out_and_query_take_turns(which, dtype):
+    shape, mine, yours = BUFFERS[which]
+    buffer = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    out, query = buffer[mine], buffer[yours]
+    before = query.copy()
+    expected = cattn.scaled_dot_product_attention(before, before, before)
+    assert cattn.scaled_dot_product_attention(query, before, before, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(query, before)
+
+
+def test_out_whose_axes_interleave():
+    x = np.random.default_rng(0).standard_normal((2, 3))
+    out = interleaved()
+    assert cattn.scaled_dot_product_attention(x, x, x, out=out) is out
+    np.testing.assert_array_equal(out, cattn.scaled_dot_product_attention(x, x, x))
+
+
+# Warnings.
+
+
+def warned(function):
+    """(text, file, line) of each warning, with Python's default: once per text and place."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        globals().pop("__warningregistry__", None)
+        function()
+    assert all(warning.category is UserWarning for warning in caught)
+    return [(str(warning.message), warning.filename, warning.lineno) for warning in caught]
+
+
+def tokens(seq_len, axes=(1, 2), dtype=F32):
+    return np.ones((*axes, seq_len, 4), dtype)
+
+
+FIRST_KEYS = ("is_causal with fewer queries than keys and no q_offset: query i sees keys 0 to i; for queries that are "
+              "the last tokens pass q_offset=seq_len_kv - seq_len_q, else q_offset=0")
+FIRST_KEYS_OF_LENGTHS = ("is_causal with fewer queries than kv_lens and no q_offset: query i sees keys 0 to i; for "
+                         "queries that are the last tokens pass q_offset=kv_lens - seq_len_q, else q_offset=0")
+CAUSAL_CALLS = {  # (arguments, options, the warning)
+    "one query": ((1, 5), {}, FIRST_KEYS),
+    "some queries": ((4, 5), {}, FIRST_KEYS),
+    "as many": ((5, 5), {}, None),
+    "more": ((6, 5), {}, None),
+    "no queries": ((0, 5), {}, None),
+    "the long way": ((1, 5), {"softcap": 1.0}, FIRST_KEYS),
+    "numpy's True": ((1, 5), {"is_causal": np.True_}, FIRST_KEYS),
+    "not causal": ((1, 5), {"is_causal": False}, None),
+    "offset": ((1, 5), {"q_offset": 4}, None),
+    "offset of 0": ((1, 5), {"q_offset": 0}, None),
+    "offset of 0, the long way": ((1, 5), {"q_offset": 0, "softcap": 1.0}, None),
+    "offsets of 0": ((1, 5), {"q_offset": [0]}, None),
+    "numpy's offset": ((1, 5), {"q_offset": np.int64(0)}, None),
+    "lengths": ((1, 5), {"kv_lens": [5]}, FIRST_KEYS_OF_LENGTHS),
+    "shorter lengths": ((2, 5), {"kv_lens": [3]}, FIRST_KEYS_OF_LENGTHS),
+    "a prompt in a longer cache": ((3, 5), {"kv_lens": [3]}, None),
+    "lengths and offsets": ((1, 5), {"kv_lens": [5], "q_offset": [4]}, None),
+    "more keys than lengths": ((6, 5), {"kv_lens": [5]}, None),
+}
+
+
+@pytest.mark.parametrize("which", CAUSAL_CALLS)
+@pytest.mark.parametrize("axes", [(1, 2), (1,)])
+def test_warning_of_causal_with_fewer_queries(which, axes):
+    sizes, options, message = CAUSAL_CALLS[which]
+    query, key = (tokens(n, axes) for n in sizes)
+    options = {"is_causal": True} | options
+    caught = warned(lambda: cattn.scaled_dot_product_attention(query, key, key, **options))
+    assert [text for text, *_ in caught] == ([message] if message else [])
+    assert warned(lambda: reference.scaled_dot_product_attention(query, key, key, **options)) == []
+
+
+def test_what_is_computed_is_as_with_offset_0():
+    rng = np.random.default_rng(0)
+    query, key = rng.standard_normal((2, 2, 3, 4)), rng.standard_normal((2, 2, 9, 4))
+    for arrays in ((query, key, key), [x.astype(F32) for x in (query, key, key)]):
+        expected = cattn.scaled_dot_product_attention(*arrays, is_causal=True, q_offset=0)
+        with pytest.warns(UserWarning, match="q_offset=seq_len_kv - seq_len_q"):
+            result = cattn.scaled_dot_product_attention(*arrays, is_causal=True)
+        np.testing.assert_array_equal(result, expected)
+        np.testing.assert_array_equal(reference.scaled_dot_product_attention(*arrays, is_causal=True),
+                                      reference.scaled_dot_product_attention(*arrays, is_causal=True, q_offset=0))
+
+
+MASKS = {  # what holds only 0 and 1, and what does not
+    "causal": (np.tril(np.ones((5, 5))), True),
+    "padding": (np.array([1.0, 1, 1, 0, 0]), True),
+    "minus zeros": (np.array([1.0, -0.0, 1, 1, 1]), True),
+    "one of each": (np.array([0.0, 1])[[0, 0, 1, 0, 0]], True),
+    "strided": (np.tril(np.ones((10, 10)))[::2, ::2], True),
+    "broadcast": (np.broadcast_to(np.array([1.0, 0, 0, 0, 0]), (2, 4, 5, 5)), True),
+    "zeros": (np.zeros((5, 5)), False),
+    "ones": (np.ones((5, 5)), False),
+    "one number": (np.array(1.0), False),
+    "infinite": (np.where(np.tri(5) > 0, 0, -np.inf), False),
+    "infinite and 1": (np.where(np.tri(5) > 0, 1, -np.inf), False),
+    "large negative": ((1 - np.tri(5)) * -1e9, False),
+    "one that is neither": (np.tri(5) + np.eye(5) / 8, False),
+    "NaN": (np.array([0, 1, np.nan, 0, 0]), False),
+    "bool": (np.tri(5) > 0, False),
+}
+
+
+@pytest.mark.parametrize("which", MASKS)
+@pytest.mark.parametrize("dtype", [F32, F64, np.float16, ml_dtypes.bfloat16])
+def test_warning_of_masks_of_0_and_1(which, dtype):
+    mask, warns = MASKS[which]
+    if mask.dtype != bool and which != "broadcast":
+        with np.errstate(over="ignore"):
+            mask = mask.astype(dtype)
+    x = tokens(5, (2, 4))
+    caught = warned(lambda: cattn.scaled_dot_product_attention(x, x, x, mask))
+    assert [text for text, *_ in caught] == ([
+        "attn_mask: a float mask that holds only 0 and 1 and is added to the scores; for True = attend pass "
+        "attn_mask.astype(bool)"] if warns else [])
+    assert warned(lambda: reference.scaled_dot_product_attention(x, x, x, mask)) == []
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (1, 1, 300, 300), (2, 4, 300, 300), (300, 2000)])
+def test_warning_of_large_masks_of_0_and_1(shape):
+    mask = np.tril(np.ones(shape, F32))
+    query, key = tokens(shape[-2], (2, 4)), tokens(shape[-1], (2, 4))
+    assert len(warned(lambda: cattn.scaled_dot_product_attention(query, key, key, mask))) == 1
+    mask[..., -1, -1] = 0.5
+    assert warned(lambda: cattn.scaled_dot_product_attention(query, key, key, mask)) == []
+
+
+def test_warning_as_an_error_comes_before_anything_is_written():
+    out = np.full((1, 2, 1, 4), 7, F32)
+    with pytest.raises(UserWarning, match=r"^is_causal with fewer queries"):  # an error, in this suite
+        cattn.scaled_dot_product_attention(tokens(1), tokens(5), tokens(5), is_causal=True, out=out)
+    with pytest.raises(UserWarning, match=r"^attn_mask: a float mask"):
+        cattn.scaled_dot_product_attention(tokens(1), tokens(5), tokens(5), np.eye(5)[0], out=out)
+    assert (out == 7).all()
