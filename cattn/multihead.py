@@ -16,29 +16,32 @@ class MultiHeadAttention(reference.MultiHeadAttention):
 
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike = 0,
+        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
         alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         return self._forward(
-            query, key, value, attn_mask, return_weights,
-            is_causal=is_causal, q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-            sinks=sinks, kv_lens=kv_lens, dropout_p=self.dropout if training else 0.0, seed=seed,
-            num_threads=num_threads,
+            query, key, value, attn_mask, is_causal, return_weights, training,
+            q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            kv_lens=kv_lens, seed=seed, num_threads=num_threads,
         )
 
     __call__.__doc__ = reference.MultiHeadAttention.__call__.__doc__
 
-    def _project(self, query, key, value, num_threads):
+    def _project(self, query, key, value, weight, bias, num_threads):
         if value is not key:
-            return super()._project(query, key, value, num_threads)
+            return super()._project(query, key, value, weight, bias, num_threads)
+
+        def project(x, rows):
+            return self._linear(x, weight[rows], None if bias is None else bias[rows], num_threads)
+
+        q_rows, k_rows, v_rows = self._rows()
         if key is not query:
-            kv = self._in_proj(key, slice(self._k_rows.start, None), num_threads)
-            return self._in_proj(query, self._q_rows, num_threads), *np.split(kv, 2, axis=-1)
-        qkv = self._in_proj(query, slice(None), num_threads)
-        return qkv[..., self._q_rows], qkv[..., self._k_rows], qkv[..., self._v_rows]
+            return project(query, q_rows), *np.split(project(key, slice(k_rows.start, None)), 2, axis=-1)
+        qkv = project(query, slice(None))
+        return qkv[..., q_rows], qkv[..., k_rows], qkv[..., v_rows]
 
     def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
         # The heads are written side by side, so that the output projection reads contiguous memory.

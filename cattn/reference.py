@@ -304,6 +304,29 @@ def _keep(seed, dropout_p, batch_index, head_index, rows, columns):
     return words >= np.uint64(int(dropout_p * 2**32))
 
 
+class _Parameter:
+    """A weight or bias of a layer: what is assigned to it is checked, and cast to the layer's dtype.
+
+    The layer keeps a view of its own, of the assigned array's memory where that can be used and trained in place, else
+    of a copy. Calls take views of that in turn, and check them again: the shape and the dtype of what an attribute
+    returns can be set as well."""
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, layer, owner=None):
+        if layer is None:
+            return self
+        try:
+            return layer.__dict__[self.name]
+        except KeyError:
+            raise AttributeError(f"this layer has no {self.name} yet") from None
+
+    def __set__(self, layer, value):
+        array = layer._check_parameter(self.name, value, layer._shapes()[self.name])
+        layer.__dict__[self.name] = array if array is None or array.flags.writeable else array.copy()
+
+
 class MultiHeadAttention:
     """Multi-head attention: concat_h(attention(x_q W_q,h^T, x_k W_k,h^T, x_v W_v,h^T)) @ W_o^T + b_o.
 
@@ -333,6 +356,10 @@ class MultiHeadAttention:
     out_proj_weight : array (embed_dim, embed_dim)
     out_proj_bias : array (embed_dim,), or None
 
+    Parameters may be changed in place, and assigned: anything that numpy.asarray reads, of this shape, is cast
+    to the dtype of the layer; a C-contiguous, aligned, writeable array of this dtype is not copied. Each bias
+    may be None, and an array again.
+
     Weights start Xavier-uniform, U(-b, b) with b = sqrt(6 / (fan_in + fan_out)): fan_in = input_dim and
     fan_out = all rows of in_proj_weight together, as for one Linear(input_dim, 3 * embed_dim). Biases start
     at 0.
@@ -359,6 +386,8 @@ class MultiHeadAttention:
 
     _dtypes = None  # names of the dtypes allowed; None: every float dtype
 
+    in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias = (_Parameter() for _ in range(4))
+
     def __init__(
         self, embed_dim: int, num_heads: int, *, num_kv_heads: int | None = None,
         input_dim: int | None = None, bias: bool = True, dropout: float = 0.0, dtype: DTypeLike = np.float32,
@@ -378,27 +407,25 @@ class MultiHeadAttention:
         self.head_dim = self.embed_dim // self.num_heads
         self.dropout = _check_dropout("dropout", dropout)
         self.dtype = _check_dtype(dtype, self._dtypes)
+        bias = _check_bool("bias", bias)
 
         try:
             rng = np.random.default_rng(seed)
         except (TypeError, ValueError) as error:
             raise type(error)(f"seed: expected an int >= 0 or a Generator, got {seed!r}") from None
-        kv_dim = self.num_kv_heads * self.head_dim
-        # Rows of in_proj_weight that make q, k and v.
-        self._q_rows = slice(0, self.embed_dim)
-        self._k_rows = slice(self.embed_dim, self.embed_dim + kv_dim)
-        self._v_rows = slice(self.embed_dim + kv_dim, self.embed_dim + 2 * kv_dim)
-        if self._v_rows.stop * max(self.input_dim, self.embed_dim) > 2**58:
+        shapes = self._shapes()
+        if shapes["in_proj_weight"][0] * max(self.input_dim, self.embed_dim) > 2**58:
             raise ValueError(f"embed_dim: expected at most 2**58 elements in a weight, got embed_dim = {embed_dim} and "
                              f"input_dim = {self.input_dim}")
-        self.in_proj_weight = _xavier_uniform(rng, self._v_rows.stop, self.input_dim, self.dtype)
-        self.in_proj_bias = np.zeros(self._v_rows.stop, self.dtype) if bias else None
-        self.out_proj_weight = _xavier_uniform(rng, self.embed_dim, self.embed_dim, self.dtype)
-        self.out_proj_bias = np.zeros(self.embed_dim, self.dtype) if bias else None
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                setattr(self, name, _xavier_uniform(rng, *shape, self.dtype))
+            else:
+                setattr(self, name, np.zeros(shape, self.dtype) if bias else None)
 
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike = 0,
+        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
         window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
         alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
@@ -438,34 +465,47 @@ class MultiHeadAttention:
         ------
         ValueError, TypeError
             Naming the argument, the rule and what came.
+
+        Warns
+        -----
+        UserWarning
+            As `scaled_dot_product_attention` does.
         """
         return self._forward(
-            query, key, value, attn_mask, return_weights,
-            is_causal=is_causal, q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-            sinks=sinks, kv_lens=kv_lens, dropout_p=self.dropout if training else 0.0, seed=seed,
+            query, key, value, attn_mask, is_causal, return_weights, training,
+            q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            kv_lens=kv_lens, seed=seed,
         )
 
-    def _forward(self, query, key, value, attn_mask, return_weights, *, kv_lens, num_threads=None, **options):
+    def _forward(self, query, key, value, attn_mask, is_causal, return_weights, training, *, kv_lens, num_threads=None,
+                 **options):
         query, key, value = self._check_inputs(query, key, value)
         if attn_mask is not None:
             attn_mask = self._check_mask(attn_mask, query, key)
+        is_causal, return_weights = _check_bool("is_causal", is_causal), _check_bool("return_weights", return_weights)
+        dropout_p = _check_dropout("dropout", self.dropout) if _check_bool("training", training) else 0.0
         batched = query.ndim == 3
-        if not batched and kv_lens is not None and np.ndim(kv_lens) == 0:
-            kv_lens = np.asarray(kv_lens)[None]
+        if kv_lens is not None:
+            kv_lens = _as_array("kv_lens", kv_lens)
+            if not batched and kv_lens.ndim == 0:
+                kv_lens = kv_lens[None]
+        in_weight, in_bias, out_weight, out_bias = self._own_parameters().values()
 
-        q, k, v = (self._split_heads(x) for x in self._project(query, key, value, num_threads))
-        heads, weights = self._attend(q, k, v, attn_mask, return_weights, num_threads, kv_lens=kv_lens, **options)
-        out = self._linear(heads, self.out_proj_weight, self.out_proj_bias, num_threads)
+        projected = self._project(query, key, value, in_weight, in_bias, num_threads)
+        q, k, v = (self._split_heads(x) for x in projected)
+        heads, weights = self._attend(q, k, v, attn_mask, return_weights, num_threads, is_causal=is_causal,
+                                      kv_lens=kv_lens, dropout_p=dropout_p, **options)
+        out = self._linear(heads, out_weight, out_bias, num_threads)
         if not batched:
             out, weights = out[0], weights[0] if return_weights else None
         return (out, weights) if return_weights else out
 
     # The steps that cattn.MultiHeadAttention does in its own way.
 
-    def _project(self, query, key, value, num_threads):
+    def _project(self, query, key, value, weight, bias, num_threads):
         """(..., seq, input_dim) each to (..., seq, heads * head_dim) each."""
-        rows = (self._q_rows, self._k_rows, self._v_rows)
-        return [self._in_proj(x, part, num_threads) for x, part in zip((query, key, value), rows, strict=True)]
+        return [self._linear(x, weight[rows], None if bias is None else bias[rows], num_threads)
+                for x, rows in zip((query, key, value), self._rows(), strict=True)]
 
     def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
         """(batch, heads, seq, head_dim) each to (batch, seq_len_q, embed_dim), and the weights if wanted."""
@@ -483,9 +523,46 @@ class MultiHeadAttention:
 
     # The steps that both share.
 
-    def _in_proj(self, x, rows, num_threads):
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        return self._linear(x, self.in_proj_weight[rows], bias, num_threads)
+    def _shapes(self):
+        """{parameter: its shape}, for sizes that fit together: they are plain attributes."""
+        if self.num_heads * self.head_dim != self.embed_dim or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"embed_dim: expected num_heads * head_dim, and num_heads a multiple of num_kv_heads, got embed_dim = "
+                f"{self.embed_dim}, num_heads = {self.num_heads}, head_dim = {self.head_dim}, "
+                f"num_kv_heads = {self.num_kv_heads}"
+            )
+        rows = self.embed_dim + 2 * self.num_kv_heads * self.head_dim
+        return {"in_proj_weight": (rows, self.input_dim), "in_proj_bias": (rows,),
+                "out_proj_weight": (self.embed_dim, self.embed_dim), "out_proj_bias": (self.embed_dim,)}
+
+    def _rows(self):
+        """The rows of in_proj_weight and in_proj_bias that make q, k and v."""
+        k_start, v_start = self.embed_dim, self.embed_dim + self.num_kv_heads * self.head_dim
+        return slice(0, k_start), slice(k_start, v_start), slice(v_start, 2 * v_start - k_start)
+
+    def _check_parameter(self, name, value, shape):
+        """`value` as a C-contiguous, aligned array of this shape, in the layer's dtype; None where there is no bias."""
+        if value is None and len(shape) == 1:
+            return None
+        array = _as_array(name, value)
+        if array.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
+        if array.dtype != self.dtype:
+            if not _is_float(array.dtype) and array.dtype.kind not in "iu":
+                raise TypeError(f"{name}: expected a float array, got dtype {array.dtype}")
+            array = _cast(array, self.dtype)
+        return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
+
+    def _own_parameters(self):
+        """{parameter: a view that nobody else holds}, for one call: another thread may assign them meanwhile."""
+        own, dtype = {}, self.dtype
+        for name, shape in self._shapes().items():
+            array = own[name] = getattr(self, name)
+            if array is not None:
+                view = own[name] = array[...]
+                if not (view.shape == shape and view.dtype == dtype and view.flags.carray):  # rarely
+                    own[name] = self._check_parameter(name, view, shape)
+        return own
 
     def _split_heads(self, x):
         """(batch, seq, heads * head_dim), batch optional, to a view (batch, heads, seq, head_dim)."""
@@ -493,9 +570,12 @@ class MultiHeadAttention:
         return x if x.ndim == 4 else x[None]
 
     def _check_inputs(self, query, key, value):
+        # The same array for two of them stays one: they are projected together.
+        given_query, given_key = query, key
         query = _as_array("query", query)
-        key = query if key is None else _as_array("key", key)
-        value = key if value is None else _as_array("value", value)
+        key = query if key is None or key is given_query else _as_array("key", key)
+        value = (key if value is None or value is given_key else query if value is given_query
+                 else _as_array("value", value))
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dtype != self.dtype:
                 raise TypeError(f"{name}: expected the dtype of the layer, {self.dtype}, got {x.dtype}")
@@ -548,8 +628,8 @@ class MultiHeadAttention:
         ValueError
             If there is no such layout, or not for this layer.
         """
-        entries = self._layout(layout)
-        return {key: np.array(getattr(self, parameter)[rows]) for key, (parameter, rows) in entries.items()}
+        parameters, entries = self._own_parameters(), self._layout(layout)
+        return {key: np.array(parameters[name][rows]) for key, (name, rows) in entries.items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], layout: str | None = None) -> None:
         """Take all parameters from a state dict; change nothing if anything is wrong with it.
@@ -571,6 +651,7 @@ class MultiHeadAttention:
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
+        shapes = self._shapes()
         if layout is None:
             shared = {name: len(entries.keys() & set(state)) for name, entries in self._layouts().items()}
             layout = max(shared, key=shared.get)
@@ -582,14 +663,14 @@ class MultiHeadAttention:
                 f"missing {missing}, unknown {unknown}"
             )
 
-        parameters = {name: np.empty_like(getattr(self, name)) for name, _ in entries.values()}
+        parameters = {name: np.empty(shapes[name], self.dtype) for name, _ in entries.values()}
         for key, (name, rows) in entries.items():
-            array, target = _as_array("state", state[key]), parameters[name][rows]
+            array, target = _as_array("state", state[key], f" for {key!r}"), parameters[name][rows]
             if not _is_float(array.dtype):
                 raise TypeError(f"state: expected a float array for {key!r}, got dtype {array.dtype}")
             if array.shape != target.shape:
                 raise ValueError(f"state: expected shape {target.shape} for {key!r}, got shape {array.shape}")
-            parameters[name][rows] = array
+            parameters[name][rows] = _cast(array, self.dtype)
         for name, array in parameters.items():
             setattr(self, name, array)
 
@@ -606,14 +687,13 @@ class MultiHeadAttention:
 
     def _layouts(self):
         """{layout: {key: (parameter, rows)}}: entry `key` of a state dict is these rows of that parameter."""
-        kinds = ("weight",) if self.in_proj_bias is None else ("weight", "bias")
-        every = slice(None)
-        split = {"q": self._q_rows, "k": self._k_rows, "v": self._v_rows}
+        every, split = slice(None), dict(zip("qkv", self._rows(), strict=True))
         by_head = np.arange(3 * self.embed_dim).reshape(3, self.num_heads, self.head_dim).swapaxes(0, 1)
 
         def entries(out_prefix, in_prefixes):
             parts = [("in_proj", *part) for part in in_prefixes] + [("out_proj", out_prefix, every)]
-            return {prefix + kind: (f"{name}_{kind}", rows) for name, prefix, rows in parts for kind in kinds}
+            return {prefix + kind: (f"{name}_{kind}", rows) for name, prefix, rows in parts
+                    for kind in ("weight", "bias") if getattr(self, f"{name}_{kind}") is not None}
 
         torch = entries("out_proj.", [("in_proj_", every)])
         torch_split = {f"{x}_proj_weight": ("in_proj_weight", rows) for x, rows in split.items()} | torch

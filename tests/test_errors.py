@@ -1,5 +1,6 @@
 """Every bad call of attention: the exception, its whole text, and that nothing was written before it came."""
 
+import inspect
 import math
 import operator
 import subprocess
@@ -747,6 +748,33 @@ def test_warning_of_large_masks_of_0_and_1(shape):
     assert len(warned(lambda: cattn.scaled_dot_product_attention(query, key, key, mask))) == 1
     mask[..., -1, -1] = 0.5
     assert warned(lambda: cattn.scaled_dot_product_attention(query, key, key, mask)) == []
+
+
+def test_warnings_name_the_caller():
+    """Once per line, however many tokens; of this file, also through a layer."""
+    layer = cattn.MultiHeadAttention(8, 2)
+
+    class Mine(cattn.MultiHeadAttention):
+        def __call__(self, x, **options):
+            return super().__call__(x, **options)  # once
+
+    own = Mine(8, 2)
+    mask, x = np.tri(3), np.ones((1, 9, 8), F32)
+
+    def calls():
+        for n in range(2, 9):
+            cattn.scaled_dot_product_attention(tokens(1), tokens(n), tokens(n), is_causal=True)  # once
+            cattn.scaled_dot_product_attention(tokens(1), tokens(n), tokens(n), is_causal=True, kv_lens=[n])  # once
+            layer(x[:, :1], x[:, :n], is_causal=True)  # once
+            layer(x[0, :1], x[0, :n], is_causal=True, kv_lens=n)  # once
+            layer(x[:, :3], attn_mask=mask)  # once
+            own(x[:, :3], attn_mask=mask)
+
+    lines, first = inspect.getsourcelines(test_warnings_name_the_caller)
+    expected = [first + number for number, line in enumerate(lines) if line.endswith("  # once\n")]
+    caught = warned(calls)
+    assert sorted(line for _, _, line in caught) == expected and len(expected) == 6
+    assert {file for _, file, _ in caught} == {__file__}
 
 
 def test_warning_as_an_error_comes_before_anything_is_written():

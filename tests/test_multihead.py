@@ -1,6 +1,10 @@
 """MultiHeadAttention, the reference and the public one: formula, masks, dropout, state dicts, errors."""
 
+import copy
 import math
+import pickle
+import re
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -461,7 +465,7 @@ def test_rows_of_different_lengths(library, which):
     layer = library.MultiHeadAttention(12, 3)
     with pytest.raises(ValueError, match=f"^{which}: expected an array, got a list that makes none: "):
         layer(**{"query": ones(4, 12), which: [[1.0], [2.0, 3.0]]})
-    with pytest.raises(ValueError, match=r"^state: expected an array, got a list that makes none: "):
+    with pytest.raises(ValueError, match=r"^state: expected an array for 'out_proj.bias', got a list that makes "):
         layer.load_state_dict(layer.state_dict() | {"out_proj.bias": [[1.0], [2.0, 3.0]]})
 
 
@@ -481,3 +485,448 @@ def test_other_bad_states(library):
         layer.load_state_dict({})
     with pytest.raises(ValueError, match=r"unknown \['q_proj.bias'"):
         library.MultiHeadAttention(12, 4, bias=False).load_state_dict(layer.state_dict("huggingface"))
+
+
+# Assigned parameters, and other attributes.
+
+PARAMETERS = {"in_proj_weight": (36, 12), "in_proj_bias": (36,), "out_proj_weight": (12, 12), "out_proj_bias": (12,)}
+
+
+class Named(np.ndarray):
+    pass
+
+
+class Lying(np.ndarray):
+    shape = (36, 12)
+
+
+def unaligned(x):
+    memory = np.zeros(x.nbytes + 1, np.uint8)
+    array = np.ndarray(x.shape, x.dtype, memory, 1)
+    array[...] = x
+    return array
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+FORMS = {  # the same numbers otherwise
+    "plain": lambda x: x,
+    "subclass": lambda x: x.view(Named),
+    "row of a larger array": lambda x: np.stack([x, x])[1],
+    "float64": lambda x: x.astype(np.float64),
+    "longdouble": lambda x: x.astype(np.longdouble),
+    "other byte order": lambda x: x.astype(x.dtype.newbyteorder("S")),
+    "list": lambda x: x.tolist(),
+    "Fortran": np.asfortranarray,
+    "every second column": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+    "negative strides": lambda x: np.flip(np.flip(x).copy()),
+    "unaligned": unaligned,
+    "read-only": read_only,
+}
+
+
+@both
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_assigned_parameters(library, form, dtype):
+    """Cast where need be, and then as if they had been there from the start; in memory of their own, but for arrays
+    that can be used and trained in place."""
+    if form == "other byte order" and dtype == ml_dtypes.bfloat16:
+        return  # read wrong by ml_dtypes, and refused
+    source, layer = (random_layer(library, 12, 3, dtype=dtype, seed=seed) for seed in (0, 5))
+    x = random_input(2, 5, 12, dtype=dtype)
+    for name in PARAMETERS:
+        given = FORMS[form](getattr(source, name).copy())
+        setattr(layer, name, given)
+        held = getattr(layer, name)
+        assert held is getattr(layer, name) and type(held) is np.ndarray
+        assert held.dtype == dtype and held.flags.carray
+        in_place = form != "list" and given.dtype == dtype and given.flags.carray
+        assert (form != "list" and np.shares_memory(held, given)) == in_place
+    np.testing.assert_array_equal(layer(x), source(x))
+
+
+@both
+def test_integers_as_parameters(library):
+    layer = library.MultiHeadAttention(12, 3)
+    layer.out_proj_bias = list(range(12))
+    layer.out_proj_weight = np.eye(12, dtype=np.int8)
+    np.testing.assert_array_equal(layer.out_proj_bias, np.arange(12, dtype=np.float32))
+    assert layer.out_proj_bias.dtype == layer.out_proj_weight.dtype == np.float32
+
+
+@both
+@pytest.mark.parametrize(("name", "value", "error", "message"), [
+    ("in_proj_weight", ones(12, 12), ValueError, r"expected shape \(36, 12\), got shape \(12, 12\)$"),
+    ("in_proj_weight", ones(36, 6), ValueError, r"expected shape \(36, 12\), got shape \(36, 6\)$"),
+    ("in_proj_weight", ones(12, 36), ValueError, r"expected shape \(36, 12\), got shape \(12, 36\)$"),
+    ("in_proj_weight", ones(1, 1).view(Lying), ValueError, r"expected shape \(36, 12\), got shape \(1, 1\)$"),
+    ("out_proj_weight", ones(2048, 1), ValueError, r"expected shape \(12, 12\), got shape \(2048, 1\)$"),
+    ("out_proj_weight", ones(6, 12), ValueError, r"expected shape \(12, 12\), got shape \(6, 12\)$"),
+    ("out_proj_weight", ones(0, 12), ValueError, r"expected shape \(12, 12\), got shape \(0, 12\)$"),
+    ("out_proj_weight", ones(144), ValueError, r"expected shape \(12, 12\), got shape \(144,\)$"),
+    ("out_proj_weight", 1.0, ValueError, r"expected shape \(12, 12\), got shape \(\)$"),
+    ("out_proj_weight", None, ValueError, r"expected shape \(12, 12\), got shape \(\)$"),
+    ("in_proj_bias", ones(1), ValueError, r"expected shape \(36,\), got shape \(1,\)$"),
+    ("in_proj_bias", ones(7), ValueError, r"expected shape \(36,\), got shape \(7,\)$"),
+    ("in_proj_bias", ones(36, 1), ValueError, r"expected shape \(36,\), got shape \(36, 1\)$"),
+    ("out_proj_bias", ones(1), ValueError, r"expected shape \(12,\), got shape \(1,\)$"),
+    ("out_proj_bias", [], ValueError, r"expected shape \(12,\), got shape \(0,\)$"),
+    ("out_proj_bias", ones(12, dtype=complex), TypeError, "expected a float array, got dtype complex128$"),
+    ("out_proj_bias", ones(12, dtype=object), TypeError, "expected a float array, got dtype object$"),
+    ("out_proj_bias", ones(12, dtype=bool), TypeError, "expected a float array, got dtype bool$"),
+    ("out_proj_bias", np.ones(12, SWAPPED_BFLOAT16), TypeError, "expected a float array, got dtype "),
+    ("out_proj_weight", [["a"] * 12] * 12, TypeError, "expected a float array, got dtype <U1$"),
+    ("out_proj_weight", [[1.0], [2.0, 3.0]], ValueError, "expected an array, got a list that makes none: "),
+    ("out_proj_bias", np.ma.masked_array(ones(12), ones(12)), TypeError,
+     r"expected a plain array, got a masked array, whose mask would be ignored; use \.filled\(\.\.\.\)$"),
+])
+def test_bad_parameter_changes_nothing(library, name, value, error, message):
+    layer = random_layer(library, 12, 3, dtype=np.float32)
+    x = random_input(2, 5, 12, dtype=np.float32)
+    before, expected = getattr(layer, name), layer(x)
+    with pytest.raises(error, match=f"^{name}: {message}"):
+        setattr(layer, name, value)
+    assert getattr(layer, name) is before
+    np.testing.assert_array_equal(layer(x), expected)
+
+
+@both
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_training_steps(library, dtype):
+    """With the gradient in float64: a new array, one in place, one through an alias of the array."""
+    layer = random_layer(library, 12, 3, dtype=dtype)
+    x = random_input(2, 5, 12, dtype=dtype)
+    for name, shape in PARAMETERS.items():
+        gradient = random_input(*shape, seed=7)
+        before = getattr(layer, name).astype(np.float64)
+        setattr(layer, name, getattr(layer, name) - 0.1 * gradient)
+        np.testing.assert_array_equal(getattr(layer, name), (before - 0.1 * gradient).astype(dtype))
+        alias = getattr(layer, name)
+        own = np.zeros(shape, dtype)
+        setattr(layer, name, own)
+        own += np.ones((), dtype)  # the caller's array is the layer's
+        assert (getattr(layer, name) == 1).all()
+        step = gradient.astype(dtype)
+        layer.__setattr__(name, getattr(layer, name).__isub__(step))  # layer.name -= step
+        np.testing.assert_array_equal(own, np.ones((), dtype) - step)
+        getattr(layer, name)[...] = alias
+        np.testing.assert_array_equal(own, alias)
+    assert layer(x).dtype == dtype
+    layer.out_proj_weight -= 0.5 * layer.out_proj_weight
+    layer.out_proj_bias *= 0
+    assert np.isfinite(layer(x).astype(np.float64)).all()
+
+
+@both
+def test_read_only_parameters_are_trained_as_well(library):
+    layer = library.MultiHeadAttention(12, 3)
+    frozen = read_only(ones(12, 12))
+    layer.out_proj_weight = frozen
+    layer.out_proj_weight -= 1
+    assert not layer.out_proj_weight.any() and frozen.all()
+
+
+@both
+@pytest.mark.parametrize("state", ["raise", "warn"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_errstate_raises_nothing(library, dtype, state):
+    """Neither in casts of parameters and states, of numbers of any size, nor in calls; a warning is an error here."""
+    extreme = np.resize(np.array([1e300, 1e-300, -1e300, 5e-324, np.nan, 1e-7, 6e4]), 144).reshape(12, 12)
+    with np.errstate(all=state):
+        layer = library.MultiHeadAttention(12, 3, dtype=dtype, seed=0, dropout=0.5)
+        library.MultiHeadAttention(512, 2, dtype=dtype, seed=0)  # weights from below the least normal float16
+        layer.load_state_dict(layer.state_dict() | {"out_proj.weight": extreme})
+    with np.errstate(all="ignore"):
+        expected = extreme.astype(dtype)
+    assert layer.out_proj_weight.tobytes() == expected.tobytes()
+    with np.errstate(all=state):
+        layer.out_proj_weight = extreme
+        layer.out_proj_bias = extreme[0]
+        layer.in_proj_weight = layer.in_proj_weight * 8
+    assert layer.out_proj_weight.tobytes() == expected.tobytes()
+    assert layer.out_proj_bias.tobytes() == expected[0].tobytes()
+    for x in (random_input(2, 5, 12, dtype=dtype), np.full((5, 12), 6e4, dtype), np.full((1, 12), 1e-7, dtype)):
+        options = {"training": True, "seed": 3, "return_weights": True}
+        with np.errstate(all="ignore"):
+            expected_results = layer(x, **options)
+        with np.errstate(all=state):
+            results = layer(x, **options)
+        for result, right in zip(results, expected_results, strict=True):
+            assert result.tobytes() == right.tobytes()
+
+
+@both
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("without", [("in_proj_bias",), ("out_proj_bias",), ("in_proj_bias", "out_proj_bias")])
+def test_each_bias_by_itself(library, without, num_kv_heads, layout):
+    """None counts as 0; state dicts have the other one alone."""
+    if layout == "tutorial" and num_kv_heads != 4:
+        return
+    layer, zeros = (random_layer(library, 12, 4, num_kv_heads=num_kv_heads, input_dim=5) for _ in range(2))
+    for name in without:
+        setattr(layer, name, None)
+        assert getattr(layer, name) is None
+        getattr(zeros, name)[:] = 0
+    x, memory = random_input(2, 3, 5), random_input(2, 6, 5, seed=3)
+    np.testing.assert_array_equal(layer(x), zeros(x))
+    np.testing.assert_array_equal(layer(x, memory), zeros(x, memory))
+    state = layer.state_dict(layout)
+    out_bias = {"torch": "out_proj.bias", "torch_split": "out_proj.bias", "d2l": "W_o.bias"}.get(layout, "o_proj.bias")
+    expected = [key for key in LAYOUTS[layout] if not key.endswith("bias")
+                or ("out_proj_bias" if key == out_bias else "in_proj_bias") not in without]
+    assert sorted(state) == sorted(expected)
+    fresh = random_layer(library, 12, 4, num_kv_heads=num_kv_heads, input_dim=5, seed=9)
+    with pytest.raises(ValueError, match=r"missing \[.*bias'.*\], unknown \[\]"):
+        fresh.load_state_dict(state, layout)
+    for name in without:
+        setattr(fresh, name, None)
+    fresh.load_state_dict(state)
+    np.testing.assert_array_equal(fresh(x), layer(x))
+    for name in without:  # and back
+        setattr(fresh, name, getattr(zeros, name))
+    assert sorted(fresh.state_dict(layout)) == sorted(LAYOUTS[layout])
+    np.testing.assert_array_equal(fresh(x), layer(x))
+
+
+def set_in_place(array, attribute, value):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy: shape, strides and dtype are not to be set
+        setattr(array, attribute, value)
+
+
+@both
+@pytest.mark.parametrize(("name", "shape"), [
+    ("in_proj_weight", (12, 36)), ("in_proj_weight", (432, 1)), ("in_proj_weight", (432,)), ("in_proj_bias", (1, 36)),
+    ("out_proj_weight", (144, 1)), ("out_proj_weight", (1, 144)), ("out_proj_weight", (3, 4, 12)),
+    ("out_proj_bias", (12, 1)),
+])
+def test_shape_set_in_place(library, name, shape):
+    """Of the array that the layer holds: refused where it is used, right again when it is set back. An array that was
+    assigned is its caller's, who can set its shape."""
+    layer = random_layer(library, 12, 3)
+    x = random_input(2, 5, 12)
+    expected, right = layer(x), PARAMETERS[name]
+    set_in_place(getattr(layer, name), "shape", shape)
+    message = f"^{name}: expected shape {re.escape(str(right))}, got shape {re.escape(str(shape))}$"
+    for use in (lambda: layer(x), layer.state_dict, lambda: layer.state_dict("d2l")):
+        with pytest.raises(ValueError, match=message):
+            use()
+    set_in_place(getattr(layer, name), "shape", right)
+    np.testing.assert_array_equal(layer(x), expected)
+    own = getattr(layer, name).copy()
+    setattr(layer, name, own)
+    set_in_place(own, "shape", shape)
+    np.testing.assert_array_equal(layer(x), expected)
+    set_in_place(getattr(layer, name), "shape", shape)
+    layer.load_state_dict(random_layer(library, 12, 3).state_dict())
+    np.testing.assert_array_equal(layer(x), expected)
+
+
+@both
+def test_other_changes_in_place(library):
+    """No resize, since the layer holds a view; other strides and dtypes are what the array says then."""
+    layer = library.MultiHeadAttention(12, 3, seed=0)
+    x = random_input(2, 5, 12, dtype=np.float32)
+    own = ones(12, 12)
+    layer.out_proj_weight = own
+    for array in (own, layer.out_proj_weight):
+        with pytest.raises(ValueError, match="cannot resize"):
+            array.resize((2048, 1))
+    with pytest.raises(ValueError, match="cannot resize"):
+        layer.in_proj_bias.resize(1)
+    layer.out_proj_weight = random_input(12, 12)
+    expected = library.MultiHeadAttention(12, 3, seed=0)
+    expected.out_proj_weight = layer.out_proj_weight.T
+    set_in_place(layer.out_proj_weight, "strides", layer.out_proj_weight.strides[::-1])
+    np.testing.assert_array_equal(layer(x), expected(x))
+    expected.out_proj_weight = layer.out_proj_weight.copy().view(np.int32)
+    set_in_place(layer.out_proj_weight, "dtype", np.int32)
+    np.testing.assert_array_equal(layer(x), expected(x))
+
+
+@both
+def test_frozen_in_place(library):
+    layer = library.MultiHeadAttention(12, 3)
+    layer.out_proj_weight.flags.writeable = False
+    layer(ones(5, 12))
+    with pytest.raises(ValueError, match="read-only"):
+        layer.out_proj_weight -= 1
+
+
+@both
+@pytest.mark.parametrize(("attribute", "value", "name"), [
+    ("embed_dim", 24, "embed_dim"), ("embed_dim", 6, "embed_dim"), ("num_heads", 6, "embed_dim"),
+    ("num_heads", 1, "embed_dim"), ("head_dim", 2, "embed_dim"), ("head_dim", 12, "embed_dim"),
+    ("num_kv_heads", 1, "in_proj_weight"), ("num_kv_heads", 2, "embed_dim"), ("input_dim", 6, "query"),
+    ("input_dim", 24, "query"), ("dtype", np.dtype(np.float64), "query"), ("dropout", 1.5, "dropout"),
+    ("dropout", "0", "dropout"),
+])
+def test_attributes_that_do_not_fit(library, attribute, value, name):
+    layer = library.MultiHeadAttention(12, 3)
+    setattr(layer, attribute, value)
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected "):
+        layer(ones(2, 5, 12), training=True)
+    if name == "embed_dim":
+        state = library.MultiHeadAttention(12, 3).state_dict()
+        for use in (layer.state_dict, lambda: layer.load_state_dict(state)):
+            with pytest.raises(ValueError, match=r"^embed_dim: expected num_heads \* head_dim, and num_heads a mul"):
+                use()
+    if attribute == "input_dim":
+        with pytest.raises(ValueError, match=rf"^in_proj_weight: expected shape \(36, {value}\), got shape \(36, 12\)"):
+            layer(ones(2, 5, value))
+    if attribute == "dtype":  # the parameters are cast
+        assert layer(ones(2, 5, 12, dtype=np.float64)).dtype == np.float64
+
+
+@both
+def test_attributes_that_fit(library):
+    """Other heads of the same rows, and a layer that is made another size by hand: as if it had been made so."""
+    layer, expected = random_layer(library, 12, 3), random_layer(library, 12, 2)
+    layer.num_heads, layer.num_kv_heads, layer.head_dim = 2, 2, 6
+    x = random_input(2, 5, 12)
+    np.testing.assert_array_equal(layer(x), expected(x))
+    for layout, keys in LAYOUTS.items():
+        state = expected.state_dict(layout)
+        for key in keys:
+            np.testing.assert_array_equal(layer.state_dict(layout)[key], state[key])
+    expected = random_layer(library, 8, 4, num_kv_heads=2, input_dim=12)
+    layer.embed_dim, layer.num_heads, layer.num_kv_heads, layer.head_dim = 8, 4, 2, 2
+    for name in PARAMETERS:
+        setattr(layer, name, getattr(expected, name))
+    np.testing.assert_array_equal(layer(x), expected(x))
+    np.testing.assert_array_equal(layer(x, x.copy()), expected(x, x.copy()))
+
+
+@both
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+                         ids=["copy", "deepcopy", "pickle"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_copies(library, copied, bias):
+    layer = random_layer(library, 12, 4, num_kv_heads=2, bias=bias, dropout=0.3)
+    x = random_input(2, 5, 12)
+    other = copied(layer)
+    expected = layer(x, training=True, seed=1)
+    np.testing.assert_array_equal(other(x, training=True, seed=1), expected)
+    other.out_proj_weight -= 0.25
+    assert (other(x) != layer(x)).any() == (copied is not copy.copy)
+    with pytest.raises(ValueError, match=r"^out_proj_weight: expected shape \(12, 12\), got shape \(12, 11\)"):
+        other.out_proj_weight = ones(12, 11)
+    other.load_state_dict(layer.state_dict("huggingface"))
+    np.testing.assert_array_equal(other(x), layer(x))
+
+
+@both
+def test_a_subclass_that_sets_what_it_was_given(library):
+    class Mine(library.MultiHeadAttention):
+        def __init__(self, embed_dim, num_heads):
+            super().__init__(embed_dim, num_heads, seed=0)
+            self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+            self.in_proj_bias = None
+
+    x = random_input(2, 5, 12, dtype=np.float32)
+    assert Mine(12, 3)(x).shape == x.shape
+    assert library.MultiHeadAttention.in_proj_weight.name == "in_proj_weight"
+    with pytest.raises(AttributeError, match="no in_proj_weight yet"):
+        _ = library.MultiHeadAttention.__new__(library.MultiHeadAttention).in_proj_weight
+
+
+# Arrays that change while a call looks at its arguments.
+
+
+class Changes:
+    """Sets the shape of an array when it is asked for its own."""
+
+    def __init__(self, array, shape, value):
+        self.array, self.shape, self.value = array, shape, value
+
+    def __array__(self, dtype=None, copy=None):
+        set_in_place(self.array, "shape", self.shape)
+        return self.value
+
+
+@both
+def test_inputs_and_parameters_changed_during_the_checks(library):
+    """Inputs are as they were when the call came; a parameter is refused."""
+    layer = random_layer(library, 12, 3)
+    x, mask = random_input(2, 6, 12), np.ones((6, 6), bool)
+    for number in range(3):
+        arrays = [x.copy() for _ in range(3)]
+        result = layer(*arrays, attn_mask=Changes(arrays[number], (6, 2, 12), mask))
+        np.testing.assert_array_equal(result, layer(*[x.copy() for _ in range(3)]))
+    changed = mask.copy()
+    result = layer(x, attn_mask=changed, kv_lens=Changes(changed, (36,), np.array([6, 6])))
+    np.testing.assert_array_equal(result, layer(x))
+    with pytest.raises(ValueError, match=r"^out_proj_weight: expected shape \(12, 12\), got shape \(144, 1\)"):
+        layer(x, attn_mask=Changes(layer.out_proj_weight, (144, 1), mask))
+
+
+@both
+def test_state_changed_while_it_is_loaded(library):
+    layer, state = random_layer(library, 12, 3), random_layer(library, 12, 3, seed=4).state_dict()
+    changed = state["in_proj_weight"]
+    layer.load_state_dict(state | {"out_proj.bias": Changes(changed, (12, 36), state["out_proj.bias"])})
+    set_in_place(changed, "shape", (36, 12))
+    np.testing.assert_array_equal(layer.in_proj_weight, changed)
+
+
+@both
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_masked_inputs(library, name):
+    arguments = {"query": ones(2, 5, 12), "key": ones(2, 5, 12), "value": ones(2, 5, 12), "attn_mask": np.ones((5, 5))}
+    masked = np.ma.masked_array(arguments[name], False)
+    with pytest.raises(TypeError, match=f"^{name}: expected a plain array, got a masked array, whose mask would be "):
+        library.MultiHeadAttention(12, 3)(**arguments | {name: masked})
+
+
+@both
+def test_masked_entry_of_a_state(library):
+    layer = library.MultiHeadAttention(12, 3)
+    masked = np.ma.masked_array(ones(12), False)
+    with pytest.raises(TypeError, match=r"^state: expected a plain array for 'out_proj.bias', got a masked array, "):
+        layer.load_state_dict(layer.state_dict() | {"out_proj.bias": masked})
+
+
+@both
+@pytest.mark.parametrize("name", ["is_causal", "return_weights", "training"])
+@pytest.mark.parametrize("value", ["no", None, 0, 1, np.ones(2, bool), np.array(True)], ids=repr)
+def test_truth_values_are_bools(library, name, value):
+    with pytest.raises(TypeError) as raised:
+        library.MultiHeadAttention(12, 3)(ones(2, 5, 12), **{name: value})
+    assert str(raised.value) == f"{name}: expected a bool, got {value!r}"
+    with pytest.raises(TypeError) as raised:
+        library.MultiHeadAttention(12, 3, bias=value)
+    assert str(raised.value) == f"bias: expected a bool, got {value!r}"
+
+
+@both
+def test_truth_values_of_numpy(library):
+    layer = library.MultiHeadAttention(12, 3, bias=np.False_)
+    assert layer.in_proj_bias is None
+    out, weights = layer(ones(2, 5, 12), is_causal=np.True_, return_weights=np.True_, training=np.True_)
+    assert out.shape == (2, 5, 12) and not np.triu(weights, 1).any()
+
+
+def test_projected_together():
+    """The same array for several inputs is projected once, whether it is named or left out."""
+    layer = random_layer(cattn, 12, 3)
+    x, memory = random_input(2, 6, 12), random_input(2, 7, 12, seed=3)
+    products = []
+
+    class Counts(cattn.MultiHeadAttention):
+        def _linear(self, x, weight, bias, num_threads):
+            products.append(len(weight))
+            return super()._linear(x, weight, bias, num_threads)
+
+    layer.__class__ = Counts
+    for inputs, expected in [((x,), [36, 12]), ((x, x), [36, 12]), ((x, x, x), [36, 12]), ((x, None, x), [36, 12]),
+                             ((x, memory), [12, 24, 12]), ((x, memory, memory), [12, 24, 12]),
+                             ((x, memory, memory.copy()), [12, 12, 12, 12])]:
+        products.clear()
+        layer(*inputs)
+        assert sorted(products) == sorted(expected)
