@@ -183,7 +183,7 @@ def _warn_of_first_keys(seq_len_q, kv_lens):
 
 
 def _is_0_and_1(mask, kind):
-    """Whether both are there, and nothing else. False as well where the first numbers of a large mask are all the same."""
+    """Whether both are there and nothing else; False as well where a large mask begins with many of the same."""
     if mask.size <= _FIRST_NUMBERS:
         return _holds_0_and_1(mask, kind)
     part = mask
