@@ -118,13 +118,14 @@ def scaled_dot_product_attention(
     >>> query = np.array([[1., 0.], [0., 1.]])
     >>> key = np.array([[2., 0.], [0., 2.], [1., 1.]])
     >>> value = np.array([[1., 0.], [0., 1.], [5., 5.]])
-    >>> out, weights = scaled_dot_product_attention(query, key, value, is_causal=True, return_weights=True)
+    >>> out, weights = scaled_dot_product_attention(  # the queries are the last two of three tokens
+    ...     query, key, value, is_causal=True, q_offset=1, return_weights=True)
     >>> weights.round(3)
-    array([[1.   , 0.   , 0.   ],
-           [0.196, 0.804, 0.   ]])
+    array([[0.804, 0.196, 0.   ],
+           [0.14 , 0.576, 0.284]])
     >>> out.round(3)
-    array([[1.   , 0.   ],
-           [0.196, 0.804]])
+    array([[0.804, 0.196],
+           [1.56 , 1.996]])
     """
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     result_dtype = query.dtype
