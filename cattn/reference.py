@@ -289,19 +289,21 @@ def dropout_keep(
     array([[[[1, 1, 0, 0, 0, 1],
              [0, 0, 1, 1, 0, 0]]]])
     """
-    return _keep(seed, dropout_p, np.arange(batch), np.arange(num_heads), seq_len_q, seq_len_kv)
+    return _keep(seed, dropout_p, np.arange(batch), np.arange(num_heads), slice(0, seq_len_q), slice(0, seq_len_kv))
 
 
 def _keep(seed, dropout_p, batch_index, head_index, rows, columns):
+    """`dropout_keep` of these indices, and of slices of queries and of keys that start at a multiple of 4."""
     seed = _check_seed(seed)
     counter = (
-        np.arange(-(-columns // 4)),
-        np.arange(rows)[:, None],
+        np.arange(columns.start // 4, -(-columns.stop // 4)),
+        np.arange(rows.start, rows.stop)[:, None],
         head_index[:, None, None],
         batch_index[:, None, None, None],
     )
     words = np.stack(philox4x32(counter, (seed % 2**32, seed // 2**32)), axis=-1)
-    words = words.reshape(len(batch_index), len(head_index), rows, 4 * len(counter[0]))[..., :columns]
+    words = words.reshape(len(batch_index), len(head_index), len(counter[1]), 4 * len(counter[0]))
+    words = words[..., : columns.stop - columns.start]
     return words >= np.uint64(int(dropout_p * 2**32))
 
 
@@ -708,30 +710,39 @@ class MultiHeadAttention:
         }
 
 
+@np.errstate(all="ignore")
 def sinusoidal_encoding(
     length: int, dim: int, *, base: float = 10000.0, offset: int = 0, layout: str = "interleaved",
-    dtype: DTypeLike = np.float32,
+    endpoint: bool = False, positions: ArrayLike | None = None, dtype: DTypeLike = np.float32,
 ) -> np.ndarray:
-    """P[r, 2i] = sin(pos / base^(2i / dim)), P[r, 2i + 1] = cos(same), with pos = offset + r.
+    """P[r, 2i] = sin(pos / base^(2i / dim)), P[r, 2i + 1] = cos(same), with pos = offset + r or positions[r].
 
     The angles are computed in float64 (in `dtype` where that is wider), so that the float32 table is within
-    half a float32 ulp of 1.0, 2**-24, for every position up to 1e8.
+    half a float32 ulp of 1.0, 2**-24, for every position up to 1e8. Narrower tables are rounded from float64 once
+    (here, bfloat16 is rounded twice: NumPy gets there by way of float32).
 
     Parameters
     ----------
     length : int >= 0
         Number of positions.
     dim : int >= 1
-        Number of columns. An odd dim has one sine more than cosines.
+        Number of columns. An odd dim has one sine more than cosines; no column is padded with zeros.
     base : float >= 1
     offset : int
-        First position; may be negative.
+        First position; may be negative. 0 with `positions`.
     layout : str
-        "interleaved": sin, cos, sin, cos, ...; "concatenated": all sines, then all cosines.
+        "interleaved": sin, cos, sin, cos, ...; "concatenated": all sines, then all cosines; "cosines_first": all
+        cosines, then all sines.
+    endpoint : bool
+        True: the frequencies are base^(-i / (dim / 2 - 1)), from 1 to 1 / base itself, and dim is even and at
+        least 4. False: they stop short of it, at base^(2 / dim - 1).
+    positions : int or float array (length,), optional
+        In place of offset + r, each within +-2**53; they may be fractional. Every angle is computed by itself then,
+        and a float64 table is within 2.3e-16 * (|pos| + 1).
     dtype : float dtype
-        The public function knows float16, float32 and float64.
+        The public function knows float16, bfloat16 (of ml_dtypes), float32 and float64.
     out : array (length, dim) of this dtype, optional
-        Of the public function: written and returned; any strides.
+        Of the public function: written and returned; any strides, no two elements in the same place.
 
     Returns
     -------
@@ -744,8 +755,24 @@ def sinusoidal_encoding(
 
     Notes
     -----
-    Vaswani et al. 2017, "Attention is all you need", section 3.5 (interleaved); "concatenated" is
-    tensor2tensor's.
+    The conventions of the field, all with base 10000:
+
+    ================  ========  =====================================================================
+    layout            endpoint  whose
+    ================  ========  =====================================================================
+    "interleaved"     False     Vaswani et al. 2017, section 3.5; d2l.ai; the PyTorch tutorial; Hugging
+                                Face's XLM, DistilBERT and FlauBERT
+    "concatenated"    False     Hugging Face's Marian and Pegasus; MAE, each half of a 2-d embedding
+    "concatenated"    True      tensor2tensor; fairseq, and Hugging Face's FSMT, M2M100, XGLM; Whisper;
+                                DDPM; diffusers' get_timestep_embedding by default
+    "cosines_first"   False     ADM's timestep_embedding, and GLIDE's and DiT's; diffusers with
+                                flip_sin_to_cos=True and downscale_freq_shift=0
+    "cosines_first"   True      diffusers with flip_sin_to_cos=True and its default downscale_freq_shift=1
+    ================  ========  =====================================================================
+
+    Most of them compute frequencies and angles in float32, with errors up to 1e-7 times the position, and pad an
+    odd dim with a column of zeros: that of dim - 1, and zeros. fairseq counts positions from padding_idx + 1 on, and
+    the row of its padding is zero. What diffusers calls `scale` multiplies `positions`, before they come here.
 
     Examples
     --------
@@ -753,21 +780,26 @@ def sinusoidal_encoding(
     array([[ 0.   ,  1.   ,  0.   ,  1.   ],
            [ 0.841,  0.54 ,  0.01 ,  1.   ],
            [ 0.909, -0.416,  0.02 ,  1.   ]], dtype=float32)
+    >>> sinusoidal_encoding(2, 4, positions=[0.5, 1], layout="cosines_first").round(3)
+    array([[0.878, 1.   , 0.479, 0.005],
+           [0.54 , 1.   , 0.841, 0.01 ]], dtype=float32)
     """
-    length, dim, base, offset = _check_table(length, dim, base, offset, layout)
+    length, dim, base, offset, positions = _check_table(length, dim, base, offset, layout, endpoint, positions)
     dtype = _check_dtype(dtype)
     wide = np.result_type(dtype, np.float64)
     sines, cosines = _columns(dim, layout)
-    position = np.arange(offset, offset + length).astype(wide)[:, None]
-    angle = position / wide.type(base) ** (2 * np.arange(len(sines)).astype(wide) / dim)
+    position = np.arange(offset, offset + length) if positions is None else positions
+    angle = position.astype(wide)[:, None] / _periods(dim, base, endpoint, wide)
     table = np.empty((length, dim), dtype)
     table[:, sines] = np.sin(angle)
     table[:, cosines] = np.cos(angle[:, : len(cosines)])
     return table
 
 
+@np.errstate(all="ignore")
 def relative_shift(
-    delta: int, dim: int, *, base: float = 10000.0, layout: str = "interleaved", dtype: DTypeLike = np.float64
+    delta: int, dim: int, *, base: float = 10000.0, layout: str = "interleaved", endpoint: bool = False,
+    dtype: DTypeLike = np.float64,
 ) -> np.ndarray:
     """R with P[pos + delta] = P[pos] @ R for every pos: it turns pair i by the angle delta / base^(2i / dim).
 
@@ -777,7 +809,7 @@ def relative_shift(
         May be negative.
     dim : int >= 2, even
         The last sine of an odd dim has no cosine to turn with.
-    base, layout
+    base, layout, endpoint
         As in `sinusoidal_encoding`.
     dtype : float dtype
 
@@ -804,15 +836,16 @@ def relative_shift(
     delta = _check_int("delta", delta)
     if abs(delta) > 2**53:
         raise ValueError(f"delta: expected an int within +-2**53, got {delta}")
-    _, dim, base, _ = _check_table(0, dim, base, 0, layout)
+    dim = _check_int("dim", dim, 1)
     if dim > 2**29:
         raise ValueError(f"dim: expected at most 2**58 elements in the matrix, got {dim} * {dim}")
+    _, dim, base, _, _ = _check_table(0, dim, base, 0, layout, endpoint)
     if dim % 2:
         raise ValueError(f"dim: expected an even number (an unpaired sine cannot be rotated), got {dim}")
     dtype = _check_dtype(dtype)
     wide = np.result_type(dtype, np.float64)
     sines, cosines = _columns(dim, layout)
-    angle = wide.type(delta) / wide.type(base) ** (2 * np.arange(dim // 2).astype(wide) / dim)
+    angle = wide.type(delta) / _periods(dim, base, endpoint, wide)
     matrix = np.zeros((dim, dim), dtype)
     matrix[sines, sines] = matrix[cosines, cosines] = np.cos(angle)
     matrix[cosines, sines] = np.sin(angle)
@@ -830,7 +863,7 @@ class PositionalEncoding:
         In calls with training=True.
     max_len : int >= 0
         Rows of the table to begin with; it grows when a longer input comes.
-    base, layout, dtype
+    base, layout, endpoint, dtype
         As in `sinusoidal_encoding`; inputs have this dtype.
 
     Attributes
@@ -858,16 +891,17 @@ class PositionalEncoding:
 
     def __init__(
         self, dim: int, dropout: float = 0.0, max_len: int = 1000, *, base: float = 10000.0,
-        layout: str = "interleaved", dtype: DTypeLike = np.float32,
+        layout: str = "interleaved", endpoint: bool = False, dtype: DTypeLike = np.float32,
     ) -> None:
         self.dim = _check_int("dim", dim, 1)
         self.dropout = _check_dropout("dropout", dropout)
-        self._options = {"base": base, "layout": layout, "dtype": dtype}
+        self._options = {"base": base, "layout": layout, "endpoint": endpoint, "dtype": dtype}
         max_len = _check_int("max_len", max_len, 0)
         if max(max_len, 1) * self.dim > 2**58:
             raise ValueError(f"max_len: expected at most 2**58 elements in the table, got {max_len} * {dim}")
         self.P = self._table(max_len, self.dim, **self._options)[None]
 
+    @np.errstate(all="ignore")
     def __call__(self, x: ArrayLike, *, training: bool = False, seed: int | None = None) -> np.ndarray:
         """Add the positions 0 to seq - 1.
 
@@ -899,19 +933,55 @@ class PositionalEncoding:
         table = self.P  # another thread may replace it meanwhile
         if seq > table.shape[1]:
             table = self.P = self._table(max(seq, 2 * table.shape[1]), self.dim, **self._options)[None]
-        out = x + table[0, :seq]
-        if training and self.dropout:
-            batch_index = np.arange(math.prod(leading))
-            keep = _keep(seed, self.dropout, batch_index, np.array([2**32 - 1]), seq, self.dim)
-            out = np.where(keep.reshape(x.shape), out / out.dtype.type(1 - self.dropout), out.dtype.type(0))
+        dropout = self.dropout if training else 0.0
+        seed = _check_seed(seed) if dropout else 0
+        batch_index = np.arange(math.prod(leading)).reshape(leading)
+        out = np.empty(x.shape, x.dtype)
+        for piece in _pieces(x.shape):
+            *batch, rows, columns = piece
+            part = x[piece] + table[0, rows, columns]
+            if dropout:
+                keep = _keep(seed, dropout, batch_index[tuple(batch)].ravel(), np.array([2**32 - 1]), rows, columns)
+                part = np.where(keep.reshape(part.shape), part / part.dtype.type(1 - dropout), part.dtype.type(0))
+            out[piece] = part
         return out
+
+
+def _pieces(shape):
+    """Slices, one for each axis, that cut an array of this shape into pieces of at most 2**18 elements: these take
+    0.1 ms, 10 ms with dropout, and between two of them Python runs the handlers of signals. Columns are cut at multiples
+    of 4, as many as share a counter of the random numbers."""
+
+    def halves(piece):
+        sizes = [part.stop - part.start for part in piece]
+        if math.prod(sizes) <= 2**18:
+            yield piece
+            return
+        axis = next(axis for axis, size in enumerate(sizes) if size > 1)
+        start, stop = piece[axis].start, piece[axis].stop
+        middle = start + sizes[axis] // 2
+        if axis == len(sizes) - 1:
+            middle -= middle % 4
+        yield from halves((*piece[:axis], slice(start, middle), *piece[axis + 1 :]))
+        yield from halves((*piece[:axis], slice(middle, stop), *piece[axis + 1 :]))
+
+    return halves(tuple(slice(0, size) for size in shape))
+
+
+def _periods(dim, base, endpoint, wide):
+    """For each pair of columns, what a position is divided by to give its angle."""
+    pair = np.arange((dim + 1) // 2).astype(wide)
+    return wide.type(base) ** (pair / (dim // 2 - 1) if endpoint else 2 * pair / dim)
 
 
 def _columns(dim, layout):
     """The columns of the sines and those of the cosines."""
     columns = np.arange(dim)
-    half = (dim + 1) // 2
-    return (columns[0::2], columns[1::2]) if layout == "interleaved" else (columns[:half], columns[half:])
+    if layout == "interleaved":
+        return columns[0::2], columns[1::2]
+    if layout == "concatenated":
+        return columns[: (dim + 1) // 2], columns[(dim + 1) // 2 :]
+    return columns[dim // 2 :], columns[: dim // 2]
 
 
 def _xavier_uniform(rng, fan_out, fan_in, dtype):
@@ -1004,7 +1074,7 @@ def _check_dtype(dtype, names=None):
     expected = "a float dtype" if names is None else "one of " + ", ".join(names)
     try:
         result = np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):
         raise TypeError(f"dtype: expected {expected}, got {dtype!r}") from None
     allowed = _is_float(result) if names is None else result.name in names
     if dtype is None or not allowed or not result.isnative:
@@ -1012,7 +1082,8 @@ def _check_dtype(dtype, names=None):
     return result
 
 
-def _check_table(length, dim, base, offset, layout):
+def _check_table(length, dim, base, offset, layout, endpoint, positions=None):
+    """The numbers as such, and `positions` as a new array."""
     length, dim = _check_int("length", length, 0), _check_int("dim", dim, 1)
     offset = _check_int("offset", offset)
     if max(length, 1) * dim > 2**58:
@@ -1027,6 +1098,33 @@ def _check_table(length, dim, base, offset, layout):
         number = math.inf
     if not 1 <= number < math.inf:  # below 1, angles and their errors would outgrow the positions
         raise ValueError(f"base: expected a finite float >= 1, got {base}")
-    if not (isinstance(layout, str) and layout in ("interleaved", "concatenated")):
-        raise ValueError(f"layout: expected 'interleaved' or 'concatenated', got {layout!r}")
-    return length, dim, base, offset
+    if not (isinstance(layout, str) and layout in ("interleaved", "concatenated", "cosines_first")):
+        raise ValueError(f"layout: expected 'interleaved', 'concatenated' or 'cosines_first', got {layout!r}")
+    if not isinstance(endpoint, (bool, np.bool_)):
+        raise TypeError(f"endpoint: expected True or False, got {endpoint!r}")
+    if endpoint and (dim % 2 or dim < 4):
+        raise ValueError("dim: expected an even number >= 4 with endpoint=True, where dim / 2 - 1 steps lead from "
+                         f"frequency 1 to 1 / base, got {dim}")
+    if positions is not None:
+        if offset:
+            raise ValueError(f"offset: expected 0 with positions, got {offset}")
+        positions = _check_positions(positions, length)
+    return length, dim, base, offset, positions
+
+
+@np.errstate(all="ignore")
+def _check_positions(positions, length):
+    positions = _as_array("positions", positions)
+    if positions.dtype.kind not in "iuf" and not _is_bfloat16(positions.dtype):
+        raise TypeError(f"positions: expected an int or float array, got dtype {positions.dtype}")
+    if positions.shape != (length,):
+        raise ValueError(f"positions: expected one for each row, shape ({length},), got shape {positions.shape}")
+    if positions.dtype.kind in "iu":  # wide enough for the bound, and exact at it
+        checked = positions.astype(np.uint64 if positions.dtype.kind == "u" else np.int64)
+    else:
+        checked = positions.astype(np.result_type(positions.dtype, np.float64))
+    if length:
+        for worst in (checked.min(), checked.max()):  # NaN, if there is one
+            if not -(2**53) <= worst.item() <= 2**53:
+                raise ValueError(f"positions: expected finite numbers within +-2**53, got {worst}")
+    return checked

@@ -108,9 +108,10 @@ def attention(head_dims, kernels=("decode", "prefill")):
 
 
 def tables(dims):
-    for number, (dim, dtype) in enumerate(itertools.product(dims, ["float16", "float32", "float64"])):
+    for number, (dim, dtype) in enumerate(itertools.product(dims, [np.float16, BFLOAT16, np.float32, np.float64])):
         length = [1, 2, 63, 64, 65, 130][number % 6]
-        options = {"layout": ["interleaved", "concatenated"][number // 2 % 2], "dtype": dtype, "offset": number}
+        layout = ["interleaved", "concatenated", "cosines_first"][number // 2 % 3]
+        options = {"layout": layout, "dtype": dtype, "offset": number}
         expected = cattn.sinusoidal_encoding(length, dim, **options)
         for at_end in (True, False):
             print("table", length, dim, options, at_end, flush=True)

@@ -137,7 +137,11 @@ def out_of_memory(repeats):
         attention(x, x, x[:, :1], num_threads=1)
 
     def table():
-        cattn.sinusoidal_encoding(1, rows)
+        cattn.set_num_threads(64)  # with 2.1 MiB of scratch each
+        try:
+            cattn.sinusoidal_encoding(2**14, rows // 2**14)
+        finally:
+            cattn.set_num_threads(None)
 
     small = problem()
     expected = attention(*small)
@@ -148,8 +152,8 @@ def out_of_memory(repeats):
         (attend, 160, f"shape ({rows},)"),  # logsumexp
         (attend, 200, "attention: no memory for 1 x "),
         (attend_wide, 32, "attention: no memory for 1 x "),
-        (table, 32, f"shape (1, {rows})"),
-        (table, 96, "sinusoidal_encoding: no memory for the scratch rows"),
+        (table, 32, f"shape ({2**14}, {rows // 2**14})"),
+        (table, 96, "sinusoidal_encoding: no memory for 64 x "),
     ]:
         grown = None
         for number in range(repeats + 10):

@@ -453,7 +453,7 @@ def same_errors(name, args, options):
 
 
 @settings(normal_suite, max_examples=300)
-@given(replaced=replaced_arguments(["length", "dim", "base", "offset", "layout", "dtype"]))
+@given(replaced=replaced_arguments(["length", "dim", "base", "offset", "layout", "endpoint", "positions", "dtype"]))
 def test_junk_in_tables(replaced):
     results = same_errors("sinusoidal_encoding", (), {"length": 5, "dim": 6} | replaced)
     if results and results[0].dtype != np.float16:
@@ -461,7 +461,7 @@ def test_junk_in_tables(replaced):
 
 
 @settings(normal_suite, max_examples=200)
-@given(replaced=replaced_arguments(["delta", "dim", "base", "layout", "dtype"]))
+@given(replaced=replaced_arguments(["delta", "dim", "base", "layout", "endpoint", "dtype"]))
 def test_junk_in_shifts(replaced):
     same_errors("relative_shift", (), {"delta": 2, "dim": 6} | replaced)
 
@@ -473,7 +473,7 @@ def test_junk_in_layers(replaced):
 
 
 @settings(normal_suite, max_examples=200)
-@given(replaced=replaced_arguments(["dim", "dropout", "max_len", "base", "layout"]))
+@given(replaced=replaced_arguments(["dim", "dropout", "max_len", "base", "layout", "endpoint"]))
 def test_junk_in_encodings(replaced):
     same_errors("PositionalEncoding", (), {"dim": 6, "max_len": 4} | replaced)
 

@@ -144,6 +144,28 @@ def test_handlers_run_during_a_call(num_threads):
     assert run(f"NUM_THREADS = {num_threads}\n{DURING_CALLS}\nsay(right_with(check))") == ["right", "True"]
 
 
+@pytest.mark.parametrize("call", [
+    "cattn.sinusoidal_encoding(1, 1 << 25)",
+    "cattn.sinusoidal_encoding(1 << 17, 512, dtype=np.float16, positions=np.arange(1 << 17) / 3)",
+], ids=["one wide row", "positions"])
+def test_handlers_run_all_through_a_table(call):
+    """A call of 0.5 s and more, that of one row in loops over its columns: handlers run again and again, not at some
+    place alone that comes late."""
+    lines = run(f"""
+cattn.set_num_threads(1)
+handled = 0
+def handle(number, frame):
+    global handled
+    handled += frame.f_code is cattn.sinusoidal_encoding.__code__
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+{call}
+signal.setitimer(signal.ITIMER_REAL, 0)
+say(handled)
+""")
+    assert int(lines[0]) >= 3
+
+
 def test_what_a_handler_raises_goes_through(num_threads):
     assert run(f"""NUM_THREADS = {num_threads}\n{DURING_CALLS}
 def fail():

@@ -1,16 +1,24 @@
 """Sinusoidal positions, the reference and the public ones: accuracy, layouts, out, shift, layer, errors."""
 
 import math
+import tracemalloc
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.lib.stride_tricks import as_strided
 
 import cattn
 import cattn.reference
+from cattn import _kernels
 from cattn.reference import philox4x32
+
+BFLOAT16 = ml_dtypes.bfloat16
+LAYOUTS = ["interleaved", "concatenated", "cosines_first"]
+KINDS = {np.float16: 2, BFLOAT16: 3}  # as in _kernels/tensor.pxi
 
 both = pytest.mark.parametrize("library", [cattn, cattn.reference], ids=["public", "reference"])
 long_double = pytest.mark.skipif(
@@ -18,18 +26,23 @@ long_double = pytest.mark.skipif(
 )
 
 
-def exact_table(length, dim, base=10000.0, offset=0, layout="interleaved"):
+def exact_table(length, dim, base=10000.0, offset=0, layout="interleaved", endpoint=False, positions=None):
     """The formula in long double, one angle at a time."""
     table = np.empty((length, dim), np.longdouble)
-    num_sines = (dim + 1) // 2
+    num_sines, num_cosines = (dim + 1) // 2, dim // 2
+    positions = [offset + row for row in range(length)] if positions is None else positions
     for column in range(dim):
         if layout == "interleaved":
             pair, is_cosine = divmod(column, 2)
-        else:
+        elif layout == "concatenated":
             is_cosine, pair = divmod(column, num_sines)
-        frequency = np.longdouble(base) ** (-np.longdouble(2 * pair) / np.longdouble(dim))
+        else:
+            is_cosine = column < num_cosines
+            pair = column if is_cosine else column - num_cosines
+        exponent = np.longdouble(pair) / (num_sines - 1) if endpoint else np.longdouble(2 * pair) / dim
+        frequency = np.longdouble(base) ** -exponent
         for row in range(length):
-            angle = np.longdouble(offset + row) * frequency
+            angle = np.longdouble(positions[row]) * frequency
             table[row, column] = np.cos(angle) if is_cosine else np.sin(angle)
     return table
 
@@ -44,10 +57,10 @@ def largest_error(table, *args, **options):
 @given(
     length=st.integers(0, 20), dim=st.integers(1, 13), base=st.sampled_from([1.0, 10.0, 10000.0, 5e5]),
     offset=st.one_of(st.integers(-1000, 1000), st.integers(0, 10**8)),
-    layout=st.sampled_from(["interleaved", "concatenated"]), dtype=st.sampled_from([np.float32, np.float64]),
+    layout=st.sampled_from(LAYOUTS), endpoint=st.booleans(), dtype=st.sampled_from([np.float32, np.float64]),
 )
-def test_half_an_ulp(library, length, dim, base, offset, layout, dtype):
-    options = {"base": base, "offset": offset, "layout": layout}
+def test_half_an_ulp(library, length, dim, base, offset, layout, endpoint, dtype):
+    options = {"base": base, "offset": offset, "layout": layout, "endpoint": endpoint and dim >= 4 and dim % 2 == 0}
     table = library.sinusoidal_encoding(length, dim, dtype=dtype, **options)
     assert table.shape == (length, dim) and table.dtype == dtype
     assert largest_error(table, **options) <= 2.0**-24
@@ -82,13 +95,312 @@ def test_float64_is_nearly_exact_at_small_positions(library):
 
 
 @both
-@pytest.mark.parametrize("dim", [1, 2, 5, 8])
-def test_layouts_hold_the_same_columns(library, dim):
-    interleaved = library.sinusoidal_encoding(9, dim, layout="interleaved")
-    concatenated = library.sinusoidal_encoding(9, dim, layout="concatenated")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dim", [1, 2, 5, 8, 1022, 1023, 1024, 1025, 1026, 3077])
+def test_layouts_hold_the_same_columns(library, dim, dtype):
+    """Also where the kernel cuts a row into strips of 1024 columns."""
+    interleaved, concatenated, cosines_first = (
+        library.sinusoidal_encoding(70, dim, layout=layout, dtype=dtype) for layout in LAYOUTS)
     num_sines = (dim + 1) // 2
     np.testing.assert_array_equal(concatenated[:, :num_sines], interleaved[:, 0::2])
     np.testing.assert_array_equal(concatenated[:, num_sines:], interleaved[:, 1::2])
+    np.testing.assert_array_equal(cosines_first[:, : dim // 2], interleaved[:, 1::2])
+    np.testing.assert_array_equal(cosines_first[:, dim // 2 :], interleaved[:, 0::2])
+
+
+@long_double
+@pytest.mark.parametrize("endpoint", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strips(isa, layout, endpoint):
+    """Several of 1024 columns, the last one short, and positions across far blocks of 4096."""
+    columns = [0, 1, 1023, 1024, 1025, 1026, 2047, 2048, 2049, 2076, 2077]
+    table = cattn.sinusoidal_encoding(4200, 2078, layout=layout, endpoint=endpoint, dtype=np.float64)
+    for first in (0, 62, 4094, 4198):
+        exact = exact_table(2, 2078, layout=layout, endpoint=endpoint, offset=first)[:, columns]
+        assert np.abs(table[first : first + 2, columns] - exact).max() <= 2e-15 + 2.3e-16 * first
+
+
+# The conventions of the field, by the formulas of the libraries named, in float64.
+
+
+def vaswani(length, dim):
+    """The PyTorch tutorial's."""
+    position = np.arange(length)[:, None]
+    div_term = np.exp(np.arange(0, dim, 2) * (-math.log(10000.0) / dim))
+    pe = np.zeros((length, dim))
+    pe[:, 0::2] = np.sin(position * div_term)
+    pe[:, 1::2] = np.cos(position * div_term)
+    return pe
+
+
+def d2l(length, dim):
+    x = np.arange(length)[:, None] / np.power(10000, np.arange(0, dim, 2) / dim)
+    p = np.zeros((length, dim))
+    p[:, 0::2], p[:, 1::2] = np.sin(x), np.cos(x)
+    return p
+
+
+def xlm(n_pos, dim):
+    """Hugging Face's XLM, DistilBERT, FlauBERT."""
+    position_enc = np.array([[pos / np.power(10000, 2 * (j // 2) / dim) for j in range(dim)] for pos in range(n_pos)])
+    out = np.zeros((n_pos, dim))
+    out[:, 0::2], out[:, 1::2] = np.sin(position_enc[:, 0::2]), np.cos(position_enc[:, 1::2])
+    return out
+
+
+def marian(n_pos, dim):
+    """Hugging Face's Marian and Pegasus."""
+    position_enc = np.array([[pos / np.power(10000, 2 * (j // 2) / dim) for j in range(dim)] for pos in range(n_pos)])
+    sentinel = dim // 2 + dim % 2
+    out = np.zeros((n_pos, dim))
+    out[:, :sentinel], out[:, sentinel:] = np.sin(position_enc[:, 0::2]), np.cos(position_enc[:, 1::2])
+    return out
+
+
+def mae(length, embed_dim):
+    omega = np.arange(embed_dim // 2, dtype=float) / (embed_dim / 2.0)
+    out = np.einsum("m,d->md", np.arange(length), 1.0 / 10000**omega)
+    return np.concatenate([np.sin(out), np.cos(out)], axis=1)
+
+
+def tensor2tensor(length, channels, min_timescale=1.0, max_timescale=1.0e4):
+    num_timescales = channels // 2
+    log_timescale_increment = math.log(max_timescale / min_timescale) / max(num_timescales - 1, 1)
+    inv_timescales = min_timescale * np.exp(np.arange(num_timescales) * -log_timescale_increment)
+    scaled_time = np.arange(length)[:, None] * inv_timescales[None, :]
+    return np.concatenate([np.sin(scaled_time), np.cos(scaled_time)], axis=1)
+
+
+def fairseq(num_embeddings, embedding_dim):
+    half_dim = embedding_dim // 2
+    emb = math.log(10000) / (half_dim - 1)
+    emb = np.exp(np.arange(half_dim) * -emb)
+    emb = np.arange(num_embeddings)[:, None] * emb[None, :]
+    return np.concatenate([np.sin(emb), np.cos(emb)], axis=1)
+
+
+def whisper(length, channels, max_timescale=10000):
+    log_timescale_increment = np.log(max_timescale) / (channels // 2 - 1)
+    inv_timescales = np.exp(-log_timescale_increment * np.arange(channels // 2))
+    scaled_time = np.arange(length)[:, None] * inv_timescales[None, :]
+    return np.concatenate([np.sin(scaled_time), np.cos(scaled_time)], axis=1)
+
+
+def adm(timesteps, dim, max_period=10000):
+    """ADM's, GLIDE's, DiT's."""
+    half = dim // 2
+    freqs = np.exp(-math.log(max_period) * np.arange(half) / half)
+    args = timesteps[:, None] * freqs[None]
+    embedding = np.concatenate([np.cos(args), np.sin(args)], axis=-1)
+    return np.concatenate([embedding, np.zeros_like(embedding[:, :1])], axis=-1) if dim % 2 else embedding
+
+
+def diffusers(timesteps, embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=1, scale=1, max_period=10000):
+    half_dim = embedding_dim // 2
+    exponent = -math.log(max_period) * np.arange(half_dim) / (half_dim - downscale_freq_shift)
+    emb = scale * (timesteps[:, None] * np.exp(exponent)[None, :])
+    emb = np.concatenate([np.sin(emb), np.cos(emb)], axis=-1)
+    return np.concatenate([emb[:, half_dim:], emb[:, :half_dim]], axis=-1) if flip_sin_to_cos else emb
+
+
+@both
+@pytest.mark.parametrize("dim", [4, 6, 64, 512])
+@pytest.mark.parametrize(("formula", "layout", "endpoint"), [
+    (vaswani, "interleaved", False), (d2l, "interleaved", False), (xlm, "interleaved", False),
+    (marian, "concatenated", False), (mae, "concatenated", False),
+    (tensor2tensor, "concatenated", True), (fairseq, "concatenated", True), (whisper, "concatenated", True),
+])
+def test_conventions_of_positions(library, formula, layout, endpoint, dim):
+    table = library.sinusoidal_encoding(100, dim, layout=layout, endpoint=endpoint, dtype=np.float64)
+    expected = formula(100, dim)
+    # An ulp of 1.0 in rows 0 and 1; further on, a frequency's rounding counts once for each position, on both sides.
+    np.testing.assert_allclose(table[:2], expected[:2], rtol=0, atol=2.0**-52)
+    atol = 2e-15 + 2 * 2.3e-16 * np.arange(100)[:, None] + np.zeros(dim)
+    assert (np.abs(table - expected) <= atol).all()
+
+
+@both
+@pytest.mark.parametrize("dim", [4, 10, 320])
+@pytest.mark.parametrize(("formula", "options", "layout", "endpoint"), [
+    (adm, {}, "cosines_first", False),
+    (diffusers, {}, "concatenated", True),
+    (diffusers, {"downscale_freq_shift": 0}, "concatenated", False),
+    (diffusers, {"flip_sin_to_cos": True}, "cosines_first", True),
+    (diffusers, {"flip_sin_to_cos": True, "downscale_freq_shift": 0}, "cosines_first", False),
+])
+def test_conventions_of_timesteps(library, formula, options, layout, endpoint, dim):
+    timesteps = np.array([0.0, 1.0, 0.25, 999.0, 37.5, 1e-3, 500.125])
+    table = library.sinusoidal_encoding(7, dim, positions=timesteps, layout=layout, endpoint=endpoint, dtype=np.float64)
+    atol = 2 * 2.3e-16 * (1 + timesteps[:, None]) + np.zeros(dim)
+    assert (np.abs(table - formula(timesteps, dim, **options)) <= atol).all()
+
+
+@both
+def test_conventions_of_odd_dims(library):
+    """Whose libraries pad: the table of dim - 1, and a column of zeros. Marian and XLM have one sine more."""
+    padded = np.zeros((50, 7))
+    library_table = library.sinusoidal_encoding(50, 6, layout="cosines_first", dtype=np.float64)
+    padded[:, :6] = library_table
+    np.testing.assert_allclose(padded, adm(np.arange(50), 7), rtol=0, atol=1e-13)
+    for formula, layout in ((xlm, "interleaved"), (marian, "concatenated")):
+        table = library.sinusoidal_encoding(50, 7, layout=layout, dtype=np.float64)
+        np.testing.assert_allclose(table, formula(50, 7), rtol=0, atol=1e-13)
+
+
+@both
+@pytest.mark.parametrize("base", [1.0, 3.0, 49.0, 10000.0, 1e6 / 3, 1e300])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_last_frequency_is_one_over_base(library, base, layout):
+    """The last pair, at position `base` and before: sine and cosine of 1 / base itself, times the position."""
+    for dim in (4, 6, 1026):
+        last = cattn.reference._columns(dim, layout)
+        sine, cosine = last[0][-1], last[1][-1]
+        positions = np.array([1.0, min(base, 2.0**53) / 2, 0.75])
+        table = library.sinusoidal_encoding(3, dim, base=base, layout=layout, endpoint=True, positions=positions,
+                                            dtype=np.float64)
+        np.testing.assert_allclose(table[:, sine], np.sin(positions / base), rtol=2.0**-52, atol=0)
+        np.testing.assert_allclose(table[:, cosine], np.cos(positions / base), rtol=2.0**-52, atol=0)
+
+
+# Positions of the caller's.
+
+
+@long_double
+@both
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), length=st.integers(0, 20), dim=st.integers(1, 13), layout=st.sampled_from(LAYOUTS),
+       base=st.sampled_from([1.0, 10.0, 10000.0]), endpoint=st.booleans())
+def test_any_positions(library, data, length, dim, layout, base, endpoint):
+    dtype = data.draw(st.sampled_from([np.float64, np.float32, np.float16, BFLOAT16, np.int64, np.uint8, ">f8"]))
+    numbers = st.integers(0, 255) if dtype == np.uint8 else st.floats(-60000, 60000)
+    positions = np.array(data.draw(st.lists(numbers, min_size=length, max_size=length)), float).astype(dtype)
+    options = {"layout": layout, "base": base, "endpoint": endpoint and dim >= 4 and dim % 2 == 0}
+    table = library.sinusoidal_encoding(length, dim, positions=positions, dtype=np.float64, **options)
+    wide = positions.astype(np.float64)
+    exact = exact_table(length, dim, positions=wide, **options)
+    assert (np.abs(table - exact) <= 2.3e-16 * (np.abs(wide[:, None]) + 1)).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
+def test_whole_positions_are_those_of_offset(library, dtype):
+    """Within the rounding of both: other sums lead there."""
+    table = library.sinusoidal_encoding(300, 6, offset=-100, dtype=dtype)
+    positions = np.arange(-100, 200)
+    atol = max(float(ml_dtypes.finfo(dtype).eps), 2e-13)
+    np.testing.assert_allclose(library.sinusoidal_encoding(300, 6, positions=positions, dtype=dtype).astype(float),
+                               table.astype(float), rtol=0, atol=atol)
+
+
+def test_positions_in_any_array():
+    """A list, a strided one, one that is read-only, one that lies in `out`."""
+    positions = np.linspace(-3, 1000, 7)
+    expected = cattn.sinusoidal_encoding(7, 5, positions=positions, dtype=np.float64)
+    strided = np.zeros(21)[::-3]
+    strided[:] = positions
+    out = np.zeros((7, 5))
+    out[:, 2] = positions
+    frozen = positions.copy()
+    frozen.flags.writeable = False
+    for same in (positions.tolist(), strided, frozen, positions.astype(np.longdouble), out[:, 2]):
+        table = cattn.sinusoidal_encoding(7, 5, positions=same, dtype=np.float64,
+                                          out=out if isinstance(same, np.ndarray) and same.base is out else None)
+        np.testing.assert_array_equal(table, expected)
+
+
+def test_far_positions():
+    """Up to 2**53, where a double still is every whole number."""
+    positions = np.array([2**53, -(2**53), 2**52 + 1])
+    table = cattn.sinusoidal_encoding(3, 2, positions=positions, dtype=np.float64)
+    np.testing.assert_array_equal(table[:, 0], [math.sin(p) for p in positions])
+    np.testing.assert_array_equal(table[:, 1], [math.cos(p) for p in positions])
+
+
+# What decides a number: its position and column, and nothing else.
+
+
+@pytest.fixture
+def set_num_threads():
+    yield cattn.set_num_threads
+    cattn.set_num_threads(None)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
+def test_a_number_depends_on_nothing_else(isa, set_num_threads, dtype):
+    """Not on the number of threads, the length of the table, the other positions, or where it goes."""
+    for dim, layout in ((64, "concatenated"), (1030, "interleaved")):
+        options = {"layout": layout, "dtype": dtype}
+        set_num_threads(1)
+        expected = cattn.sinusoidal_encoding(9000, dim, **options)
+        positions = np.linspace(-50, 777, 1000)
+        given = cattn.sinusoidal_encoding(1000, dim, positions=positions, **options)
+        for num_threads in (2, 3, 7):
+            set_num_threads(num_threads)
+            np.testing.assert_array_equal(cattn.sinusoidal_encoding(9000, dim, **options), expected)
+            np.testing.assert_array_equal(cattn.sinusoidal_encoding(1000, dim, positions=positions, **options), given)
+        for length in (1, 63, 65, 4097):
+            out = np.empty((length, 3 * dim), dtype)[:, ::3]
+            np.testing.assert_array_equal(cattn.sinusoidal_encoding(length, dim, out=out, **options), expected[:length])
+        np.testing.assert_array_equal(
+            cattn.sinusoidal_encoding(100, dim, positions=positions[900::-9][:100], **options), given[900::-9][:100])
+
+
+# Rounding to 16 bits.
+
+
+def narrowed(x, dtype):
+    """float64 to a 16-bit format, rounded once, to nearest even, by rint of a multiple of the format's spacing."""
+    fraction, bias = {np.float16: (10, 15), BFLOAT16: (7, 127)}[dtype]
+    spacing = np.maximum(np.frexp(x)[1] - 1, 1 - bias) - fraction
+    return np.ldexp(np.rint(np.ldexp(x, -spacing)), spacing).astype(dtype)  # exact: it is a number of the format
+
+
+def kernel_narrowed(x, dtype):
+    out = np.empty(x.size, np.uint16)
+    _kernels.f32.narrow_of(x, out, KINDS[dtype])
+    return out.view(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_narrowing_near_every_tie(isa, dtype):
+    """All numbers of the format below 2, subnormal ones included, all midpoints of two, and the doubles next to both;
+    those which are next in float32 as well, by way of which a number would be rounded twice."""
+    numbers = np.arange(0x4001, dtype=np.uint16).view(dtype).astype(np.float64)  # 0 to 2
+    middles = (numbers[:-1] + numbers[1:]) / 2
+    ties = np.concatenate([numbers, middles])
+    x = [ties, np.nextafter(ties, -1), np.nextafter(ties, 3)]
+    for power in range(-53, -20):
+        x += [ties * (1 - 2.0**power), ties * (1 + 2.0**power)]
+    x = np.concatenate(x)
+    x = x[np.abs(x) < 2]
+    x = np.concatenate([x, -x])
+    np.testing.assert_array_equal(kernel_narrowed(x, dtype).view(np.uint16), narrowed(x, dtype).view(np.uint16))
+    upper, lower = np.nextafter(middles, 3), np.nextafter(middles, 0)
+    np.testing.assert_array_equal(kernel_narrowed(upper, dtype).astype(float), numbers[1:])
+    np.testing.assert_array_equal(kernel_narrowed(lower, dtype).astype(float), numbers[:-1])
+    even = np.where(np.arange(0x4000) % 2, numbers[1:], numbers[:-1])
+    np.testing.assert_array_equal(kernel_narrowed(middles, dtype).astype(float), even)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_narrowing_anything(isa, dtype):
+    """Of any exponent below 2: down to where a double itself is subnormal."""
+    rng = np.random.default_rng(0)
+    exponents = rng.choice([0, -5, -14, -15, -24, -25, -126, -133, -300, -1050], 1_000_000)
+    x = rng.uniform(-2, 2, 1_000_000) * np.exp2(exponents)
+    np.testing.assert_array_equal(kernel_narrowed(x, dtype).view(np.uint16), narrowed(x, dtype).view(np.uint16))
+
+
+@pytest.mark.parametrize("options", [
+    {"offset": 10**8 - 100}, {"layout": "concatenated"}, {"endpoint": True, "base": 1e7}, {"base": 1e300},
+    {"positions": np.linspace(0, 1, 200)}, {"positions": np.linspace(-1e-7, 1e-5, 200), "layout": "cosines_first"},
+])
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_16_bit_tables_are_the_float64_table_rounded_once(isa, dtype, options):
+    table = cattn.sinusoidal_encoding(200, 34, dtype=dtype, **options)
+    wide = cattn.sinusoidal_encoding(200, 34, dtype=np.float64, **options)
+    assert table.dtype == dtype
+    np.testing.assert_array_equal(table.view(np.uint16), narrowed(wide, dtype).view(np.uint16))
 
 
 @both
@@ -98,6 +410,43 @@ def test_float16_is_the_float64_table_rounded(library):
         library.sinusoidal_encoding(100, 33, dtype=np.float16, **options),
         library.sinusoidal_encoding(100, 33, dtype=np.float64, **options).astype(np.float16),
     )
+
+
+@both
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
+def test_error_state_of_numpy(library, dtype):
+    """The caller's np.errstate neither raises in a call nor changes a bit of it."""
+    x = np.full((2, 5, 8), 1e-6).astype(dtype)
+    def calls():
+        layer = library.PositionalEncoding(8, 0.3, base=1e30, dtype=dtype)
+        return [
+            library.sinusoidal_encoding(9, 8, base=1e30, dtype=dtype),
+            library.sinusoidal_encoding(9, 8, base=1e300, dtype=dtype),
+            library.sinusoidal_encoding(2, 8, positions=np.array([1e-300, 0.5], np.longdouble) * 1e-20, dtype=dtype),
+            library.relative_shift(1, 8, base=1e300, dtype=dtype),
+            layer(x), layer(x, training=True, seed=1),
+        ]
+    expected = calls()
+    with np.errstate(all="raise"):
+        for ours, theirs in zip(calls(), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
+def test_nothing_as_large_as_the_table(dtype):
+    """The kernel writes every dtype and every stride itself: no pass of NumPy over a second array, which no signal
+    could interrupt."""
+    size = 1000 * 512 * np.dtype(dtype).itemsize
+    out = np.empty((512, 1000), dtype).T
+    tracemalloc.start()
+    try:
+        cattn.sinusoidal_encoding(1000, 512, out=out, dtype=dtype)
+        assert tracemalloc.get_traced_memory()[1] < size // 8
+        tracemalloc.reset_peak()
+        cattn.sinusoidal_encoding(1000, 512, dtype=dtype)
+        assert size <= tracemalloc.get_traced_memory()[1] < size * 9 // 8
+    finally:
+        tracemalloc.stop()
 
 
 @long_double
@@ -110,7 +459,7 @@ def test_other_dtypes_of_the_reference(dtype):
     assert largest_error(table) <= (1e-15 if dtype == np.longdouble else 2.0**-9)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
 @pytest.mark.parametrize("make", [
     lambda n, d, dtype: np.empty((n, d), dtype),
     lambda n, d, dtype: np.empty((n, d + 3), dtype)[:, 1:-2],
@@ -118,9 +467,9 @@ def test_other_dtypes_of_the_reference(dtype):
     lambda n, d, dtype: np.empty((n, 2 * d), dtype)[:, ::2],
     lambda n, d, dtype: np.empty((n, d), dtype)[:, ::-1],
     lambda n, d, dtype: np.empty((d, n), dtype).T,
-    lambda n, d, dtype: np.empty(n * d * dtype().itemsize + 1, np.uint8)[1:].view(dtype).reshape(n, d),
+    lambda n, d, dtype: np.empty(n * d * np.dtype(dtype).itemsize + 1, np.uint8)[1:].view(dtype).reshape(n, d),
 ], ids=["contiguous", "columns", "rows reversed", "strided", "columns reversed", "transposed", "unaligned"])
-@pytest.mark.parametrize("shape", [(70, 9), (3, 1), (0, 4), (1, 5)])
+@pytest.mark.parametrize("shape", [(70, 9), (3, 1), (0, 4), (1, 5), (3, 1300)])
 def test_out(dtype, make, shape):
     out = make(*shape, dtype)
     assert cattn.sinusoidal_encoding(*shape, offset=3, dtype=dtype, out=out) is out
@@ -128,20 +477,25 @@ def test_out(dtype, make, shape):
 
 
 def test_out_writes_nothing_else():
-    frame = np.full((5, 6), 7, np.float32)
-    cattn.sinusoidal_encoding(3, 4, out=frame[1:4, 1:5])
-    assert (frame[[0, 4]] == 7).all() and (frame[:, [0, 5]] == 7).all() and (frame[1:4, 1:5] != 7).all()
+    for layout in LAYOUTS:
+        frame = np.full((5, 1306), 7, np.float32)
+        cattn.sinusoidal_encoding(3, 1303, out=frame[1:4, 1:-2], layout=layout)
+        assert (frame[[0, 4]] == 7).all() and (frame[:, [0, -2, -1]] == 7).all() and (frame[1:4, 1:-2] != 7).all()
+        strided = np.full((9, 5), 7, np.float32)
+        cattn.sinusoidal_encoding(3, 5, out=strided[1::3], layout=layout)
+        assert (strided[0::3] == 7).all() and (strided[2::3] == 7).all() and (strided[1::3] != 7).all()
 
 
 # The shift.
 
 
 @both
-@pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("delta", [0, 1, -7, 12345])
-@pytest.mark.parametrize(("dim", "base"), [(2, 10000.0), (8, 10000.0), (10, 50.0)])
-def test_relative_shift(library, dim, base, delta, layout):
-    options = {"base": base, "layout": layout}
+@pytest.mark.parametrize(("dim", "base", "endpoint"), [
+    (2, 10000.0, False), (8, 10000.0, False), (8, 10000.0, True), (10, 50.0, False), (4, 50.0, True)])
+def test_relative_shift(library, dim, base, delta, layout, endpoint):
+    options = {"base": base, "layout": layout, "endpoint": endpoint}
     shift = library.relative_shift(delta, dim, **options)
     assert shift.shape == (dim, dim) and shift.dtype == np.float64
     table = library.sinusoidal_encoding(20, dim, offset=10, dtype=np.float64, **options)
@@ -171,13 +525,16 @@ def test_layer_adds_the_table(library, shape):
 
 
 @both
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
 def test_layer_options(library, dtype):
-    layer = library.PositionalEncoding(5, base=100.0, layout="concatenated", dtype=dtype)
-    out = layer(np.zeros((1, 4, 5), dtype))
-    expected = library.sinusoidal_encoding(4, 5, base=100.0, layout="concatenated", dtype=dtype)
-    assert out.dtype == dtype
-    np.testing.assert_array_equal(out[0], expected)
+    for dim, options in (
+        (5, {"base": 100.0, "layout": "concatenated"}), (6, {"layout": "cosines_first"}),
+        (6, {"base": 50.0, "layout": "concatenated", "endpoint": True}),
+    ):
+        layer = library.PositionalEncoding(dim, max_len=3, dtype=dtype, **options)  # and when the table grows
+        out = layer(np.zeros((1, 4, dim), dtype))
+        assert out.dtype == dtype
+        np.testing.assert_array_equal(out[0], library.sinusoidal_encoding(4, dim, dtype=dtype, **options))
 
 
 @both
@@ -215,8 +572,50 @@ def test_layer_dropout(library):
     assert (layer(x, training=True) != layer(x, training=True)).any()
 
 
+def plain_layer(x, table, dropout=0.0, seed=0):
+    """The layer in passes over the whole array."""
+    out = x + table
+    if dropout:
+        *leading, seq, dim = x.shape
+        batch_index = np.arange(math.prod(leading))[:, None, None]
+        counter = (np.arange(-(-dim // 4)), np.arange(seq)[:, None], 2**32 - 1, batch_index)
+        words = np.stack(philox4x32(counter, (seed, 0)), axis=-1)
+        words = words.reshape(*leading, seq, 4 * len(counter[0]))[..., :dim]
+        out = np.where(words >= int(dropout * 2**32), out / out.dtype.type(1 - dropout), out.dtype.type(0))
+    return out
+
+
+@pytest.mark.parametrize("shape", [
+    (300_000,), (3, 100_001), (100_000, 1, 5), (5, 3, 20_000, 2), (2, 70, 4000), (2, 0, 4000), (0, 700_000, 7)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_layer_in_pieces(shape, dtype):
+    """Larger than a piece along any axis, and cut where no multiple of 4 is near: the bits of the whole."""
+    if len(shape) == 1:
+        shape = (1, *shape)
+    x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    layer = cattn.PositionalEncoding(shape[-1], 0.4, max_len=1, dtype=dtype)
+    np.testing.assert_array_equal(layer(x), plain_layer(x, layer.P[0, : shape[-2]]))
+    np.testing.assert_array_equal(layer(x, training=True, seed=5), plain_layer(x, layer.P[0, : shape[-2]], 0.4, 5))
+    np.testing.assert_array_equal(layer(x[..., ::-1, :]), plain_layer(x[..., ::-1, :], layer.P[0, : shape[-2]]))
+
+
+def test_layer_takes_pieces():
+    """No pass over a whole array, between whose two ends no signal is handled, but pieces of 2**18 numbers."""
+    x = np.zeros((2, 4000, 512), np.float32)
+    layer = cattn.PositionalEncoding(512, 0.5, max_len=4000)
+    tracemalloc.start()
+    try:
+        layer(x, training=True, seed=0)
+        assert tracemalloc.get_traced_memory()[1] < x.nbytes + 2**18 * 80
+    finally:
+        tracemalloc.stop()
+
+
 # Bad input.
 
+LAYOUT_RULE = "expected 'interleaved', 'concatenated' or 'cosines_first'"
+BEYOND = "positions: expected finite numbers within"
+NO_NUMBERS = "positions: expected an int or float array, got dtype"
 BAD_TABLES = [
     ((-1, 4), {}, ValueError, "length: expected an int >= 0, got -1"),
     ((3, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
@@ -225,7 +624,7 @@ BAD_TABLES = [
     ((None, 4), {}, TypeError, "length: expected an int, got None"),
     ((2**40, 2**40), {}, ValueError, r"length: expected at most 2\*\*58 elements in the table, got "),
     ((0, 2**59), {}, ValueError, r"length: expected at most 2\*\*58 elements in the table, got 0 \* "),
-    ((3, 4), {"layout": np.array(["interleaved"] * 2)}, ValueError, "layout: expected 'interleaved' or 'concatenated'"),
+    ((3, 4), {"layout": np.array(["interleaved"] * 2)}, ValueError, f"layout: {LAYOUT_RULE}, got array"),
     ((3, 4), {"offset": 0.5}, TypeError, r"offset: expected an int, got 0\.5"),
     ((3, 4), {"offset": 2**53}, ValueError, r"offset: expected positions within \+-2\*\*53, got "),
     ((3, 4), {"offset": -(2**60)}, ValueError, r"offset: expected positions within \+-2\*\*53, got "),
@@ -235,9 +634,35 @@ BAD_TABLES = [
     ((3, 4), {"base": math.inf}, ValueError, "base: expected a finite float >= 1, got inf"),
     ((3, 4), {"base": 10**400}, ValueError, "base: expected a finite float >= 1, got 1000"),
     ((3, 4), {"base": "10000"}, TypeError, "base: expected a finite float >= 1, got '10000'"),
-    ((3, 4), {"layout": "half"}, ValueError, "layout: expected 'interleaved' or 'concatenated', got 'half'"),
+    ((3, 4), {"layout": "half"}, ValueError, f"layout: {LAYOUT_RULE}, got 'half'"),
+    ((3, 4), {"layout": "cosines first"}, ValueError, f"layout: {LAYOUT_RULE}, got 'cosines first'"),
+    ((3, 4), {"endpoint": 1}, TypeError, "endpoint: expected True or False, got 1"),
+    ((3, 4), {"endpoint": None}, TypeError, "endpoint: expected True or False, got None"),
+    ((3, 4), {"endpoint": np.array([True, False])}, TypeError, "endpoint: expected True or False, got array"),
+    ((3, 5), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 5"),
+    ((3, 2), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 2"),
+    ((3, 1), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 1"),
+    ((3, 4), {"positions": [0, 1, 2], "offset": 1}, ValueError, "offset: expected 0 with positions, got 1"),
+    ((3, 4), {"positions": [0, 1]}, ValueError,
+     r"positions: expected one for each row, shape \(3,\), got shape \(2,\)"),
+    ((3, 4), {"positions": np.zeros((3, 1))}, ValueError, r"positions: expected one .*, got shape \(3, 1\)"),
+    ((3, 4), {"positions": 1.0}, ValueError, r"positions: expected one .*, got shape \(\)"),
+    ((3, 4), {"positions": [[0], [1, 2]]}, ValueError, "positions: expected an array, got a list that makes none"),
+    ((3, 4), {"positions": [0, 1, math.nan]}, ValueError, f"{BEYOND} .*, got nan"),
+    ((3, 4), {"positions": [0, -math.inf, 1]}, ValueError, f"{BEYOND} .*, got -inf"),
+    ((3, 4), {"positions": np.array([0, math.inf, 1], np.float16)}, ValueError, f"{BEYOND} .*, got inf"),
+    ((3, 4), {"positions": np.array([0, math.inf, 1], BFLOAT16)}, ValueError, f"{BEYOND} .*, got inf"),
+    ((3, 4), {"positions": [0, 2**53 + 1, 1]}, ValueError, f"{BEYOND} .*, got 9007199254740993"),
+    ((3, 4), {"positions": np.array([0, 1, 2**64 - 1], np.uint64)}, ValueError, f"{BEYOND} .*, got 1844"),
+    ((3, 4), {"positions": [0.0, -1e16, 1]}, ValueError, rf"{BEYOND} .*, got -1e\+16"),
+    ((3, 4), {"positions": [True, False, True]}, TypeError, f"{NO_NUMBERS} bool"),
+    ((3, 4), {"positions": ["0", "1", "2"]}, TypeError, f"{NO_NUMBERS} <U1"),
+    ((3, 4), {"positions": [0, 1, 2j]}, TypeError, f"{NO_NUMBERS} complex128"),
+    ((3, 4), {"positions": [0, 1, 2**70]}, TypeError, f"{NO_NUMBERS} object"),
     ((3, 4), {"dtype": np.int32}, TypeError, "dtype: expected .*float.*, got <class 'numpy.int32'>"),
     ((3, 4), {"dtype": complex}, TypeError, "dtype: expected .*float.*, got <class 'complex'>"),
+    ((3, 4), {"dtype": "f4,,"}, TypeError, "dtype: expected .*float.*, got 'f4,,'"),
+    ((3, 4), {"dtype": (None, -1)}, TypeError, r"dtype: expected .*float.*, got \(None, -1\)"),
     ((3, 4), {"dtype": "nonsense"}, TypeError, "dtype: expected .*float.*, got 'nonsense'"),
     ((3, 4), {"dtype": None}, TypeError, "dtype: expected .*float.*, got None"),
 ]
@@ -265,6 +690,9 @@ def test_bad_table(library, args, options, error, message):
     (np.empty((4, 3), np.float32), ValueError, r"out: expected \(3, 4\), got shape \(4, 3\)"),
     (np.empty((1, 3, 4), np.float32), ValueError, r"out: expected \(3, 4\), got shape \(1, 3, 4\)"),
     (np.broadcast_to(np.float32(0), (3, 4)), ValueError, "out: expected a writeable array, got a read-only"),
+    (as_strided(np.zeros(9, np.float32), (3, 4), (4, 4)), ValueError,
+     r"out: expected elements that do not overlap each other, got strides \(4, 4\)"),
+    (as_strided(np.zeros(9, np.float32), (3, 4), (0, 4)), ValueError, "out: expected elements that do not overlap"),
 ])
 def test_bad_out(out, error, message):
     with pytest.raises(error, match=f"^{message}"):
@@ -273,7 +701,7 @@ def test_bad_out(out, error, message):
 
 def test_public_table_has_no_long_double():
     if np.dtype(np.longdouble) != np.float64:
-        with pytest.raises(TypeError, match=r"^dtype: expected one of float16, float32, float64, got"):
+        with pytest.raises(TypeError, match=r"^dtype: expected one of float16, bfloat16, float32, float64, got"):
             cattn.sinusoidal_encoding(3, 4, dtype=np.longdouble)
 
 
@@ -282,10 +710,13 @@ def test_public_table_has_no_long_double():
     ((1, 5), {}, ValueError, r"dim: expected an even number \(an unpaired sine cannot be rotated\), got 5"),
     ((1, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
     ((1, 2**30), {}, ValueError, r"dim: expected at most 2\*\*58 elements in the matrix, got 1073741824 \* "),
+    ((1, 2**62), {}, ValueError, r"dim: expected at most 2\*\*58 elements in the matrix, got 4611686018427387904 \* "),
     ((0.5, 4), {}, TypeError, r"delta: expected an int, got 0\.5"),
     ((-(10**400), 4), {}, ValueError, r"delta: expected an int within \+-2\*\*53, got -1000"),
     ((1, 4), {"base": 0.0}, ValueError, r"base: expected a finite float >= 1, got 0\.0"),
-    ((1, 4), {"layout": None}, ValueError, "layout: expected 'interleaved' or 'concatenated', got None"),
+    ((1, 4), {"endpoint": "yes"}, TypeError, "endpoint: expected True or False, got 'yes'"),
+    ((1, 2), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True"),
+    ((1, 4), {"layout": None}, ValueError, f"layout: {LAYOUT_RULE}, got None"),
     ((1, 4), {"dtype": int}, TypeError, "dtype: expected a float dtype, got <class 'int'>"),
 ])
 def test_bad_shift(library, args, options, error, message):
@@ -304,6 +735,8 @@ def test_bad_shift(library, args, options, error, message):
     ((2**59, 0.1, 0), {}, ValueError, r"max_len: expected at most 2\*\*58 elements in the table, got "),
     ((4,), {"base": 0.0}, ValueError, "base: "),
     ((4,), {"layout": ""}, ValueError, "layout: "),
+    ((4,), {"endpoint": 0}, TypeError, "endpoint: "),
+    ((5,), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True"),
     ((4,), {"dtype": int}, TypeError, "dtype: "),
 ])
 def test_bad_encoding_layer(library, args, options, error, message):

@@ -126,4 +126,3 @@ def f64():
 
 fma_flops = f32.fma_flops
 read_bytes = f32.read_bytes
-sinusoid = f32.sinusoid

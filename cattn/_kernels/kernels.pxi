@@ -85,6 +85,8 @@ cdef extern from "simd.h" nogil:
     float widen_bf16(uint16_t)
     uint16_t narrow_f16(float)
     uint16_t narrow_bf16(float)
+    uint16_t narrow_f64_to_f16(double)
+    uint16_t narrow_f64_to_bf16(double)
 
 
 include "openmp.pxi"

@@ -372,6 +372,33 @@ SIMD uint16_t narrow_f16(float f) {
     return (uint16_t)(sign | ((u + 0xfff + (u >> 13 & 1) - 0x38000000) >> 13));
 }
 
+/* A double of magnitude below 2 to a 16-bit format with so many bits of fraction and this exponent bias, rounded once,
+ * to nearest even. Not by way of float: that would be a second rounding. From the smallest normal number on: the bits
+ * are cut where the fraction ends, after adding all but one half of what is cut, and the other one where the last bit
+ * that stays is odd; a carry into the exponent is right as it is. Below, the format has the multiples of its smallest
+ * number: adding the power of two whose last bit that number is leaves the multiple in the sum's last bits, rounded by
+ * the addition. Both are computed and one taken, without a branch, for loops to be vectorised. */
+SIMD uint16_t narrow_f64(double x, int fraction, int bias) {
+    const uint64_t drop = 52 - fraction, magic_bits = (uint64_t)(1023 + 53 - bias - fraction) << 52;
+    const uint64_t smallest_bits = (uint64_t)(1023 + 1 - bias) << 52;
+    uint64_t u, sign, small, normal;
+    double magnitude, magic, smallest, sum;
+    memcpy(&magic, &magic_bits, 8);
+    memcpy(&smallest, &smallest_bits, 8);
+    memcpy(&u, &x, 8);
+    sign = u >> 48 & 0x8000;
+    u &= 0x7fffffffffffffff;
+    memcpy(&magnitude, &u, 8);
+    sum = magnitude + magic;
+    memcpy(&small, &sum, 8);
+    small -= magic_bits;
+    normal = (u + (((uint64_t)1 << (drop - 1)) - 1) + (u >> drop & 1)) >> drop;
+    normal -= (uint64_t)(1023 - bias) << fraction;
+    return (uint16_t)(sign | (magnitude < smallest ? small : normal));
+}
+SIMD uint16_t narrow_f64_to_f16(double x) { return narrow_f64(x, 10, 15); }
+SIMD uint16_t narrow_f64_to_bf16(double x) { return narrow_f64(x, 7, 127); }
+
 /* LANES consecutive 16-bit numbers, widened inside the load where the instruction set can. */
 SIMD vf vload_bf16(const uint16_t *p) {
 #if !IS_DOUBLE && defined(__AVX512F__)
