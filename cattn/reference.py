@@ -949,7 +949,7 @@ class PositionalEncoding:
 
 def _pieces(shape):
     """Slices, one for each axis, that cut an array of this shape into pieces of at most 2**18 elements: these take
-    0.1 ms, 10 ms with dropout, and between two of them Python runs the handlers of signals. Columns are cut at multiples
+    0.1 ms, 10 ms with dropout; between two of them Python runs the handlers of signals. Columns are cut at multiples
     of 4, as many as share a counter of the random numbers."""
 
     def halves(piece):

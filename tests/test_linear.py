@@ -1,4 +1,4 @@
-"""The kernel of projections: as exact as its formula, whatever the shapes; a row's bits depend on nothing but itself."""
+"""The kernel of projections: as exact as its formula, whatever the shapes; a row's bits depend on itself alone."""
 
 import itertools
 

@@ -33,8 +33,8 @@ cdef extern from *:
     """
     #include <float.h>
     #define LOG2_E 1.4426950408889634
-    /* What a mask entry or an ALiBi bias may be at most: its sum with a score that is no larger stays finite, also after
-       * log2(e). */
+    /* What a mask entry or an ALiBi bias may be at most: its sum with a score that is no larger stays finite, also
+       after * log2(e). */
     #define BIAS_LIMIT (IS_DOUBLE ? DBL_MAX / 4 : FLT_MAX / 4)
     /* Where row_max starts: no finite score is below, and -inf - LOWEST is -inf, where -inf + inf would be NaN. */
     #define LOWEST (IS_DOUBLE ? -DBL_MAX : -FLT_MAX)

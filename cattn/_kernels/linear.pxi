@@ -31,8 +31,8 @@ cdef inline bint few_rows(Py_ssize_t rows) noexcept nogil:
 cdef inline void linear_tile(const int ROWS, const int VECTORS, real* tile, const real* x, const real* weight,
                              Py_ssize_t w_stride, Py_ssize_t ahead, Py_ssize_t dims) noexcept nogil:
     """tile[ROWS][width] += `dims` dimensions of ROWS features of the panel's rows. What lies `ahead` numbers from there
-    is prefetched on the way, a line at a time: it comes from memory, and the hardware's own streams stop at each row. 0:
-    nothing is."""
+    is prefetched on the way, a line at a time: it comes from memory, and the hardware's own streams stop at each row.
+    0: nothing is."""
     cdef vf acc[8 * MAX_PANEL]
     cdef Py_ssize_t line = 64 // <Py_ssize_t> sizeof(real)
     cdef Py_ssize_t d = 0
@@ -73,8 +73,8 @@ cdef inline void linear_panel(const int VECTORS, real* tile, const real* x, cons
 cdef inline void linear_columns(const int ROWS, real* tile, const real* x, Py_ssize_t x_stride, const real* weight,
                                 Py_ssize_t w_stride, const char* ahead, Py_ssize_t ahead_stride, Py_ssize_t ahead_item,
                                 Py_ssize_t dims) noexcept nogil:
-    """tile[ROWS][LANES] (IN/OUT): `dims` dimensions of LANES features. As many at `ahead`, of ahead_item bytes each, are
-    prefetched on the way; 0: none."""
+    """tile[ROWS][LANES] (IN/OUT): `dims` dimensions of LANES features. As many at `ahead`, of ahead_item bytes each,
+    are prefetched on the way; 0: none."""
     cdef vf acc[8]
     cdef vf columns[16]
     cdef real lanes[16]
@@ -103,8 +103,10 @@ cdef inline void linear_columns(const int ROWS, real* tile, const real* x, Py_ss
 
 
 cdef struct Linear:
-    Tensor x, weight, bias, out     # IN (1, batch, seq, in_features), IN (1, 1, out_features, in_features), IN (1, 1, 1,
-                                    # out_features) or no data, OUT (1, batch, seq, out_features)
+    Tensor x                        # IN (1, batch, seq, in_features)
+    Tensor weight                   # IN (1, 1, out_features, in_features)
+    Tensor bias                     # IN (1, 1, 1, out_features), or no data
+    Tensor out                      # OUT (1, batch, seq, out_features)
     Py_ssize_t seq, rows            # rows of x in a batch row, and in all
     Py_ssize_t in_features, out_features
     Py_ssize_t block                # rows of x at a time
@@ -269,8 +271,8 @@ cdef void multiply_dims(const Linear* l, const Bench* b, Py_ssize_t rows, Py_ssi
 
 cdef void many_features(const Linear* l, const Bench* b, Py_ssize_t first_row, Py_ssize_t rows, Py_ssize_t feature,
                         Py_ssize_t n) noexcept nogil:
-    """out[first_row : + rows][feature : + n] (OUT): many rows, at most FEATURES features. Some dimensions of all after the
-    other, so that these of W and of the panels stay in L1."""
+    """out[first_row : + rows][feature : + n] (OUT): many rows, at most FEATURES features. Some dimensions of all after
+    the other, so that these of W and of the panels stay in L1."""
     cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, first = 0, width, o, r
     cdef real* tile = b.tile
     load_bias_of(l, b.rows, feature, n)
@@ -336,8 +338,8 @@ cdef int describe_linear(Linear* l, x, weight, bias, out, Kind kind, Kind weight
 
 
 def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_threads):
-    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d], in arrays of 4 axes as Linear says; bias may
-    be None. num_threads: 0 for the default."""
+    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d], in arrays of 4 axes as Linear says; bias
+    may be None. num_threads: 0 for the default."""
     cdef Linear l
     cdef Bench b
     cdef Call call

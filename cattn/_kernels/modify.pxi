@@ -182,8 +182,8 @@ cdef Py_ssize_t add_bool_mask(real* scores, Py_ssize_t width, Py_ssize_t n, Py_s
 
 cdef void add_mask(real* scores, real scale, Py_ssize_t width, Py_ssize_t n, Py_ssize_t key_start, const Tensor* mask,
                    Py_ssize_t batch, const Lane* lanes, real* scratch) noexcept nogil:
-    """scores (IN/OUT) = scale * scores + biases; scale is 1 under a bool mask. scratch: LANES rows of n reals, n rounded
-    up to whole vectors."""
+    """scores (IN/OUT) = scale * scores + biases; scale is 1 under a bool mask. scratch: LANES rows of n reals, n
+    rounded up to whole vectors."""
     cdef Py_ssize_t length = (n + LANES - 1) // LANES * LANES, done = 0, j, v, i
     cdef bint in_place = rows_are_real(mask), bools = mask.kind == BOOL and mask.stride[3] == 1
     cdef vf square[16]

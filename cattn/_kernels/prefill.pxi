@@ -35,8 +35,8 @@ cdef enum:
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
     MAX_ROWS = 192      # query rows in a block, about; K and V pass the cache once in each. Flat from 96 to 384
-    # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower than
-    # 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
+    # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower
+    # than 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
     MAX_BLOCK = 65536
     AHEAD_LINES = 2     # asked for every EXP_KEYS keys: 1 is 15 % slower where short sequences come from memory
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower

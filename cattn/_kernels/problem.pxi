@@ -42,8 +42,9 @@ cdef struct Problem:
     Call* call
 
 cdef struct State:                  # of the softmax of a block of rows, over the keys done so far
-    real* row_max                   # [block_rows], decode: [LANES], row r in each lane l with l % decode_width == r; in
-                                    # the unit of what leaves the modifiers
+    # In the unit of what leaves the modifiers. [block_rows], decode: [LANES], row r in each lane l with
+    # l % decode_width == r
+    real* row_max
     real* row_sum                   # likewise; decode: the lanes of a row hold parts of its sum
     real* acc                       # [panel][head_dim_v][width], decode: [row][v_stride]
 
@@ -120,8 +121,8 @@ cdef void reset(const Problem* p, State* s) noexcept nogil:
 
 
 # Splits are merged in order. Their sums are kept with what rounding takes from them, so that the error of the whole
-# does not grow with the number of splits; and the reference is moved only past SLACK, as within a split, or the errors of
-# many factors near 1 would add up.
+# does not grow with the number of splits; and the reference is moved only past SLACK, as within a split, or the errors
+# of many factors near 1 would add up.
 
 cdef inline void merge_reference(real* total_max, const real* part_max, real unit, vf* factors) noexcept nogil:
     """total_max (IN/OUT), one vector; factors (OUT)[2]: what the sums of total and part are multiplied by."""
@@ -131,7 +132,8 @@ cdef inline void merge_reference(real* total_max, const real* part_max, real uni
     vstore(total_max, new)
 
 
-cdef inline void merge_vector(real* total, real* lost, const real* part, vf total_factor, vf part_factor) noexcept nogil:
+cdef inline void merge_vector(real* total, real* lost, const real* part, vf total_factor,
+                              vf part_factor) noexcept nogil:
     """total + lost (IN/OUT) = (total + lost) * total_factor + part * part_factor: the sum of two numbers and what it
     rounds off (Knuth, The Art of Computer Programming 2, 4.2.2) are exact. Infinities lose nothing."""
     cdef vf a = vrounded(vload(total) * total_factor), b = vrounded(vload(part) * part_factor)

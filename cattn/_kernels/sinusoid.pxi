@@ -269,6 +269,7 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
     cdef double flops
     cdef Py_ssize_t num_strips, doubles, size = size_of(kind)
     cdef double* scratch
+    cdef fp_mode before
     describe(&e.out, table, kind)
     e.call, e.length, e.dim = &call, e.out.length[2], e.out.length[3]
     if e.length == 0:
@@ -313,7 +314,9 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
             num_threads = cattn_startable(num_threads)
         call.num_threads = num_threads
         with parallel(num_threads=num_threads):
+            before = own_mode()
             fill_ranges(&e, scratch + threadid() * doubles)
+            set_mode(before)
             if threadid() == 0:
                 await_others(&call)
     free(scratch)
