@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import itertools
+import os
 import resource
 import sys
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 from problems import assert_same_bits, normal, problem
 
 import cattn
+from cattn import _kernels
 
 MIB = 2**20
 attention = cattn.scaled_dot_product_attention
@@ -44,6 +46,50 @@ def address_space():
 
 def resident():
     return statm(1)
+
+
+def threads_alive():
+    """The caller and those that have come since the import, which started the threads of NumPy's BLAS."""
+    return len(os.listdir("/proc/self/task")) - STARTED_BEFORE
+
+
+STARTED_BEFORE = 0
+STARTED_BEFORE = threads_alive() - 1
+
+
+class Room:
+    """Only so many bytes more of address space than are in use now."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __enter__(self):
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + self.size, resource.RLIM_INFINITY))
+
+    def __exit__(self, *error):
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class RoomForThreads:
+    """Only so many threads more than the user has now. Root has no such limit: it becomes another user, for good."""
+
+    def __init__(self, more):
+        self.more, self.limits = more, resource.getrlimit(resource.RLIMIT_NPROC)
+
+    def __enter__(self):
+        if os.getuid() == 0:
+            os.setuid(54321)  # nobody's, most likely
+        used = 0
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            try:
+                if os.stat(f"/proc/{name}").st_uid == os.getuid():
+                    used += len(os.listdir(f"/proc/{name}/task"))
+            except OSError:  # it has ended, or is not to be looked into
+                continue
+        resource.setrlimit(resource.RLIMIT_NPROC, (used + self.more, self.limits[1]))
+
+    def __exit__(self, *error):
+        resource.setrlimit(resource.RLIMIT_NPROC, self.limits)
 
 
 def refused(*args, function=attention, **options):
@@ -159,9 +205,8 @@ def out_of_memory(repeats):
         for number in range(repeats + 10):
             if number == 10:
                 grown = in_use()[0]
-            resource.setrlimit(resource.RLIMIT_AS, (address_space() + room * MIB, resource.RLIM_INFINITY))
-            message = refused(function=call)
-            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            with Room(room * MIB):
+                message = refused(function=call)
             assert what in message, message
             assert_same_bits(attention(*small), expected)
         grown = in_use()[0] - grown
@@ -174,13 +219,186 @@ def too_few_threads():
     arrays = problem(512, 512, 64, leading=(1,), num_heads=8)
     expected = attention(*arrays, num_threads=1), cattn.sinusoidal_encoding(5000, 64)
     for number, room in enumerate((6, 20, 40, 200)):
-        resource.setrlimit(resource.RLIMIT_AS, (address_space() + room * MIB, resource.RLIM_INFINITY))
-        cattn.set_num_threads(4 + number)
-        results = attention(*arrays), cattn.sinusoidal_encoding(5000, 64)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with Room(room * MIB):
+            cattn.set_num_threads(4 + number)
+            results = attention(*arrays), cattn.sinusoidal_encoding(5000, 64)
         assert_same_bits(results, expected)
-        with open("/proc/self/status") as file:
-            print(room, *(line for line in file if line.startswith("Threads")), flush=True)
+        print(room, threads_alive(), flush=True)
+
+
+# What makes the pool of a thread smaller, having been 12: then 10 more stacks are needed, of which the C library keeps
+# some 5. Each is a call of one of the modules, and what asks for 12 threads next.
+
+
+def pool_kinds():
+    arrays = problem(512, 512, 64, leading=(1,), num_heads=8)
+    wide = [x.astype(np.float64) for x in arrays]
+    layer = cattn.MultiHeadAttention(768, 12, seed=0)
+    x = normal(100, 768)
+    out = np.empty((20_000, 64), np.float32)
+    return {
+        "float32": lambda n: attention(*arrays, num_threads=n),
+        "float64": lambda n: attention(*wide, num_threads=n),
+        "layer": lambda n: layer(x, num_threads=n),
+        "table": lambda n: cattn.set_num_threads(n) or cattn.sinusoidal_encoding(20_000, 64, out=out).copy(),
+        "fma": lambda n: np.array(_kernels.fma_flops(10, n)) / n,
+        "read": lambda n: np.array(_kernels.read_bytes(np.ones(12_000, np.float32), n)),
+    }
+
+
+def one_pool(large, small):
+    """No room to start threads in: those there are do it, whichever module has used them."""
+    kinds = pool_kinds()
+    expected = kinds[large](1)
+    with Room(1000 * MIB):
+        assert_same_bits(kinds[large](12), expected)
+        assert threads_alive() == 12
+        kinds[small](2)
+        while threads_alive() > 2:  # they end on their own
+            time.sleep(0.001)
+    with Room(6 * MIB):
+        result = kinds[large](12)
+    print(large, small, threads_alive(), flush=True)
+    assert_same_bits(result, expected)
+
+
+def one_pool_in_a_child():
+    """A fork dissolves it."""
+    kinds = pool_kinds()
+    expected = kinds["float32"](12)
+    pid = os.fork()
+    if pid == 0:
+        with Room(6 * MIB):
+            os._exit(0 if np.array_equal(kinds["float32"](12), expected) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    while threads_alive() > 1:
+        time.sleep(0.001)
+    with Room(6 * MIB):
+        result = kinds["float32"](12)
+    assert_same_bits(result, expected)
+
+
+def openmp_library():
+    with open("/proc/self/maps") as file:
+        return ctypes.CDLL(next(line.split()[-1] for line in file if "libgomp" in line or "libomp" in line))
+
+
+def in_a_region_of_one_thread():
+    """What a region inside another one starts is of no pool, and ends with it."""
+    kinds = pool_kinds()
+    expected, inside = kinds["float32"](1), []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def region(_):
+        inside.append(kinds["float32"](12))
+
+    openmp_library().GOMP_parallel(region, None, 1, 0)
+    assert_same_bits(inside[0], expected)
+    while threads_alive() > 1:
+        time.sleep(0.001)
+    with Room(6 * MIB):
+        result = kinds["float32"](12)
+    assert_same_bits(result, expected)
+
+
+def fewer_than_asked():
+    """OpenMP gives a region fewer threads than it was asked for, as long as it is told to adjust their number."""
+    openmp = openmp_library()
+    kinds = pool_kinds()
+    expected = kinds["float32"](1)
+    openmp.omp_set_dynamic(1)
+    assert_same_bits(kinds["float32"](200), expected)
+    assert threads_alive() < 200
+    openmp.omp_set_dynamic(0)
+    with Room(60 * MIB):  # scratch for 200 takes 35
+        result = kinds["float32"](200)
+    assert_same_bits(result, expected)
+
+
+def large_stacks(size):
+    """The environment asks for stacks of so many bytes."""
+    kinds = pool_kinds()
+    expected = kinds["float32"](1)
+    for stacks in (0, 2):
+        with Room(size * stacks + size // 2):
+            assert_same_bits(kinds["float32"](8), expected)
+            assert threads_alive() == 1 + stacks
+
+
+def first_calls_at_once(rounds, limit):
+    """Eight Python threads want eight threads each, in the room for a few. limit: "memory" or "threads"."""
+    kinds = [kind for name, kind in pool_kinds().items() if name in ("float32", "float64", "layer")]
+    expected = [kind(1) for kind in kinds]
+    assert_same_bits(kinds[1](1), expected[1])  # another user may not read the modules that this loads
+    failures = []
+
+    def work(number):
+        try:
+            barrier.wait()
+            for i in range(3):
+                assert_same_bits(kinds[(number + i) % 3](8), expected[(number + i) % 3])
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    for number in range(rounds):
+        barrier = threading.Barrier(9)
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        with Room((4 + number) * 9 * MIB) if limit == "memory" else RoomForThreads(4 + number):
+            barrier.wait()
+            for thread in threads:
+                thread.join()
+        assert not failures
+        while threads_alive() > 1:
+            time.sleep(0.001)
+
+
+def last_blocks():
+    """malloc has given out all that there was, then some KB are free, and some more: MemoryError, or the right bits.
+    Each call has another number of threads than the one before, for which OpenMP allocates."""
+    libc = ctypes.CDLL(None)
+    malloc, free = libc.malloc, libc.free
+    malloc.argtypes, malloc.restype, free.argtypes, free.restype = [ctypes.c_size_t], ctypes.c_size_t, [
+        ctypes.c_size_t], None
+    out = np.empty((400, 64), np.float32)
+    arrays = problem(200, 64, 64)
+    expected, result = attention(*arrays), np.empty_like(arrays[0])
+    layer = cattn.MultiHeadAttention(256, 4, seed=0)
+    x = normal(20, 256)
+    kinds = {
+        "attention": lambda n: attention(*arrays, num_threads=n, out=result),
+        "layer": lambda n: layer(x, num_threads=n),
+        "table": lambda n: cattn.set_num_threads(n) or cattn.sinusoidal_encoding(400, 64, out=out),
+        "fma": lambda n: _kernels.fma_flops(10, n),
+    }
+    blocks = [0] * 200_000
+    done = refusals = 0
+    for name, kind in kinds.items():
+        for n in (1, 2, 3):
+            kind(n)
+        with Room(0):
+            count = 0
+            for size in (65536, 4096, 1024):
+                block = malloc(size)
+                while block:
+                    blocks[count] = block
+                    count += 1
+                    block = malloc(size)
+            for _ in range(400):
+                for n in (2, 1, 3):
+                    try:
+                        kind(n)
+                        done += 1
+                    except MemoryError:
+                        refusals += 1
+                count -= 1
+                free(blocks[count])
+            for i in range(count):
+                free(blocks[i])
+        assert_same_bits(result, expected)
+        print(name, done, refusals, flush=True)
 
 
 def eight_threads(seconds):

@@ -97,6 +97,29 @@ def test_fork_from_a_thread_while_another_computes(expected):
     assert statuses == [0, 0, 0]
 
 
+def test_fork_while_others_start_their_threads(expected):
+    """Each first call of a Python thread starts some, one call at a time: a child is not kept waiting for those of its
+    parent."""
+    stop = threading.Event()
+
+    def keep_starting():
+        while not stop.is_set():
+            thread = threading.Thread(target=attention)
+            thread.start()
+            thread.join()
+
+    starting = [threading.Thread(target=keep_starting) for _ in range(3)]
+    for thread in starting:
+        thread.start()
+    statuses = [0]
+    while statuses[-1] == 0 and len(statuses) <= 50:
+        statuses.append(exit_status_of_child(attention, expected))
+    stop.set()
+    for thread in starting:
+        thread.join()
+    assert statuses[-1] == 0
+
+
 def test_gunicorn(tmp_path):
     """--preload: the master imports the application, which computes, and forks the workers."""
     pytest.importorskip("gunicorn")
@@ -162,12 +185,15 @@ from cattn import threads
 cattn.set_num_threads(2)
 x = np.random.default_rng(0).standard_normal((8, 200, 64), np.float32)
 expected = cattn.scaled_dot_product_attention(x, x, x)
+wide = x.astype(float)
 def child(depth):
     pid = os.fork()
     if pid == 0:
         signal.alarm(30)
         right = np.array_equal(cattn.scaled_dot_product_attention(x, x, x), expected)
         right &= np.array_equal(cattn.scaled_dot_product_attention(x, x, x, num_threads=4), expected)
+        right &= cattn.scaled_dot_product_attention(wide, wide, wide).shape == wide.shape  # loads another module
+        right &= cattn._kernels.fma_flops(10, 2) > 0
         print(right, len(os.listdir("/proc/self/task")), cattn.get_num_threads(), threads.source(), flush=True)
         if depth:
             child(depth - 1)

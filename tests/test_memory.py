@@ -15,18 +15,21 @@ import pytest
 from problems import assert_same_bits, normal, problem
 
 import cattn
+from cattn import _kernels
 
 attention = cattn.scaled_dot_product_attention
 
 measured = pytest.mark.skipif(
     not (sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")), reason="needs glibc's mallinfo2")
+starts_threads = pytest.mark.skipif(
+    _kernels.f32.build_info()["openmp"].startswith("none"), reason="a build without OpenMP")
 
 
-def run(code):
+def run(code, **variables):
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import leaks; {code}"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(cattn.__file__).parents[1], env=os.environ, capture_output=True, text=True)
+        cwd=Path(cattn.__file__).parents[1], env=os.environ | variables, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
@@ -62,6 +65,64 @@ def test_too_few_threads():
 @measured
 def test_scratch_stays_small():
     run("leaks.scratch_stays_small()")
+
+
+@measured
+@starts_threads
+@pytest.mark.parametrize(("large", "small"), [
+    ("float64", "float32"), ("float32", "float64"), ("float32", "fma"), ("float64", "read"), ("fma", "float32"),
+    ("read", "layer"), ("layer", "table"), ("table", "layer")])
+def test_one_pool(large, small):
+    """Each thread that calls has one, whichever modules it calls in: a region of fewer threads ends the others."""
+    run(f"leaks.one_pool({large!r}, {small!r})")
+
+
+@measured
+@starts_threads
+def test_one_pool_in_a_child():
+    run("leaks.one_pool_in_a_child()")
+
+
+@measured
+@starts_threads
+def test_no_pool_in_a_region_of_one_thread():
+    run("leaks.in_a_region_of_one_thread()")
+
+
+@measured
+@starts_threads
+def test_fewer_threads_than_asked_for():
+    run("leaks.fewer_than_asked()")
+
+
+@measured
+@starts_threads
+@pytest.mark.parametrize("variables", [
+    {"OMP_STACKSIZE": "1G"},
+    {"OMP_STACKSIZE": " 1048576"},  # KB
+    {"GOMP_STACKSIZE": "1024 m "},
+    {"OMP_STACKSIZE": "1073741824b", "GOMP_STACKSIZE": "1M"},
+    {"OMP_STACKSIZE": "1T", "GOMP_STACKSIZE": "1048576K"},  # no unit that it knows: as if it were not set
+    {"OMP_STACKSIZE": "1G", "GOMP_STACKSIZE": "0"},
+])
+def test_large_stacks(variables):
+    """Of 1 GiB, as the environment has it: those of the threads that are tried first are as large."""
+    if _kernels.f32.build_info()["openmp"].startswith("libomp"):
+        pytest.skip("other units")
+    run("leaks.large_stacks(2**30)", **variables)
+
+
+@measured
+@starts_threads
+@pytest.mark.parametrize("limit", ["memory", "threads"])
+def test_first_calls_at_once(limit):
+    run(f"leaks.first_calls_at_once(10, {limit!r})")
+
+
+@measured
+@starts_threads
+def test_last_blocks():
+    run("leaks.last_blocks()")
 
 
 @measured

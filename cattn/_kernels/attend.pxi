@@ -352,12 +352,12 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     call.num_threads = threads
     p.call = &call
     with nogil:
-        if threads > 1:
-            threads = call.num_threads = cattn_startable(<int> threads)
+        threads = call.num_threads = begin_region(threads)
         if threads == 1:
             do_tasks(p, shared, scratch)
         else:
             with parallel(num_threads=threads):
+                region_started()
                 do_tasks(p, shared, scratch + threadid() * scratch_size)
                 if threadid() == 0:
                     await_others(&call)

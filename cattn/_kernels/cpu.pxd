@@ -14,3 +14,13 @@ cdef extern from *:
 cdef Py_ssize_t default_threads    # shared by the calls that do not ask for a number
 cdef Py_ssize_t openmp_threads     # what OpenMP starts with; it says less where something limits it at run time
 cdef Py_ssize_t calls_in_flight
+
+# Threads and forks: cpu.pyx keeps them for all modules, since OpenMP has one pool of threads for each calling thread,
+# whichever module it calls in. begin_region and region_started (openmp.pxi) are what uses them.
+cdef int* pool_of_this_thread() noexcept nogil  # the threads that OpenMP keeps for this one, and itself
+cdef void hold_starts() noexcept nogil          # until release_starts, no other thread's pool grows
+cdef void release_starts() noexcept nogil       # if this thread holds them
+cdef size_t stack_size                          # of OpenMP's threads; 0: what the C library gives each thread
+cdef int (*dissolve_pool)() noexcept nogil      # True when it could; NULL: no module with OpenMP is loaded
+cdef bint child_is_serial
+cdef Py_ssize_t forks                           # that this process is away from the one that imported cattn

@@ -1,8 +1,14 @@
-"""Which of the features named in isa.py this CPU has and its operating system saves; how fast it spins; the number of
-threads that calls share (cpu.pxd)."""
+"""What all kernels' modules share: which of the features named in isa.py this CPU has and its operating system saves;
+how fast it spins; the number of threads that calls share; the size of each thread's pool of OpenMP threads, whose turn
+it is to start some, and what becomes of all that in a child of fork (cpu.pxd)."""
 
 cdef extern from *:
     """
+    #include <ctype.h>
+    #include <errno.h>
+    #include <limits.h>
+    #include <pthread.h>
+    #include <stdlib.h>
     #include <string.h>
     #include <time.h>
     #if defined(__x86_64__) || defined(_M_X64)
@@ -32,9 +38,63 @@ cdef extern from *:
         clock_gettime(CLOCK_MONOTONIC, &end);
         return (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
     }
+    /* Of each thread. glibc allocates such variables at a thread's first access, and ends the process where it cannot,
+       unless they are "initial-exec": then they are there from the start. Other C libraries load no such module. */
+    #if defined(__GLIBC__)
+    #define CATTN_OF_THREAD static __thread __attribute__((tls_model("initial-exec")))
+    #else
+    #define CATTN_OF_THREAD static __thread
+    #endif
+    CATTN_OF_THREAD int cattn_pool = 1, cattn_holds_starts, cattn_pool_dissolved;
+    static pthread_mutex_t cattn_starts = PTHREAD_MUTEX_INITIALIZER;
+    /* As libgomp reads it: 0 for nothing that it would take. `shift`: of the unit where none is given. */
+    static size_t cattn_bytes_of(const char* name, int shift) {
+        static const char units[] = "bkmg";
+        const char* text = getenv(name);
+        const char* unit;
+        char* end;
+        unsigned long value;
+        if (text == NULL) return 0;
+        errno = 0;
+        value = strtoul(text, &end, 10);
+        if (errno || end == text) return 0;
+        while (isspace((unsigned char)*end)) end++;
+        if (*end) {
+            unit = strchr(units, tolower((unsigned char)*end));
+            if (unit == NULL) return 0;
+            shift = 10 * (int)(unit - units);
+            for (end++; isspace((unsigned char)*end); end++);
+        }
+        return *end || value > ULONG_MAX >> shift ? 0 : value << shift;
+    }
+    static size_t cattn_stack_size(void) {
+        size_t size = 0;
+    #if defined(__clang__)
+        size = cattn_bytes_of("KMP_STACKSIZE", 0);
+    #endif
+        if (!size) size = cattn_bytes_of("OMP_STACKSIZE", 10);
+        if (!size) size = cattn_bytes_of("GOMP_STACKSIZE", 10);
+        if (!size) size = cattn_bytes_of("OMP_STACKSIZE_ALL", 10); /* from GCC 13 on */
+    #if defined(__clang__)
+        if (!size) size = (size_t)4 << 20; /* libomp's own default */
+    #endif
+        return size;
+    }
     """
     int cattn_cpu_supports(const char* feature) noexcept
     double cattn_seconds_to_spin(long rounds) noexcept nogil
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t*, void*) noexcept nogil
+    int pthread_mutex_lock(pthread_mutex_t*) noexcept nogil
+    int pthread_mutex_unlock(pthread_mutex_t*) noexcept nogil
+    int pthread_atfork(void (*before)() noexcept nogil, void (*parent)() noexcept nogil,
+                       void (*child)() noexcept nogil) noexcept
+    pthread_mutex_t starts "cattn_starts"
+    int pool "cattn_pool"
+    bint holds_starts "cattn_holds_starts"
+    bint pool_dissolved "cattn_pool_dissolved"
+    size_t cattn_stack_size() noexcept
 
 
 def supports(str feature) -> bool:
@@ -54,3 +114,55 @@ def set_threads(Py_ssize_t default, Py_ssize_t openmp):
     """For cattn/threads.py, which decides both numbers."""
     atomic_set(&default_threads, default)
     atomic_set(&openmp_threads, openmp)
+
+
+# Threads.
+
+# OpenMP reads its environment when it is loaded: by the kernels' module, imported next, unless another package has
+# loaded it already; the variables are assumed to be the same then.
+stack_size = cattn_stack_size()
+
+
+cdef int* pool_of_this_thread() noexcept nogil:
+    return &pool
+
+
+cdef void hold_starts() noexcept nogil:
+    global holds_starts
+    pthread_mutex_lock(&starts)
+    holds_starts = True
+
+
+cdef void release_starts() noexcept nogil:
+    global holds_starts
+    if holds_starts:
+        holds_starts = False
+        pthread_mutex_unlock(&starts)
+
+
+# Forks. GCC's OpenMP (12 to 16) deadlocks when a process forks after its first parallel region and the child enters
+# one: the child inherits a pool of threads that do not exist in it. So, before each fork, the pool of the forking
+# thread is dissolved (25 to 35 us; the next region makes another in 40 to 60 us). Where the runtime cannot do that, the
+# child computes with one thread.
+
+cdef void before_fork() noexcept nogil:
+    global pool, pool_dissolved
+    pool_dissolved = dissolve_pool == NULL or dissolve_pool()
+    if pool_dissolved:
+        pool = 1
+
+
+cdef void in_child() noexcept nogil:
+    """A child has none of its parent's threads but the one that forked: none of those in a call, nor the one that was
+    starting some. Waiting for that one before the fork would be a lock more to take in an order."""
+    global child_is_serial, forks, holds_starts, pool
+    atomic_set(&calls_in_flight, 0)
+    pthread_mutex_init(&starts, NULL)
+    holds_starts = False
+    pool = 1
+    child_is_serial |= not pool_dissolved
+    forks += 1
+
+
+if pthread_atfork(before_fork, NULL, in_child):
+    raise MemoryError("cattn: pthread_atfork found no memory for its handlers")

@@ -11,7 +11,7 @@ Read in this order:
     attend.pxi     their entry from Python: typed memoryviews in, OpenMP loops over tasks
     linear.pxi     the layer's projections
     sinusoid.pxi   the table of positional encodings
-    openmp.pxi     the OpenMP runtime: forks; what show_config tells of it
+    openmp.pxi     the OpenMP runtime: how a parallel region is entered; what show_config tells of it
     measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force
 
 Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Python but the entries (plain `def`), and
@@ -26,7 +26,10 @@ from libc.string cimport memcpy, memset
 
 from numpy import dtype, empty, ndarray
 
-from cattn._kernels.cpu cimport atomic_add, atomic_read, atomic_set, calls_in_flight, default_threads, openmp_threads
+from cattn._kernels.cpu cimport (
+    atomic_add, atomic_read, atomic_set, calls_in_flight, child_is_serial, default_threads, dissolve_pool, forks,
+    hold_starts, openmp_threads, pool_of_this_thread, release_starts, stack_size,
+)
 
 
 cdef extern from *:

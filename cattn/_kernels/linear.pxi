@@ -318,6 +318,24 @@ cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_s
         feature += LANES
 
 
+cdef void do_rows(Linear* l, char* scratch, Py_ssize_t first_row) noexcept nogil:
+    """What one thread does for a block of rows. The first tasks of the call pack x; when all have been taken, the rest
+    waits until they are done."""
+    cdef Py_ssize_t rows = min(l.block, l.rows - first_row), number = take_task(l.call)
+    cdef Py_ssize_t num_blocks = (l.in_features + BLOCK_DIMS - 1) // BLOCK_DIMS
+    cdef Py_ssize_t num_tasks = (l.out_features + FEATURES - 1) // FEATURES
+    cdef fp_mode before = own_mode()
+    while number < num_blocks and not stopped(l.call):
+        pack_dims(l, scratch, first_row, rows, number * BLOCK_DIMS)
+        number = take_task(l.call)
+    if l.call.num_threads > 1:
+        await_team()
+    while number < num_blocks + num_tasks and not stopped(l.call):
+        do_features(l, scratch, first_row, rows, (number - num_blocks) * FEATURES)
+        number = take_task(l.call)
+    set_mode(before)
+
+
 cdef int describe_linear(Linear* l, x, weight, bias, out, Kind kind, Kind weight_kind) except -1:
     """l (OUT), but for what is planned; ValueError where the shapes do not fit together."""
     describe(&l.x, x, kind)
@@ -343,22 +361,18 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     cdef Linear l
     cdef Bench b
     cdef Call call
-    cdef Py_ssize_t first_row, rows, task, num_tasks, num_blocks
+    cdef Py_ssize_t first_row, rows, threads
     cdef size_t packed_size, bench_size
-    cdef int threads
     cdef char* allocated
     cdef char* scratch
-    cdef fp_mode before
     describe_linear(&l, x, weight, bias, out, kind, weight_kind)
     if l.rows == 0 or l.out_features == 0:
         return
-    num_tasks = (l.out_features + FEATURES - 1) // FEATURES
-    num_blocks = (l.in_features + BLOCK_DIMS - 1) // BLOCK_DIMS
     l.block = min(l.rows, <Py_ssize_t> MAX_ROWS, max(LANES // 2, MAX_PACKED // max(1, l.in_features)))
     l.w_in_place = rows_are_real(&l.weight)
     begin_call(&call, num_threads, 2.0 * l.rows * l.in_features * l.out_features)
     l.call = &call
-    threads = <int> min(call.num_threads, num_tasks)
+    threads = min(call.num_threads, (l.out_features + FEATURES - 1) // FEATURES)
     rows = padded_rows(l.block) if few_rows(l.block) else (l.block + LANES - 1) // LANES * LANES
     packed_size = (rows * l.in_features * sizeof(real) + 63) // 64 * 64
     bench_size = carve_bench(&b, NULL, &l)
@@ -370,20 +384,16 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     l.packed = <real*> scratch
     scratch += packed_size
     with nogil:
-        if threads > 1:
-            threads = cattn_startable(threads)
         first_row = 0
         while first_row < l.rows and not stopped(&call):
-            rows = min(l.block, l.rows - first_row)
-            with parallel(num_threads=threads):
-                before = own_mode()
-                for task in prange(num_blocks, schedule="static"):
-                    if not stopped(&call):
-                        pack_dims(&l, scratch + threadid() * bench_size, first_row, rows, task * BLOCK_DIMS)
-                for task in prange(num_tasks, schedule="dynamic", chunksize=1):
-                    if not stopped(&call):
-                        do_features(&l, scratch + threadid() * bench_size, first_row, rows, task * FEATURES)
-                set_mode(before)
+            call.next_task = 0
+            threads = call.num_threads = begin_region(threads)
+            if threads == 1:
+                do_rows(&l, scratch, first_row)
+            else:
+                with parallel(num_threads=threads):
+                    region_started()
+                    do_rows(&l, scratch + threadid() * bench_size, first_row)
             first_row += l.block
     free(allocated)
     end_call(&call)

@@ -24,11 +24,18 @@ cdef real spin_fma(Py_ssize_t iterations) noexcept nogil:
 def fma_flops(Py_ssize_t iterations, int num_threads=1):
     """Runs `iterations` rounds of 12 vector FMAs in each thread; returns the floating-point operations done (an FMA is
     two). The result goes into a comparison, or the compiler would drop the loop."""
-    cdef int thread
+    cdef int thread, threads
     cdef real total = 0.0
     with nogil:
-        for thread in prange(num_threads, schedule="static", num_threads=num_threads):
-            total += spin_fma(iterations)
+        threads = begin_region(num_threads)
+        if threads == 1:
+            for thread in range(num_threads):
+                total += spin_fma(iterations)
+        else:
+            with parallel(num_threads=threads):
+                region_started()
+                for thread in prange(num_threads, schedule="static"):
+                    total += spin_fma(iterations)
     return 0.0 if total != total else 24.0 * LANES * iterations * num_threads
 
 
@@ -55,11 +62,18 @@ def read_bytes(const real[::1] a, int num_threads=1):
     """Reads the array once, cut in equal parts over the threads; returns the bytes read. To measure memory and not a
     cache the array has to be several times the last cache."""
     cdef Py_ssize_t part = a.shape[0] // num_threads
-    cdef int thread
+    cdef int thread, threads
     cdef real total = 0.0
     with nogil:
-        for thread in prange(num_threads, schedule="static", num_threads=num_threads):
-            total += sum_chunk(&a[0] + thread * part, part)
+        threads = begin_region(num_threads)
+        if threads == 1:
+            for thread in range(num_threads):
+                total += sum_chunk(&a[0] + thread * part, part)
+        else:
+            with parallel(num_threads=threads):
+                region_started()
+                for thread in prange(num_threads, schedule="static"):
+                    total += sum_chunk(&a[0] + thread * part, part)
     return 0 if total != total else num_threads * part * sizeof(real)
 
 

@@ -1,18 +1,34 @@
-# The OpenMP runtime: what it is, how many threads it lets a call have, and its two traps. GCC's (12 to 16) deadlocks
-# when a process forks after its first parallel region and the child enters one: the child inherits a pool of threads
-# that do not exist in it. So, before each fork, the pool of the forking thread is dissolved (25 to 35 us; the next
-# region makes a new one in 40 to 60 us). Where the runtime cannot do that, the child computes with one thread.
+# The OpenMP runtime: what it is, how many threads it lets a call have, and that it does not end the process.
 #
-# And the runtime ends the process when it cannot start a thread. So before a region that needs more than the pool has,
-# as many are started and ended here, all at once: what cannot be started is not asked for, and the stacks of what could
-# stay with the C library, where the region finds them.
+# GCC's does that ("libgomp: Thread creation failed", "libgomp: Out of memory") wherever it cannot start a thread, or
+# finds no memory for one of its own small blocks. So before a region that needs more than the pool of its thread has,
+# as many are started and ended here, all at once, with stacks as large as OpenMP's: what cannot be started is not asked
+# for. The pool is what the thread's last region had, in whichever module: threads beyond that have been ended.
+#
+#     threads = begin_region(threads)             at most as many; nothing comes between this and the region
+#     if threads == 1:
+#         do it
+#     else:
+#         with parallel(num_threads=threads):
+#             region_started()
+#             do it
+#
+# Starts in other Python threads wait from begin_region until region_started: else two would find the same room. What
+# is not cattn's may take it still, or make the pool smaller: other processes of the user, threads of other packages,
+# their parallel regions in the same thread.
 
 cdef extern from *:
     """
     #include <limits.h>
-    #if defined(_OPENMP) && !defined(_WIN32)
+    #if defined(_OPENMP)
     #include <omp.h>
     #include <pthread.h>
+    #include <sched.h>
+    #include <time.h>
+    #include <unistd.h>
+    #if defined(__linux__)
+    #include <sys/syscall.h>
+    #endif
     /* glibc 2.34 moved these; by their old versions, which it keeps, a build with it runs on older ones as well. */
     #if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     #if defined(__x86_64__)
@@ -24,6 +40,7 @@ cdef extern from *:
     #if defined(CATTN_OLD_GLIBC)
     __asm__(".symver pthread_create, pthread_create@" CATTN_OLD_GLIBC);
     __asm__(".symver pthread_join, pthread_join@" CATTN_OLD_GLIBC);
+    __asm__(".symver pthread_attr_setstacksize, pthread_attr_setstacksize@" CATTN_OLD_GLIBC);
     #endif
     #if defined(__clang__) || __GNUC__ >= 9
     #pragma weak omp_pause_resource_all
@@ -33,41 +50,75 @@ cdef extern from *:
     #else
     static int cattn_dissolve_pool(void) { return 0; }
     #endif
-    static __thread int cattn_pool = 1; /* threads that this thread's last region had */
-    static int cattn_pool_dissolved = 0, cattn_child_is_serial = 0, cattn_forks = 0;
-    static void cattn_before_fork(void) {
-        cattn_pool_dissolved = cattn_dissolve_pool();
-        cattn_pool = 1;
-    }
-    static void cattn_in_child(void) { cattn_child_is_serial |= !cattn_pool_dissolved; cattn_forks++; }
-    static int cattn_watch_forks(void (*in_child)(void)) {
-        return pthread_atfork(cattn_before_fork, NULL, cattn_in_child) || pthread_atfork(NULL, NULL, in_child);
-    }
-    static void* cattn_pass(void* gate) {
-        pthread_mutex_lock((pthread_mutex_t*) gate);
-        pthread_mutex_unlock((pthread_mutex_t*) gate);
+    struct cattn_probe {
+        pthread_t thread;
+        pthread_mutex_t* gate;
+        long id;
+    };
+    static void* cattn_pass(void* argument) {
+        struct cattn_probe* probe = (struct cattn_probe*)argument;
+    #if defined(__linux__)
+        probe->id = syscall(SYS_gettid);
+    #endif
+        pthread_mutex_lock(probe->gate);
+        pthread_mutex_unlock(probe->gate);
         return NULL;
     }
-    static int cattn_startable(int wanted) {
-        enum { AT_MOST = 1024 };
-        pthread_t started[AT_MOST];
-        pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
-        int i, more = 0;
-        if (wanted > omp_get_thread_limit()) wanted = omp_get_thread_limit();
-        if (wanted > cattn_pool) {
-            pthread_mutex_lock(&gate);
-            while (more < wanted - cattn_pool && more < AT_MOST
-                   && pthread_create(&started[more], NULL, cattn_pass, &gate) == 0) more++;
-            pthread_mutex_unlock(&gate);
-            for (i = 0; i < more; i++) pthread_join(started[i], NULL);
-            wanted = cattn_pool + more;
-        }
-        return cattn_pool = wanted;
-    }
+    /* A thread that has been joined counts as one of the user's for some microseconds more: the kernel says when it is
+       gone. Not longer than 0.1 s: another thread may have been given the same number. */
+    static void cattn_await_end(long id) {
+    #if defined(__linux__)
+        struct timespec nap = {0, 100000};
+        int i;
+        for (i = 0; i < 1000 && syscall(SYS_tgkill, getpid(), id, 0) == 0; i++)
+            if (i < 50) sched_yield(); else nanosleep(&nap, NULL);
     #else
-    static int cattn_startable(int wanted) { return wanted; }
-    static int cattn_child_is_serial = 0, cattn_forks = 0;
-    static int cattn_watch_forks(void (*in_child)(void)) { (void)in_child; return 0; }
+        (void)id;
+    #endif
+    }
+    /* How many more threads can be started, `wanted` at most. probes (SCRATCH): one for each. */
+    static int cattn_startable(int wanted, size_t stack_size, struct cattn_probe* probes) {
+        pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+        pthread_attr_t attributes;
+        int i, started = 0;
+        if (pthread_attr_init(&attributes)) return 0;
+        if (stack_size) pthread_attr_setstacksize(&attributes, stack_size); /* refused: the default, as in libgomp */
+        pthread_mutex_lock(&gate);
+        while (started < wanted) {
+            probes[started].gate = &gate;
+            if (pthread_create(&probes[started].thread, &attributes, cattn_pass, &probes[started])) break;
+            started++;
+        }
+        pthread_mutex_unlock(&gate);
+        for (i = 0; i < started; i++) pthread_join(probes[i].thread, NULL);
+        for (i = 0; i < started; i++) cattn_await_end(probes[i].id);
+        pthread_attr_destroy(&attributes);
+        return started;
+    }
+    #define CATTN_OPENMP_DATE _OPENMP
+    /* Negative: OMP_NUM_THREADS has a long that is no int, and calls ask for a number of their own. */
+    #define CATTN_MAX_THREADS (omp_get_max_threads() > 0 ? omp_get_max_threads() : INT_MAX)
+    #define CATTN_THREAD_LIMIT omp_get_thread_limit()
+    #define CATTN_BOUND_CPUS (omp_get_proc_bind() == omp_proc_bind_false ? 0 : omp_get_num_procs())
+    #define CATTN_NO_REGIONS (omp_get_max_active_levels() == 0)
+    #define CATTN_LEVEL omp_get_level()
+    #define CATTN_TEAM omp_get_num_threads()
+    #define CATTN_AWAIT_TEAM() _Pragma("omp barrier")
+    #else
+    struct cattn_probe { char none; };
+    static int cattn_dissolve_pool(void) { return 1; }
+    static int cattn_startable(int wanted, size_t stack_size, struct cattn_probe* probes) {
+        (void)stack_size, (void)probes;
+        return wanted;
+    }
+    #define CATTN_OPENMP_DATE 0
+    #define CATTN_MAX_THREADS 1
+    #define CATTN_THREAD_LIMIT 1
+    #define CATTN_BOUND_CPUS 0
+    #define CATTN_NO_REGIONS 1
+    #define CATTN_LEVEL 0
+    #define CATTN_TEAM 1
+    #define CATTN_AWAIT_TEAM() ((void)0)
     #endif
 
     #if defined(__clang__)
@@ -84,53 +135,75 @@ cdef extern from *:
     #else
     #define CATTN_OPENMP "libgomp"
     #endif
-    #ifdef _OPENMP
-    #define CATTN_OPENMP_DATE _OPENMP
-    /* Negative: OMP_NUM_THREADS has a long that is no int, and calls ask for a number of their own. */
-    #define CATTN_MAX_THREADS (omp_get_max_threads() > 0 ? omp_get_max_threads() : INT_MAX)
-    #define CATTN_THREAD_LIMIT omp_get_thread_limit()
-    #define CATTN_BOUND_CPUS (omp_get_proc_bind() == omp_proc_bind_false ? 0 : omp_get_num_procs())
-    #define CATTN_IN_PARALLEL omp_in_parallel()
-    #define CATTN_NO_REGIONS (omp_get_max_active_levels() == 0)
-    #else
-    #define CATTN_OPENMP_DATE 0
-    #define CATTN_MAX_THREADS 1
-    #define CATTN_THREAD_LIMIT 1
-    #define CATTN_BOUND_CPUS 0
-    #define CATTN_IN_PARALLEL 0
-    #define CATTN_NO_REGIONS 1
-    #endif
     """
     const char* CATTN_COMPILER
     const char* CATTN_OPENMP
     const int CATTN_OPENMP_DATE
-    bint cattn_child_is_serial
-    int cattn_forks    # that this process is away from the one that imported cattn
-    const bint CATTN_IN_PARALLEL
+    const int CATTN_LEVEL  # of nested parallel regions, also of one thread: a region in one of those has no pool
+    const int CATTN_TEAM   # threads of the region that this is in
     const bint CATTN_NO_REGIONS
     const Py_ssize_t CATTN_MAX_THREADS
     const Py_ssize_t CATTN_THREAD_LIMIT  # that OMP_THREAD_LIMIT sets: regions get no more, whatever they ask for
     const Py_ssize_t CATTN_BOUND_CPUS    # the CPUs of this process, where OpenMP binds its threads; else 0
-    int cattn_watch_forks(void (*in_child)() noexcept nogil) noexcept
-    int cattn_startable(int wanted) noexcept nogil  # of the `wanted` threads of the next region, its caller included
+    void await_team "CATTN_AWAIT_TEAM"() noexcept nogil  # all threads of the region: Cython's prange ends without it
+    ctypedef struct Probe "struct cattn_probe":
+        pass
+    int cattn_dissolve_pool() noexcept nogil
+    int cattn_startable(int wanted, size_t stack_size, Probe* probes) noexcept nogil
+
+cdef enum:
+    # What libgomp allocates for a region: 2 KB, and for each thread less than 400 bytes (GCC 12); the C library for
+    # each thread's start 1 KB. Both with room to spare.
+    REGION_BYTES = 65536
+    REGION_THREAD_BYTES = 2048
+
+if dissolve_pool == NULL and CATTN_OPENMP_DATE:
+    dissolve_pool = cattn_dissolve_pool
 
 
-cdef void forget_calls() noexcept nogil:
-    """A child of fork has none of the threads that are in a call of the parent."""
-    atomic_set(&calls_in_flight, 0)
+cdef int begin_region(Py_ssize_t wanted) noexcept nogil:
+    """The threads, at most `wanted`, that the next region can have, its caller included. 1: no region can be entered.
+    More: it has to follow, since no other thread starts any until region_started."""
+    cdef int* pool
+    cdef int threads
+    cdef size_t reserved
+    cdef void* reserve
+    if wanted <= 1 or CATTN_THREAD_LIMIT == 1 or one_thread() != NULL:
+        return 1
+    pool = pool_of_this_thread()
+    threads = <int> min(wanted, MAX_THREADS, CATTN_THREAD_LIMIT)
+    if threads == pool[0]:  # the region finds its threads, and libgomp what it has allocated for them
+        return threads
+    if threads > pool[0]:
+        hold_starts()
+    reserved = REGION_BYTES + <size_t> threads * REGION_THREAD_BYTES
+    reserve = malloc(reserved)
+    if reserve == NULL:
+        threads = 1
+    elif threads > pool[0]:
+        threads = pool[0] + cattn_startable(threads - pool[0], stack_size, <Probe*> reserve)
+    free(reserve)  # libgomp's blocks are smaller
+    if threads == 1:
+        release_starts()
+    return threads
 
 
-if cattn_watch_forks(forget_calls):
-    raise MemoryError("cattn: pthread_atfork found no memory for its handlers")
+cdef void region_started() noexcept nogil:
+    """Each thread of a region says so, first of all. OpenMP has started all of them then, and may have given fewer than
+    it was asked for (OMP_DYNAMIC)."""
+    if threadid() == 0:
+        if CATTN_TEAM > 1:  # a team of one leaves the pool as it is
+            pool_of_this_thread()[0] = CATTN_TEAM
+        release_starts()
 
 
 cdef const char* one_thread() noexcept nogil:
     """Why a call gets one thread whatever it asks for; NULL: it does not."""
     if not CATTN_OPENMP_DATE:
         return "a build without OpenMP"
-    if cattn_child_is_serial:
+    if child_is_serial:
         return "a fork, with an OpenMP that cannot take one"
-    if CATTN_IN_PARALLEL:
+    if CATTN_LEVEL:
         return "a parallel region"
     if CATTN_NO_REGIONS:
         return "OMP_MAX_ACTIVE_LEVELS"

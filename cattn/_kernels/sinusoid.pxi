@@ -246,6 +246,7 @@ cdef void fill_ranges(const Encoding* e, double* scratch) noexcept nogil:
     """What one thread does. Between two blocks, which take some 10 us, it looks whether the call is to end."""
     cdef Rotations t
     cdef Py_ssize_t number, block, strip
+    cdef fp_mode before = own_mode()
     place_rotations(&t, scratch, e)
     number = take_task(e.call)
     while number < e.call.num_tasks and not stopped(e.call):
@@ -254,10 +255,11 @@ cdef void fill_ranges(const Encoding* e, double* scratch) noexcept nogil:
             enter_strip(&t, e, strip)
         for block in range(block, min(block + e.range_blocks, e.num_blocks)):
             if stopped(e.call):
-                return
+                break
             fill_block(e, &t, block)
         task_done(e.call)
         number = take_task(e.call)
+    set_mode(before)
 
 
 def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, double base, layout, bint endpoint,
@@ -269,7 +271,6 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
     cdef double flops
     cdef Py_ssize_t num_strips, doubles, size = size_of(kind)
     cdef double* scratch
-    cdef fp_mode before
     describe(&e.out, table, kind)
     e.call, e.length, e.dim = &call, e.out.length[2], e.out.length[3]
     if e.length == 0:
@@ -310,15 +311,15 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
         end_call(&call)
         raise MemoryError(f"sinusoidal_encoding: no memory for {num_threads} x {doubles} numbers of scratch")
     with nogil:
-        if num_threads > 1:
-            num_threads = cattn_startable(num_threads)
-        call.num_threads = num_threads
-        with parallel(num_threads=num_threads):
-            before = own_mode()
-            fill_ranges(&e, scratch + threadid() * doubles)
-            set_mode(before)
-            if threadid() == 0:
-                await_others(&call)
+        num_threads = call.num_threads = begin_region(num_threads)
+        if num_threads == 1:
+            fill_ranges(&e, scratch)
+        else:
+            with parallel(num_threads=num_threads):
+                region_started()
+                fill_ranges(&e, scratch + threadid() * doubles)
+                if threadid() == 0:
+                    await_others(&call)
     free(scratch)
     end_call(&call)
 

@@ -55,7 +55,7 @@ cdef extern from *:
     void sched_yield() noexcept nogil
 
 cdef enum:
-    MAX_THREADS = 1024         # libgomp ends the process when it cannot start a thread
+    MAX_THREADS = 1024         # scratch is allocated for each, before it is known how many can be started
     SERIAL_FLOPS = 1_000_000   # below about 10 us of work, waking a second thread costs more than it brings
     LONG_FLOPS = 100_000_000   # about 1 ms; 0.1 s where a core does 1 GFLOP/s. Shorter calls are not watched
     # A thread that runs Python all the time gives up the GIL after 5 ms: waiting for it is 5 % of the caller's time.
@@ -113,12 +113,12 @@ cdef int end_call(Call* call) except -1:
 cdef bint poll(Call* call) noexcept nogil:
     """Lets Python run the handlers of signals that have come. True when one raised."""
     cdef PyGILState_STATE gil
-    cdef int forks = cattn_forks
+    cdef Py_ssize_t forks_before = forks
     set_mode(call.mode)
     gil = PyGILState_Ensure()
     if PyErr_CheckSignals():
         atomic_set(&call.stop, 1)
-    if cattn_forks != forks and call.num_threads > 1:
+    if forks != forks_before and call.num_threads > 1:
         Py_FatalError("cattn: a signal handler forked during a call, and the child returned from the handler into "
                       "the call, whose other threads it does not have")
     PyGILState_Release(gil)
