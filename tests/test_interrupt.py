@@ -3,9 +3,12 @@ what is computed next. Calls that are to be interrupted would take 20 s and more
 so that a loaded machine passes."""
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -57,10 +60,10 @@ LONG_CALLS = {
 }
 
 
-def run(code, signal_after=None):
+def run(code, signal_after=None, python=(sys.executable, "-W", "ignore::DeprecationWarning", "-c"), **variables):
     """The lines a process prints. It gets a SIGINT so many seconds after it has said "begin"."""
-    process = subprocess.Popen([sys.executable, "-W", "ignore::DeprecationWarning", "-c", START + code], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([*python, START + code], cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
     lines, sent = [], None
     hung = threading.Timer(60, process.kill)
     hung.start()
@@ -71,7 +74,7 @@ def run(code, signal_after=None):
                 time.sleep(signal_after)
                 process.send_signal(signal.SIGINT)
                 sent = time.monotonic()
-            if lines[-1] == "interrupted" and time.monotonic() - sent > 2:
+            if lines[-1] == "interrupted" and sent is not None and time.monotonic() - sent > 2:
                 lines[-1] = "interrupted late"
     hung.cancel()
     return lines
@@ -109,6 +112,86 @@ stop.set()
 stopped.wait()  # join, once interrupted, waits no more (Python 3.11)
 say(len(right) > 0 and all(right))
 """, signal_after=0.5) == ["begin", "interrupted", "True"]
+
+
+# The main thread, for Python, is the one that started it, or that forked.
+
+EMBEDDED = """
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <pthread.h>
+static void* run(void* code) {
+    wchar_t* arguments[] = {L"embedded"};
+    Py_Initialize();
+    PySys_SetArgvEx(1, arguments, 0);
+    PyObject* main = PyModule_GetDict(PyImport_AddModule("__main__"));
+    PyObject* compiled = Py_CompileString((const char*)code, "embedded", Py_file_input);
+    if (compiled == NULL || PyEval_EvalCode(compiled, main, main) == NULL) PyErr_Print();
+    Py_Finalize();
+    return NULL;
+}
+int main(int count, char** arguments) {
+    pthread_t thread;
+    return count != 2 || pthread_create(&thread, NULL, run, arguments[1]) || pthread_join(thread, NULL);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """A program that runs Python in its second thread."""
+    folder, values = tmp_path_factory.mktemp("embedded"), sysconfig.get_config_vars()
+    compiler, program = shutil.which("cc"), folder / "embedded"
+    if not compiler:
+        pytest.skip("needs a compiler")
+    (folder / "embedded.c").write_text(EMBEDDED)
+    built = subprocess.run(
+        [compiler, "-w", folder / "embedded.c", "-o", program, f"-I{values['INCLUDEPY']}", f"-L{values['LIBDIR']}",
+         f"-L{values.get('LIBPL')}", f"-Wl,-rpath,{values['LIBDIR']}", f"-lpython{values['LDVERSION']}", "-pthread",
+         *shlex.split(f"{values['LIBS']} {values['SYSLIBS']} {values['LINKFORSHARED']}")],
+        capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip("this Python has no library to link with: " + built.stderr[-200:])
+    return program
+
+
+@pytest.mark.parametrize("call", ["one task", "float64"])
+def test_python_in_the_second_thread_of_a_process(embedded, call):
+    variables = {"PYTHONHOME": sys.base_prefix, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))}
+    assert run(f"""
+say(threading.get_native_id() != os.getpid())
+say("begin")
+try:
+    {LONG_CALLS[call]}
+    say("finished")
+except KeyboardInterrupt:
+    say("interrupted")
+check()
+""", signal_after=0.5, python=[embedded], **variables) == ["True", "begin", "interrupted", "right"]
+
+
+def test_ctrl_c_in_a_child_of_a_thread():
+    """The thread that forks is the child's main one, which has made calls before, beside the parent's main thread."""
+    assert run(f"""
+def fork():
+    attention(normal(1, 8, 512, 64), repeated(1, 8, 512, 64))
+    if os.fork() == 0:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            {LONG_CALLS["one task"]}
+            say("finished")
+        except KeyboardInterrupt:
+            say("interrupted")
+        check()
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+say("begin")
+thread = threading.Thread(target=fork)
+thread.start()
+thread.join()
+check()
+""") == ["begin", "interrupted", "right", "right"]
 
 
 # A call of 0.2 s and more in one thread: 33 million weights with dropout.

@@ -24,3 +24,4 @@ cdef size_t stack_size                          # of OpenMP's threads; 0: what t
 cdef int (*dissolve_pool)() noexcept nogil      # True when it could; NULL: no module with OpenMP is loaded
 cdef bint child_is_serial
 cdef Py_ssize_t forks                           # that this process is away from the one that imported cattn
+cdef bint handles_signals() except -1           # in this thread, Python runs the handlers of signals

@@ -2,6 +2,8 @@
 how fast it spins; the number of threads that calls share; the size of each thread's pool of OpenMP threads, whose turn
 it is to start some, and what becomes of all that in a child of fork (cpu.pxd)."""
 
+from signal import set_wakeup_fd
+
 cdef extern from *:
     """
     #include <ctype.h>
@@ -45,7 +47,7 @@ cdef extern from *:
     #else
     #define CATTN_OF_THREAD static __thread
     #endif
-    CATTN_OF_THREAD int cattn_pool = 1, cattn_holds_starts, cattn_pool_dissolved;
+    CATTN_OF_THREAD int cattn_pool = 1, cattn_holds_starts, cattn_pool_dissolved, cattn_signals_asked, cattn_signals;
     static pthread_mutex_t cattn_starts = PTHREAD_MUTEX_INITIALIZER;
     /* As libgomp reads it: 0 for nothing that it would take. `shift`: of the unit where none is given. */
     static size_t cattn_bytes_of(const char* name, int shift) {
@@ -94,6 +96,8 @@ cdef extern from *:
     int pool "cattn_pool"
     bint holds_starts "cattn_holds_starts"
     bint pool_dissolved "cattn_pool_dissolved"
+    int signals_asked "cattn_signals_asked"  # the number of forks, + 1, at which this thread has asked
+    bint signals "cattn_signals"             # the answer
     size_t cattn_stack_size() noexcept
 
 
@@ -166,3 +170,21 @@ cdef void in_child() noexcept nogil:
 
 if pthread_atfork(before_fork, NULL, in_child):
     raise MemoryError("cattn: pthread_atfork found no memory for its handlers")
+
+
+# Signals.
+
+cdef bint handles_signals() except -1:
+    """Asks Python: the process's first thread is not it where Python is embedded and was started by another, and after
+    a fork it is the thread that forked. set_wakeup_fd refuses every other thread before it looks at the file, and then
+    this file, whose number is above all that a process can have. Of each thread once, and once more after a fork."""
+    global signals, signals_asked
+    if signals_asked != forks + 1:
+        try:
+            set_wakeup_fd(0x7fffffff)
+        except ValueError:
+            signals = False
+        except OSError:
+            signals = True
+        signals_asked = forks + 1
+    return signals

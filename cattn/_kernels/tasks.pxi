@@ -33,14 +33,6 @@ cdef extern from *:
     """
     #include <sched.h>
     #include <time.h>
-    #include <unistd.h>
-    #if defined(__linux__)
-    #include <sys/syscall.h>
-    #define CATTN_IN_MAIN_THREAD (syscall(SYS_gettid) == getpid())
-    #else
-    #include <pthread.h>
-    #define CATTN_IN_MAIN_THREAD pthread_main_np()
-    #endif
     #if !defined(CLOCK_MONOTONIC_COARSE)  /* 5 ns instead of 20, exact to 10 ms */
     #define CLOCK_MONOTONIC_COARSE CLOCK_MONOTONIC
     #endif
@@ -50,7 +42,6 @@ cdef extern from *:
         return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
     }
     """
-    const bint CATTN_IN_MAIN_THREAD
     int64_t milliseconds "cattn_milliseconds"() noexcept nogil
     void sched_yield() noexcept nogil
 
@@ -79,6 +70,7 @@ cdef int begin_call(Call* call, Py_ssize_t num_threads, double flops) except -1:
     """call (OUT), but for its tasks. num_threads: 0 for a share of the default. Calls that may take long are watched,
     if their thread is the one that has handlers to run."""
     cdef Py_ssize_t calls
+    cdef bint watched = flops >= LONG_FLOPS and handles_signals()
     call.num_threads = 1
     call.in_flight = flops >= SERIAL_FLOPS
     call.next_task = call.stop = 0
@@ -88,7 +80,7 @@ cdef int begin_call(Call* call, Py_ssize_t num_threads, double flops) except -1:
         calls = atomic_add(&calls_in_flight, 1) + 1
         if one_thread() == NULL:
             call.num_threads = min(num_threads if num_threads else share_of_default(calls), MAX_THREADS)
-    if flops >= LONG_FLOPS and CATTN_IN_MAIN_THREAD:
+    if watched:
         call.next_poll = milliseconds() + POLL_MS
         call.finished = PyThread_allocate_lock()
         if call.finished == NULL:
