@@ -104,7 +104,7 @@ cdef void rotate_by(Rotation out, double position, const Rotations* t, bint inte
     for pair in range(t.pairs):
         s = c_sin(position * t.frequency[pair])
         c = c_cos(position * t.frequency[pair])
-        sine, cosine = sine_at(pair, interleaved), cosine_at(pair, interleaved)
+        sine, cosine = sine_at(pair, interleaved), cosine_at(pair, t.pairs, interleaved)
         out.same[sine] = out.same[cosine] = c
         out.other[sine] = s
         out.other[cosine] = -s
@@ -158,7 +158,7 @@ cdef void enter_block(Rotations* t, const Encoding* e, Py_ssize_t block) noexcep
     # Sine columns start from (sin a, cos a), which is (other, same), cosine columns from (cos a, sin a), which is
     # (same, -other).
     for pair in range(t.pairs):
-        sine, cosine = sine_at(pair, e.interleaved), cosine_at(pair, e.interleaved)
+        sine, cosine = sine_at(pair, e.interleaved), cosine_at(pair, t.pairs, e.interleaved)
         cosine_a = t.seed.same[sine]
         t.seed.same[sine] = t.seed.other[sine]
         t.seed.other[sine] = cosine_a
