@@ -1,4 +1,4 @@
-"""The parts of the kernels that can be called alone: exp2, the linear layer, the random numbers of dropout, the limits
+"""The parts of the kernels that can be called alone: exp2, the random numbers of dropout, the limits
 of the machine."""
 
 import numpy as np
@@ -83,51 +83,6 @@ def test_exp2_between_other_numbers(isa, precision):
     special = rng.choice([NAN, INF, -INF, -1e30], x.shape)
     place = rng.random(x.shape) < 0.5
     np.testing.assert_array_equal(exp2(np.where(place, special, x).astype(precision))[~place], expected[~place])
-
-
-def linear(x, weight, bias, num_threads=1):
-    out = np.full((len(x), len(weight)), NAN, x.dtype)
-    (_kernels.f32 if x.dtype == np.float32 else _kernels.f64()).linear(x, weight, bias, out, num_threads)
-    return out
-
-
-LINEAR_ROWS = [1, 2, 7, 8, 9, 16, 17, 24, 25, 33, 48, 49, 64, 65, 100, 191, 193]
-
-
-@pytest.mark.parametrize("rows", LINEAR_ROWS)
-def test_linear_of_small_whole_numbers_is_exact(isa, precision, rows):
-    rng = np.random.default_rng(rows)
-    for in_features in (1, 3, 16, 37, 256, 257, 600):
-        for out_features in (1, 5, 48, 100):
-            x, weight = rng.integers(-9, 10, (rows, in_features)), rng.integers(-9, 10, (out_features, in_features))
-            bias = rng.integers(-9, 10, out_features)
-            result = linear(*(a.astype(precision) for a in (x, weight, bias)))
-            np.testing.assert_array_equal(result, x @ weight.T + bias)
-
-
-def test_linear_rounding(isa, precision):
-    """A number is the bias plus sums of up to 256 products: each product takes part in at most 256 + 1 + 4 additions,
-    and each addition is off by at most half an eps of its result (Higham 2002, section 3.1)."""
-    rng = np.random.default_rng(0)
-    wide = np.float64 if precision == np.float32 else np.longdouble
-    x, weight, bias = (rng.standard_normal(shape).astype(precision) for shape in ((50, 1000), (70, 1000), 70))
-    exact = x.astype(wide) @ weight.astype(wide).T + bias
-    sizes = np.abs(x).astype(wide) @ np.abs(weight).astype(wide).T + np.abs(bias)
-    assert (np.abs(linear(x, weight, bias) - exact) <= 261 * np.finfo(precision).eps / 2 * sizes).all()
-
-
-def test_linear_rows_do_not_depend_on_each_other_or_on_threads(isa, precision):
-    rng = np.random.default_rng(0)
-    x, weight, bias = (rng.standard_normal(shape).astype(precision) for shape in ((193, 300), (150, 300), 150))
-    expected = linear(x, weight, bias)
-    for num_threads in (2, 3, 7):
-        np.testing.assert_array_equal(linear(x, weight, bias, num_threads), expected)
-    for rows in LINEAR_ROWS:
-        np.testing.assert_array_equal(linear(x[-rows:], weight, bias), expected[-rows:])
-    x[::2] = NAN
-    result = linear(x, weight, bias)
-    assert np.isnan(result[::2]).all()
-    np.testing.assert_array_equal(result[1::2], expected[1::2])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 0xFFFFFFFF, 2**32, 0x0123456789ABCDEF, 2**64 - 1])

@@ -63,6 +63,17 @@ def test_shapes(isa, dtype, weight_dtype):
         assert_exact(linear(*arrays), *arrays)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_small_whole_numbers_are_exact(isa, rows):
+    rng = np.random.default_rng(rows)
+    for in_features, out_features in itertools.product(IN, OUT):
+        x, weight = rng.integers(-9, 10, (rows, in_features)), rng.integers(-9, 10, (out_features, in_features))
+        bias = rng.integers(-9, 10, out_features)
+        for dtype in (np.float32, np.float64):
+            result = linear(*(a.astype(dtype) for a in (x, weight, bias)))
+            np.testing.assert_array_equal(result, x @ weight.T + bias)
+
+
 @pairs
 def test_a_row_depends_on_no_other(isa, dtype, weight_dtype):
     """Nor on the number of threads, nor on other rows of W."""
