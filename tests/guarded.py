@@ -8,6 +8,7 @@ import mmap
 
 import numpy as np
 from problems import BFLOAT16, DTYPES, FLOATS, INF, LAYOUTS, assert_same_bits, normal, problem
+from test_linear import linear
 from tolerance import everything
 
 import cattn
@@ -25,8 +26,6 @@ def guarded_bytes(size, at_end, gap=0):
             raise OSError(ctypes.get_errno(), "mprotect")
     start = (pages + 1) * PAGE - size - gap if at_end else PAGE + gap
     return whole[start : start + size]
-
-
 
 
 def guarded(x, at_end):
@@ -117,6 +116,24 @@ def tables(dims):
             print("table", length, dim, options, at_end, flush=True)
             out = guarded(np.zeros((length, dim), dtype), at_end)
             assert_same_bits(cattn.sinusoidal_encoding(length, dim, **options, out=out).copy(), expected)
+
+
+def projections(in_features):
+    """x, weight, bias and out of the projections' kernel, of every dtype, few rows and many."""
+    numbers = itertools.count()
+    for width, dtype, rows in itertools.product(in_features, FLOATS, (1, 3, 8, 17, 50)):
+        number = next(numbers)
+        out_features = [1, 7, 16, 33, 48, 50][number % 6]
+        layouts = [layout for name, layout in LAYOUTS.items() if "heads" not in name]
+        arrays = [normal(rows, width, dtype=dtype), normal(out_features, width, dtype=dtype, seed=1),
+                  normal(1, out_features, dtype=dtype, seed=2), np.zeros((rows, out_features), dtype)]
+        if number % 2:
+            arrays = [layouts[(number // 2 + i) % len(layouts)](x) for i, x in enumerate(arrays)]
+        expected = linear(*arrays[:2], arrays[2][0])
+        for at_end in (True, False):
+            print("projection", rows, width, out_features, dtype, [x.strides for x in arrays], at_end, flush=True)
+            x, weight, bias, out = (guarded(x, at_end) for x in arrays)
+            assert_same_bits(linear(x, weight, bias[0], out=out).copy(), expected)
 
 
 def many_keys():

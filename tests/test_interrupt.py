@@ -57,6 +57,12 @@ LONG_CALLS = {
                "seed=0, num_threads=2)",
     "table": "[cattn.sinusoidal_encoding(1_000_000, 64, out=np.empty((1_000_000, 64), np.float32)) "
              "for _ in range(1000)]",
+    "layer": "layer_of('float32')",
+    "layer of float16": "layer_of('float16')",
+    "projection": "projection(4000, 65536, 8192, np.float32, num_threads=2)",
+    "projection of few rows": "[projection(1, 8192, 8192, np.float64, num_threads=1) for _ in range(10_000)]",
+    "projection of long rows": "projection(4000, 1 << 24, 4000, np.float32, num_threads=2)",
+    "positions of a large input": "cattn.PositionalEncoding(64, dropout=0.5)(repeated(20_000, 1000, 64), training=True)",
 }
 
 
@@ -80,12 +86,32 @@ def run(code, signal_after=None, python=(sys.executable, "-W", "ignore::Deprecat
     return lines
 
 
-@pytest.mark.parametrize("call", LONG_CALLS.values(), ids=LONG_CALLS)
-def test_ctrl_c(call):
+# Made before the signal is on its way. Layers have weights of 0, by strides of 0 where they may.
+PREPARED = {
+    "layer": """
+def layer_of(dtype):
+    return layers[dtype](np.broadcast_to(np.ones(1, dtype), (200, 512, 2048)), num_threads=1)
+layers = {dtype: cattn.MultiHeadAttention(2048, 16, dtype=dtype) for dtype in ("float32", "float16")}
+""",
+    "projection": """
+def projection(rows, in_features, out_features, dtype, num_threads):
+    module = cattn._kernels.f32 if dtype == np.float32 else cattn._kernels.f64()
+    x, weight, out = (np.broadcast_to(dtype(0), (1, 1, *shape)) for shape in (
+        (rows, in_features), (out_features, in_features), (rows, out_features)))
+    kind = 0 if dtype == np.float32 else 1
+    module.linear(x, weight, None, out.copy(), kind, kind, num_threads)
+cattn.preload()
+""",
+}
+
+
+@pytest.mark.parametrize("name", LONG_CALLS)
+def test_ctrl_c(name):
     assert run(f"""
+{PREPARED.get(name.split()[0], "")}
 say("begin")
 try:
-    {call}
+    {LONG_CALLS[name]}
     say("finished")
 except KeyboardInterrupt:
     say("interrupted")

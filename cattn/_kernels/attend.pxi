@@ -430,6 +430,11 @@ cdef bint lies_apart(const Problem* p) noexcept:
     return True
 
 
+cdef bint has_lengths(const Tensor* t, const Py_ssize_t* length) noexcept:
+    return (t.length[0] == length[0] and t.length[1] == length[1] and t.length[2] == length[2]
+            and t.length[3] == length[3])
+
+
 def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_offset, Py_ssize_t num_threads):
     """The short way of the plain call: arrays of this module's `real`, 4 axes, equal batches, no option but these.
     Returns `out` (OUT), a new array where it is None; returns None, with nothing written, for anything else: the door
@@ -457,11 +462,10 @@ def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_off
     else:
         return None
     length[:] = [p.batch, p.q.length[1], p.seq_len_q, p.head_dim_v]
-    shape = (length[0], length[1], length[2], length[3])
     if out is None:
-        out = EMPTY(shape, REAL)
+        out = EMPTY((length[0], length[1], length[2], length[3]), REAL)
         describe_new(&p.out, out, length)
-    elif out.shape != shape or not lies_apart(&p):
+    elif not has_lengths(&p.out, length) or not lies_apart(&p):
         return None
     p.window_left, p.window_right = -1, 0 if is_causal else -1
     p.q_offset = q_offset
