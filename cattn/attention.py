@@ -132,6 +132,7 @@ def scaled_dot_product_attention(
         _warn("attn_mask: a float mask that holds only 0 and 1 and is added to the scores; for True = attend pass "
               "attn_mask.astype(bool)")
     weights = np.empty((*rows_shape, seq_len_kv), compute_dtype) if return_weights else None
+    narrow_weights = np.empty(weights.shape, query.dtype) if return_weights and q_kind in _CARRIERS else None
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
 
     module = _kernels.f64() if q_kind == F64 else _kernels.f32
@@ -140,9 +141,11 @@ def scaled_dot_product_attention(
     for batch_offset, (q, k, v, mask, result) in batches if target.size else ():
         batch = slice(batch_offset, batch_offset + q.shape[0])
         rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
+        of_weights = slice(rows.start * seq_len_kv, rows.stop * seq_len_kv)
         module.attend(
             q, k, v, mask, result,
-            None if weights is None else weights.reshape(-1)[rows.start * seq_len_kv : rows.stop * seq_len_kv],
+            None if weights is None else weights.reshape(-1)[of_weights],
+            None if narrow_weights is None else narrow_weights.view(np.uint16).reshape(-1)[of_weights],
             None if logsumexp is None else logsumexp.reshape(-1)[rows],
             q_kind, kv_kind, mask_kind, scale, softcap, left, right,
             max(-_FAR, min(_FAR, q_offset)),
@@ -155,7 +158,7 @@ def scaled_dot_product_attention(
         return out
     results = [out]
     if return_weights:
-        results.append(_cast(weights, query.dtype))
+        results.append(weights if narrow_weights is None else narrow_weights)
     if return_logsumexp:
         results.append(logsumexp)
     return tuple(results)

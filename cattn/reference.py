@@ -554,7 +554,7 @@ class MultiHeadAttention:
             if not _is_float(array.dtype) and array.dtype.kind not in "iu":
                 raise TypeError(f"{name}: expected a float array, got dtype {array.dtype}")
             array = _cast(array, self.dtype)
-        return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
+        return array if array.flags.c_contiguous and array.flags.aligned else _copy(array, self.dtype)
 
     def _own_parameters(self):
         """{parameter: a view that nobody else holds}, for one call: another thread may assign them meanwhile."""
@@ -632,7 +632,7 @@ class MultiHeadAttention:
             If there is no such layout, or not for this layer.
         """
         parameters, entries = self._own_parameters(), self._layout(layout)
-        return {key: np.array(parameters[name][rows]) for key, (name, rows) in entries.items()}
+        return {key: _copy(parameters[name][rows], self.dtype) for key, (name, rows) in entries.items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], layout: str | None = None) -> None:
         """Take all parameters from a state dict; change nothing if anything is wrong with it.
@@ -933,7 +933,7 @@ class PositionalEncoding:
         table = self.P  # another thread may replace it meanwhile
         if seq > table.shape[1]:
             table = self.P = self._table(max(seq, 2 * table.shape[1]), self.dim, **self._options)[None]
-        dropout = self.dropout if training else 0.0
+        dropout = self.dropout if _check_bool("training", training) else 0.0
         seed = _check_seed(seed) if dropout else 0
         batch_index = np.arange(math.prod(leading)).reshape(leading)
         out = np.empty(x.shape, x.dtype)
@@ -986,7 +986,11 @@ def _columns(dim, layout):
 
 def _xavier_uniform(rng, fan_out, fan_in, dtype):
     bound = math.sqrt(6 / (fan_in + fan_out))
-    return _cast(rng.uniform(-bound, bound, (fan_out, fan_in)), dtype)
+    weight = np.empty(fan_out * fan_in, dtype)
+    for first in range(0, weight.size, 2**18):  # signals are handled in between
+        part = weight[first : first + 2**18]
+        part[...] = _cast(rng.uniform(-bound, bound, part.size), dtype)
+    return weight.reshape(fan_out, fan_in)
 
 
 def _compute_dtype(x):
@@ -1032,10 +1036,16 @@ def _is_masked(x):
 def _cast(array, dtype):
     """`array` in this dtype, itself where it has it already. What overflows is infinite, in silence, whatever the
     caller's numpy.errstate."""
-    if array.dtype == dtype:
-        return array
+    return array if array.dtype == dtype else _copy(array, dtype)
+
+
+def _copy(array, dtype):
+    """A copy in this dtype, made in pieces: between two of them Python runs the handlers of signals."""
+    result = np.empty(array.shape, dtype)
     with np.errstate(all="ignore"):
-        return array.astype(dtype)
+        for piece in _pieces(array.shape):
+            result[piece] = array[piece]
+    return result
 
 
 def _check_bool(name, value):

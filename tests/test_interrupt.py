@@ -55,6 +55,8 @@ LONG_CALLS = {
                "num_threads=2)",
     "weights": "attention(normal(1, 1, 96, 8), repeated(1, 1, 4_000_000, 8), return_weights=True, dropout_p=0.5, "
                "seed=0, num_threads=2)",
+    "weights of float16": "cattn.scaled_dot_product_attention(*[np.zeros((1, 4, 20_000, 8), np.float16)] * 3, "
+                          "return_weights=True, dropout_p=0.5, seed=0, num_threads=1)",
     "table": "[cattn.sinusoidal_encoding(1_000_000, 64, out=np.empty((1_000_000, 64), np.float32)) "
              "for _ in range(1000)]",
     "layer": "layer_of('float32')",
@@ -62,7 +64,7 @@ LONG_CALLS = {
     "projection": "projection(4000, 65536, 8192, np.float32, num_threads=2)",
     "projection of few rows": "[projection(1, 8192, 8192, np.float64, num_threads=1) for _ in range(10_000)]",
     "projection of long rows": "projection(4000, 1 << 24, 4000, np.float32, num_threads=2)",
-    "positions of a large input": "cattn.PositionalEncoding(64, dropout=0.5)(repeated(20_000, 1000, 64), training=True)",
+    "positions": "cattn.PositionalEncoding(64, dropout=0.5)(repeated(20_000, 1000, 64), training=True)",
 }
 
 

@@ -184,15 +184,18 @@ def test_strided_input_and_nothing_written(library):
     np.testing.assert_allclose(layer(x), layer(np.ascontiguousarray(x)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_same_bits_with_weights_any_number_of_threads_and_any_batch_of_many_rows(dtype):
-    layer = random_layer(cattn, 48, 3, dtype=dtype)
-    x = random_input(6, 70, 48, dtype=dtype)
+@pytest.mark.parametrize("seq_len", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_same_bits_with_weights_any_number_of_threads_and_any_batch(isa, dtype, seq_len):
+    """A batch row alone, of a single token too, and beside others."""
+    layer = random_layer(cattn, 384, 12, dtype=dtype)
+    x = random_input(16, seq_len, 384, dtype=dtype)
     out = layer(x, is_causal=True, num_threads=1)
     np.testing.assert_array_equal(layer(x, is_causal=True, return_weights=True, num_threads=2)[0], out)
     np.testing.assert_array_equal(layer(x, is_causal=True, num_threads=3), out)
-    for i in range(5):
-        np.testing.assert_array_equal(layer(x[i : i + 2], is_causal=True), out[i : i + 2])
+    for i in range(15):
+        np.testing.assert_array_equal(layer(x[i : i + 1], is_causal=True), out[i : i + 1])
+    np.testing.assert_array_equal(layer(x[3:9], is_causal=True), out[3:9])
 
 
 @both

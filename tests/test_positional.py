@@ -754,7 +754,8 @@ def test_bad_encoding_layer(library, args, options, error, message):
     (np.zeros((3, 4), np.float32), {"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
     (np.zeros((3, 4), np.float32), {"seed": 2**64}, ValueError, "seed: expected an int below"),
     (np.zeros((3, 4), np.float32), {"seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
+    (np.zeros((3, 4), np.float32), {"training": "no"}, TypeError, "training: expected a bool, got 'no'"),
 ])
 def test_bad_layer_input(library, x, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
-        library.PositionalEncoding(4, 0.1)(x, training=True, **options)
+        library.PositionalEncoding(4, 0.1)(x, **({"training": True} | options))

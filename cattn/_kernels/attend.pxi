@@ -365,11 +365,12 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     end_call(&call)
 
 
-def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp, Kind q_kind, Kind kv_kind,
-           Kind mask_kind, double scale, double softcap, Py_ssize_t window_left, Py_ssize_t window_right,
+def attend(query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow_weights, real[::1] logsumexp,
+           Kind q_kind, Kind kv_kind, Kind mask_kind, double scale, double softcap, Py_ssize_t window_left, Py_ssize_t window_right,
            Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens, const real[:, ::1] slopes,
            const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads):
-    """out, weights and logsumexp (OUT; flat, contiguous) of one attention problem; None: not given."""
+    """out, weights, these again in 16 bits, and logsumexp (OUT; flat, contiguous) of one attention problem; None: not
+    given."""
     cdef Problem p
     describe_inputs(&p, query, key, value, q_kind, kv_kind)
     describe(&p.out, out, q_kind)
@@ -377,6 +378,7 @@ def attend(query, key, value, mask, out, real[::1] weights, real[::1] logsumexp,
     if mask is not None:
         describe(&p.mask, mask, mask_kind)
     p.weights = &weights[0] if weights is not None else NULL
+    p.narrow_weights = &narrow_weights[0] if narrow_weights is not None else NULL
     p.logsumexp = &logsumexp[0] if logsumexp is not None else NULL
     p.sinks = &sinks[0] if sinks is not None else NULL
     p.slopes = &slopes[0, 0] if slopes is not None else NULL

@@ -9,6 +9,7 @@
 cdef struct Problem:
     Tensor q, k, v, out, mask       # IN, IN, IN, OUT, IN
     real* weights                   # OUT (batch, num_heads, seq_len_q, seq_len_kv), contiguous; or NULL
+    uint16_t* narrow_weights        # OUT, the same in the kind of out, where that has 16 bits; or NULL
     real* logsumexp                 # OUT (batch, num_heads, seq_len_q), contiguous; or NULL
     const real* sinks               # IN (num_heads,); or NULL
     const real* slopes              # IN (batch or 1, num_heads); or NULL
@@ -427,3 +428,5 @@ cdef void finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max
         if p.dropout:
             drop_weights(row, 1, 0, p.seq_len_kv, p.dropout_threshold, p.keep_scale, p.seed,
                          <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + batch))
+        if p.narrow_weights != NULL:
+            store_row(<char*> (p.narrow_weights + (row - p.weights)), sizeof(uint16_t), row, p.seq_len_kv, p.out.kind)
