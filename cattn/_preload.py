@@ -33,7 +33,6 @@ def preload() -> None:
     numpy.random.default_rng(0)
     _kernels.f64()
     num_threads = threads.get_num_threads()
-    for dtype in (np.float32, np.float64):  # modules count for themselves which threads they need not start
-        # A head a thread: a megaflop for each, enough for a call to wake it.
-        x = np.broadcast_to(np.zeros((64, 64), dtype), (min(num_threads, _MAX_THREADS), 64, 64))[None]
-        scaled_dot_product_attention(x, x, x, num_threads=num_threads)
+    # A head a thread: a megaflop for each, enough for a call to wake it.
+    x = np.broadcast_to(np.zeros((64, 64), np.float32), (min(num_threads, _MAX_THREADS), 64, 64))[None]
+    scaled_dot_product_attention(x, x, x, num_threads=num_threads)

@@ -23,6 +23,8 @@ from cattn.reference import (
     _check_seed,
     _is_bfloat16,
     _is_masked,
+    _is_number,
+    _shown,
 )
 
 __all__ = ["scaled_dot_product_attention"]
@@ -57,21 +59,19 @@ def scaled_dot_product_attention(
     return_weights: bool = False, return_logsumexp: bool = False, out: np.ndarray | None = None,
     num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
-    # is_causal with fewer queries than keys and no q_offset goes the long way, where it is warned of.
     if (attn_mask is None and kv_lens is None and window is None and sinks is None and alibi_slopes is None
             and seed is None and return_weights is False and return_logsumexp is False
             and (enable_gqa is False or enable_gqa is True)
             and type(dropout_p) is float and type(softcap) is float and dropout_p == softcap == 0
             and (q_offset is None or (type(q_offset) is int and -_FAR <= q_offset <= _FAR))
-            and (is_causal is False or (is_causal is True and (
-                q_offset is not None or (type(query) is type(key) is np.ndarray and query.ndim == 4 == key.ndim
-                                         and query.shape[2] >= key.shape[2]))))):
-        result = _kernels.f32.attend_plain(query, key, value, out, is_causal, scale, q_offset or 0,
+            and (is_causal is False or is_causal is True)):
+        result = _kernels.f32.attend_plain(query, key, value, out, is_causal, scale, q_offset,
                                            0 if num_threads is None else threads.checked(num_threads))
         if result is not None:
             return result
     query, key, value = _as_array("query", query), _as_array("key", key), _as_array("value", value)
-    is_causal, _ = _check_bool("is_causal", is_causal), _check_bool("enable_gqa", enable_gqa)
+    is_causal = _check_bool("is_causal", is_causal)
+    _check_bool("enable_gqa", enable_gqa)
     return_weights = _check_bool("return_weights", return_weights)
     return_logsumexp = _check_bool("return_logsumexp", return_logsumexp)
     q_kind, kv_kind = _kind("query", query), _kind("key", key)
@@ -85,8 +85,9 @@ def scaled_dot_product_attention(
     num_heads, seq_len_q, head_dim = (1, *query.shape[-2:]) if one_head else query.shape[-3:]
     seq_len_kv, head_dim_v = value.shape[-2:]
     rows_shape = (*leading, seq_len_q) if one_head else (*leading, num_heads, seq_len_q)
-    if math.prod(rows_shape) * max(head_dim_v, seq_len_kv if return_weights else 1) > sys.maxsize // 8:
-        raise ValueError(f"query: expected a result that fits in memory, got rows {rows_shape} of {head_dim_v}")
+    width = max(head_dim_v, seq_len_kv if return_weights else 1)
+    if math.prod(rows_shape) * width > sys.maxsize // 8:
+        raise ValueError(f"query: expected a result that fits in memory, got rows {rows_shape} of {width}")
 
     right = left = _UNBOUNDED
     if window is not None:
@@ -109,7 +110,8 @@ def scaled_dot_product_attention(
     if kv_lens is not None:
         kv_lens = _check_lengths("kv_lens", kv_lens, leading)
         if kv_lens.size and not 0 <= kv_lens.min() <= kv_lens.max() <= seq_len_kv:
-            raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, got {kv_lens.tolist()}")
+            raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, "
+                             f"got {_shown(kv_lens.tolist())}")
     compute_dtype = np.float64 if q_kind == F64 else np.float32
     if alibi_slopes is not None:
         alibi_slopes = _check_vector("alibi_slopes", alibi_slopes, ((num_heads,), (*leading, num_heads)), compute_dtype)
@@ -256,22 +258,23 @@ def _shape_text(leading, core, name, query, key):
 
 def _check_number(name, value, smallest, largest):
     if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+        raise TypeError(f"{name}: expected a number, got {_shown(value)}")
     try:
         number = float(value)
     except OverflowError:  # an int
         number = math.inf
     if not (smallest <= number <= largest or number == 0):
-        raise ValueError(f"{name}: expected 0 or a number from {smallest:.3g} to {largest:.3g}, got {value}")
+        raise ValueError(f"{name}: expected 0 or a number from {smallest:.3g} to {largest:.3g}, got {_shown(value)}")
     return number
 
 
 def _check_window(window):
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ValueError(f"window: expected None or (left, right), got {window!r}")
+        raise ValueError(f"window: expected None or (left, right), got {_shown(window)}")
     sides = [_UNBOUNDED if side is None else _check_int("window", side) for side in window]
     if min(sides) < _UNBOUNDED:
-        raise ValueError(f"window: expected keys to the left and right >= 0, or -1 or None for all, got {window!r}")
+        raise ValueError("window: expected keys to the left and right >= 0, or -1 or None for all, "
+                         f"got {_shown(window)}")
     return (min(side, _FAR) for side in sides)
 
 
@@ -288,8 +291,8 @@ def _check_lengths(name, lengths, leading):
 
 def _check_vector(name, vector, shapes, dtype):
     vector = _as_array(name, vector)
-    if vector.dtype.kind not in "fiu" and not _is_bfloat16(vector.dtype):
-        raise TypeError(f"{name}: expected a float array, got dtype {vector.dtype}")
+    if not _is_number(vector.dtype):
+        raise TypeError(f"{name}: expected a float or int array, got dtype {vector.dtype}")
     if vector.shape not in shapes:
         raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got shape {vector.shape}")
     vector = np.ascontiguousarray(_cast(vector, dtype))  # infinity does what a number beyond the range would
@@ -314,12 +317,12 @@ def _check_out(out, shape, dtype, inputs):
     """A view of `out` as a plain array: what a subclass says of its shape and strides need not be true, and another
     thread may set them."""
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out: expected an array of query's dtype {dtype}, got {type(out)}")
+        raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
     if _is_masked(out):
         raise TypeError("out: expected a plain array, got a masked array, whose mask would be ignored; use its .data")
     out = np.asarray(out)[...]
     if out.dtype != dtype:
-        raise TypeError(f"out: expected an array of query's dtype {dtype}, got {out.dtype}")
+        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got shape {out.shape}")
     if not out.flags.writeable:
@@ -364,6 +367,14 @@ def _overlaps_itself(out):
         if np.shares_memory(out[tuple(here)], out[tuple(there)], max_work=_MAX_STEPS):
             return True
     return False
+
+
+def _carried(array, kind):
+    """`array` in the dtype in which its kind travels, with axes of length 1 in front where it has less than 4; None for
+    None."""
+    if array is None:
+        return None
+    return array.view(_CARRIERS.get(kind, array.dtype))[(None,) * (4 - array.ndim)]
 
 
 def _four_axes(array, kind, leading, one_head):

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference
-from cattn.attention import _CARRIERS, F64, _kind, scaled_dot_product_attention
+from cattn.attention import F64, _carried, _kind, scaled_dot_product_attention
 from cattn.threads import checked
 
 __all__ = ["MultiHeadAttention"]
@@ -56,14 +56,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     def _linear(self, x, weight, bias, num_threads):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
         kind = _kind("x", x)
-        arrays = (_with_four_axes(array, kind) for array in (x, weight, bias, out))
+        arrays = (_carried(array, kind) for array in (x, weight, bias, out))
         module = _kernels.f64() if kind == F64 else _kernels.f32
         module.linear(*arrays, kind, kind, 0 if num_threads is None else checked(num_threads))
         return out
-
-
-def _with_four_axes(array, kind):
-    """A view of at most 3 axes as 4, the first ones of length 1, in the dtype its kind travels in; None for None."""
-    if array is None:
-        return None
-    return array.view(_CARRIERS.get(kind, array.dtype))[(None,) * (4 - array.ndim)]

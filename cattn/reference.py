@@ -402,10 +402,11 @@ class MultiHeadAttention:
         self.num_kv_heads = _check_int("num_kv_heads", num_kv_heads, 1)
         self.input_dim = _check_int("input_dim", embed_dim if input_dim is None else input_dim, 1)
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
+            raise ValueError(f"num_heads: expected a divisor of embed_dim = {_shown(embed_dim)}, "
+                             f"got {_shown(num_heads)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+                f"num_kv_heads: expected a divisor of num_heads = {_shown(num_heads)}, got {_shown(num_kv_heads)}"
             )
         self.head_dim = self.embed_dim // self.num_heads
         self.dropout = _check_dropout("dropout", dropout)
@@ -415,7 +416,7 @@ class MultiHeadAttention:
         try:
             rng = np.random.default_rng(seed)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"seed: expected an int >= 0 or a Generator, got {seed!r}") from None
+            raise type(error)(f"seed: expected an int >= 0 or a Generator, got {_shown(seed)}") from None
         shapes = self._shapes()
         if shapes["in_proj_weight"][0] * max(self.input_dim, self.embed_dim) > 2**58:
             raise ValueError(f"embed_dim: expected at most 2**58 elements in a weight, got embed_dim = {embed_dim} and "
@@ -551,8 +552,8 @@ class MultiHeadAttention:
         if array.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
         if array.dtype != self.dtype:
-            if not _is_float(array.dtype) and array.dtype.kind not in "iu":
-                raise TypeError(f"{name}: expected a float array, got dtype {array.dtype}")
+            if not _is_number(array.dtype):
+                raise TypeError(f"{name}: expected a float or int array, got dtype {array.dtype}")
             array = _cast(array, self.dtype)
         return array if array.flags.c_contiguous and array.flags.aligned else _copy(array, self.dtype)
 
@@ -662,7 +663,7 @@ class MultiHeadAttention:
         missing, unknown = [k for k in entries if k not in state], [k for k in state if k not in entries]
         if missing or unknown:
             raise ValueError(
-                f"state: expected the keys {list(entries)} (layout {layout!r}), got {list(state)}: "
+                f"state: expected the keys {list(entries)} (layout {layout!r}), got {_shown(list(state))}: "
                 f"missing {missing}, unknown {unknown}"
             )
 
@@ -680,7 +681,7 @@ class MultiHeadAttention:
     def _layout(self, name):
         layouts = self._layouts()
         if name not in list(layouts):
-            raise ValueError(f"layout: expected one of {list(layouts)}, got {name!r}")
+            raise ValueError(f"layout: expected one of {list(layouts)}, got {_shown(name)}")
         if name == "tutorial" and self.num_kv_heads != self.num_heads:
             raise ValueError(
                 f"layout: expected num_kv_heads = num_heads = {self.num_heads} for 'tutorial', "
@@ -784,7 +785,8 @@ def sinusoidal_encoding(
     array([[0.878, 1.   , 0.479, 0.005],
            [0.54 , 1.   , 0.841, 0.01 ]], dtype=float32)
     """
-    length, dim, base, offset, positions = _check_table(length, dim, base, offset, layout, endpoint, positions)
+    length, dim, base, offset, endpoint, positions = _check_table(
+        length, dim, base, offset, layout, endpoint, positions)
     dtype = _check_dtype(dtype)
     wide = np.result_type(dtype, np.float64)
     sines, cosines = _columns(dim, layout)
@@ -835,13 +837,13 @@ def relative_shift(
     """
     delta = _check_int("delta", delta)
     if abs(delta) > 2**53:
-        raise ValueError(f"delta: expected an int within +-2**53, got {delta}")
+        raise ValueError(f"delta: expected an int within +-2**53, got {_shown(delta)}")
     dim = _check_int("dim", dim, 1)
     if dim > 2**29:
-        raise ValueError(f"dim: expected at most 2**58 elements in the matrix, got {dim} * {dim}")
-    _, dim, base, _, _ = _check_table(0, dim, base, 0, layout, endpoint)
+        raise ValueError(f"dim: expected at most 2**58 elements in the matrix, got {_shown(dim)} * {_shown(dim)}")
+    _, dim, base, _, endpoint, _ = _check_table(0, dim, base, 0, layout, endpoint)
     if dim % 2:
-        raise ValueError(f"dim: expected an even number (an unpaired sine cannot be rotated), got {dim}")
+        raise ValueError(f"dim: expected an even number (an unpaired sine cannot be rotated), got {_shown(dim)}")
     dtype = _check_dtype(dtype)
     wide = np.result_type(dtype, np.float64)
     sines, cosines = _columns(dim, layout)
@@ -898,7 +900,8 @@ class PositionalEncoding:
         self._options = {"base": base, "layout": layout, "endpoint": endpoint, "dtype": dtype}
         max_len = _check_int("max_len", max_len, 0)
         if max(max_len, 1) * self.dim > 2**58:
-            raise ValueError(f"max_len: expected at most 2**58 elements in the table, got {max_len} * {dim}")
+            raise ValueError(f"max_len: expected at most 2**58 elements in the table, "
+                             f"got {_shown(max_len)} * {_shown(dim)}")
         self.P = self._table(max_len, self.dim, **self._options)[None]
 
     @np.errstate(all="ignore")
@@ -931,9 +934,11 @@ class PositionalEncoding:
             raise ValueError(f"x: expected (..., seq, {self.dim}), got shape {x.shape}")
         *leading, seq, _ = x.shape
         table = self.P  # another thread may replace it meanwhile
+        if np.ndim(table) != 3 or table.shape[::2] != (1, self.dim):
+            raise ValueError(f"P: expected (1, rows, {self.dim}), got shape {np.shape(table)}")
         if seq > table.shape[1]:
             table = self.P = self._table(max(seq, 2 * table.shape[1]), self.dim, **self._options)[None]
-        dropout = self.dropout if _check_bool("training", training) else 0.0
+        dropout = _check_dropout("dropout", self.dropout) if _check_bool("training", training) else 0.0
         seed = _check_seed(seed) if dropout else 0
         batch_index = np.arange(math.prod(leading)).reshape(leading)
         out = np.empty(x.shape, x.dtype)
@@ -1001,6 +1006,10 @@ def _is_float(dtype):
     return dtype.kind == "f" or _is_bfloat16(dtype)
 
 
+def _is_number(dtype):
+    return dtype.kind in "iu" or _is_float(dtype)
+
+
 def _is_bfloat16(dtype):
     """In native byte order: ml_dtypes reads the other one wrong, without a word."""
     return dtype.name == "bfloat16" and dtype.isnative
@@ -1048,9 +1057,20 @@ def _copy(array, dtype):
     return result
 
 
+def _shown(value):
+    """`value` in the words of an error, shortened: str() refuses integers of thousands of digits, and what others write
+    may raise."""
+    try:
+        text = str(value) if isinstance(value, numbers.Number) else repr(value)
+    except Exception:
+        return (f"an int of {value.bit_length()} bits" if isinstance(value, int)
+                else f"a {type(value).__name__} that cannot be shown")
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _check_bool(name, value):
     if value is not True and value is not False and not isinstance(value, np.bool_):
-        raise TypeError(f"{name}: expected a bool, got {value!r}")
+        raise TypeError(f"{name}: expected a bool, got {_shown(value)}")
     return bool(value)
 
 
@@ -1058,24 +1078,24 @@ def _check_int(name, value, minimum=None):
     try:
         value = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+        raise TypeError(f"{name}: expected an int, got {_shown(value)}") from None
     if minimum is not None and value < minimum:
-        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {_shown(value)}")
     return value
 
 
 def _check_dropout(name, value):
     if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
-        raise TypeError(f"{name}: expected a float in [0, 1), got {value!r}")
+        raise TypeError(f"{name}: expected a float in [0, 1), got {_shown(value)}")
     if not 0 <= value < 1 or float(value) == 1:  # a Fraction or a long double may round to 1
-        raise ValueError(f"{name}: expected a float in [0, 1), got {value}")
+        raise ValueError(f"{name}: expected a float in [0, 1), got {_shown(value)}")
     return float(value)
 
 
 def _check_seed(seed):
     seed = int.from_bytes(os.urandom(8), "little") if seed is None else _check_int("seed", seed, 0)
     if seed >= 2**64:
-        raise ValueError(f"seed: expected an int below 2**64, got {seed}")
+        raise ValueError(f"seed: expected an int below 2**64, got {_shown(seed)}")
     return seed
 
 
@@ -1085,10 +1105,10 @@ def _check_dtype(dtype, names=None):
     try:
         result = np.dtype(dtype)
     except (TypeError, ValueError, SyntaxError):
-        raise TypeError(f"dtype: expected {expected}, got {dtype!r}") from None
+        raise TypeError(f"dtype: expected {expected}, got {_shown(dtype)}") from None
     allowed = _is_float(result) if names is None else result.name in names
     if dtype is None or not allowed or not result.isnative:
-        raise TypeError(f"dtype: expected {expected}, got {dtype!r}")
+        raise TypeError(f"dtype: expected {expected}, got {_shown(dtype)}")
     return result
 
 
@@ -1097,36 +1117,36 @@ def _check_table(length, dim, base, offset, layout, endpoint, positions=None):
     length, dim = _check_int("length", length, 0), _check_int("dim", dim, 1)
     offset = _check_int("offset", offset)
     if max(length, 1) * dim > 2**58:
-        raise ValueError(f"length: expected at most 2**58 elements in the table, got {length} * {dim}")
+        raise ValueError("length: expected at most 2**58 elements in the table, "
+                         f"got {_shown(length)} * {_shown(dim)}")
     if not -(2**53) <= offset <= 2**53 - length:
-        raise ValueError(f"offset: expected positions within +-2**53, got {offset} and length {length}")
+        raise ValueError(f"offset: expected positions within +-2**53, got {_shown(offset)} and length {length}")
     if not isinstance(base, numbers.Real):
-        raise TypeError(f"base: expected a finite float >= 1, got {base!r}")
+        raise TypeError(f"base: expected a finite float >= 1, got {_shown(base)}")
     try:
         number = float(base)
     except OverflowError:  # an int
         number = math.inf
     if not 1 <= number < math.inf:  # below 1, angles and their errors would outgrow the positions
-        raise ValueError(f"base: expected a finite float >= 1, got {base}")
+        raise ValueError(f"base: expected a finite float >= 1, got {_shown(base)}")
     if not (isinstance(layout, str) and layout in ("interleaved", "concatenated", "cosines_first")):
-        raise ValueError(f"layout: expected 'interleaved', 'concatenated' or 'cosines_first', got {layout!r}")
-    if not isinstance(endpoint, (bool, np.bool_)):
-        raise TypeError(f"endpoint: expected True or False, got {endpoint!r}")
+        raise ValueError(f"layout: expected 'interleaved', 'concatenated' or 'cosines_first', got {_shown(layout)}")
+    endpoint = _check_bool("endpoint", endpoint)
     if endpoint and (dim % 2 or dim < 4):
         raise ValueError("dim: expected an even number >= 4 with endpoint=True, where dim / 2 - 1 steps lead from "
-                         f"frequency 1 to 1 / base, got {dim}")
+                         f"frequency 1 to 1 / base, got {_shown(dim)}")
     if positions is not None:
         if offset:
-            raise ValueError(f"offset: expected 0 with positions, got {offset}")
+            raise ValueError(f"offset: expected 0 with positions, got {_shown(offset)}")
         positions = _check_positions(positions, length)
-    return length, dim, base, offset, positions
+    return length, dim, base, offset, endpoint, positions
 
 
 @np.errstate(all="ignore")
 def _check_positions(positions, length):
     positions = _as_array("positions", positions)
-    if positions.dtype.kind not in "iuf" and not _is_bfloat16(positions.dtype):
-        raise TypeError(f"positions: expected an int or float array, got dtype {positions.dtype}")
+    if not _is_number(positions.dtype):
+        raise TypeError(f"positions: expected a float or int array, got dtype {positions.dtype}")
     if positions.shape != (length,):
         raise ValueError(f"positions: expected one for each row, shape ({length},), got shape {positions.shape}")
     if positions.dtype.kind in "iu":  # wide enough for the bound, and exact at it

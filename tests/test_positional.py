@@ -615,7 +615,7 @@ def test_layer_takes_pieces():
 
 LAYOUT_RULE = "expected 'interleaved', 'concatenated' or 'cosines_first'"
 BEYOND = "positions: expected finite numbers within"
-NO_NUMBERS = "positions: expected an int or float array, got dtype"
+NO_NUMBERS = "positions: expected a float or int array, got dtype"
 BAD_TABLES = [
     ((-1, 4), {}, ValueError, "length: expected an int >= 0, got -1"),
     ((3, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
@@ -636,9 +636,9 @@ BAD_TABLES = [
     ((3, 4), {"base": "10000"}, TypeError, "base: expected a finite float >= 1, got '10000'"),
     ((3, 4), {"layout": "half"}, ValueError, f"layout: {LAYOUT_RULE}, got 'half'"),
     ((3, 4), {"layout": "cosines first"}, ValueError, f"layout: {LAYOUT_RULE}, got 'cosines first'"),
-    ((3, 4), {"endpoint": 1}, TypeError, "endpoint: expected True or False, got 1"),
-    ((3, 4), {"endpoint": None}, TypeError, "endpoint: expected True or False, got None"),
-    ((3, 4), {"endpoint": np.array([True, False])}, TypeError, "endpoint: expected True or False, got array"),
+    ((3, 4), {"endpoint": 1}, TypeError, "endpoint: expected a bool, got 1"),
+    ((3, 4), {"endpoint": None}, TypeError, "endpoint: expected a bool, got None"),
+    ((3, 4), {"endpoint": np.array([True, False])}, TypeError, "endpoint: expected a bool, got array"),
     ((3, 5), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 5"),
     ((3, 2), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 2"),
     ((3, 1), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 1"),
@@ -687,8 +687,8 @@ def test_bad_table(library, args, options, error, message):
     ([[0.0] * 4] * 3, TypeError, "out: expected a numpy.ndarray, got list"),
     (np.empty((3, 4)), TypeError, "out: expected dtype float32, got float64"),
     (np.empty((3, 4), ">f4"), TypeError, "out: expected dtype float32, got >f4"),
-    (np.empty((4, 3), np.float32), ValueError, r"out: expected \(3, 4\), got shape \(4, 3\)"),
-    (np.empty((1, 3, 4), np.float32), ValueError, r"out: expected \(3, 4\), got shape \(1, 3, 4\)"),
+    (np.empty((4, 3), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(4, 3\)"),
+    (np.empty((1, 3, 4), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(1, 3, 4\)"),
     (np.broadcast_to(np.float32(0), (3, 4)), ValueError, "out: expected a writeable array, got a read-only"),
     (as_strided(np.zeros(9, np.float32), (3, 4), (4, 4)), ValueError,
      r"out: expected elements that do not overlap each other, got strides \(4, 4\)"),
@@ -714,7 +714,7 @@ def test_public_table_has_no_long_double():
     ((0.5, 4), {}, TypeError, r"delta: expected an int, got 0\.5"),
     ((-(10**400), 4), {}, ValueError, r"delta: expected an int within \+-2\*\*53, got -1000"),
     ((1, 4), {"base": 0.0}, ValueError, r"base: expected a finite float >= 1, got 0\.0"),
-    ((1, 4), {"endpoint": "yes"}, TypeError, "endpoint: expected True or False, got 'yes'"),
+    ((1, 4), {"endpoint": "yes"}, TypeError, "endpoint: expected a bool, got 'yes'"),
     ((1, 2), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True"),
     ((1, 4), {"layout": None}, ValueError, f"layout: {LAYOUT_RULE}, got None"),
     ((1, 4), {"dtype": int}, TypeError, "dtype: expected a float dtype, got <class 'int'>"),

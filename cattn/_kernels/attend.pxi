@@ -2,7 +2,7 @@
 # heads, seq, dim) by strides, equal batch, window and lengths in range.
 #
 #     plan: which kernel, how large the blocks of rows, how long the splits of the keys
-#     scratch for each thread: the only allocation
+#     scratch for each thread: the only large allocation
 #     without the GIL:
 #         many tasks      for each task, by whichever thread is free: its splits in order, merged; finish
 #         few tasks       for each split of each task, by whichever thread is free; merged in order; finish
@@ -129,13 +129,17 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
 
 
 # The workspace is laid out anew for each task: a dozen additions, against a structure to keep.
-cdef void start(const Problem* p, Workspace* w, Task* task, char* scratch, Py_ssize_t number) noexcept nogil:
+cdef void locate(const Problem* p, Workspace* w, Task* task, char* scratch, Py_ssize_t number) noexcept nogil:
+    """w, but for its queries, and task (OUT)."""
     cdef Py_ssize_t i
     carve(w, scratch, p)
     describe_task(p, number, task, w.lanes)
     for i in range(max(p.block_rows, LANES)):
         w.shrink[i] = 1.0
     w.again = False
+
+
+cdef void pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
     if p.decode_width:
         decode_pack(p, w, task)
     else:
@@ -196,7 +200,8 @@ cdef bint do_splits(const Problem* p, Workspace* w, const Task* task) noexcept n
 cdef void do_task(const Problem* p, Py_ssize_t number, char* scratch) noexcept nogil:
     cdef Workspace w
     cdef Task task
-    start(p, &w, &task, scratch, number)
+    locate(p, &w, &task, scratch, number)
+    pack(p, &w, &task)
     # Twice for the rare block with a row whose values overflow: see store_result.
     if do_splits(p, &w, &task):
         w.again = True
@@ -225,10 +230,10 @@ cdef void merge_part(const Problem* p, Parts* parts, Py_ssize_t part, char* scra
     cdef Task task
     cdef State state
     cdef bint is_first, is_last
-    while part == parts.first[parts.task + 1]:
+    if part == parts.first[parts.task + 1]:
         parts.task += 1
     is_first, is_last = part == parts.first[parts.task], part + 1 == parts.first[parts.task + 1]
-    start(p, &w, &task, scratch, parts.task)
+    locate(p, &w, &task, scratch, parts.task)
     place_state(&state, parts.states + part % parts.slots * state_size(p), p)
     if is_first:
         memcpy(parts.total.acc, state.acc, state_size(p))
@@ -240,6 +245,7 @@ cdef void merge_part(const Problem* p, Parts* parts, Py_ssize_t part, char* scra
     if not is_first:
         add_lost(p, &parts.total, &parts.lost)
     if finish(p, &w, &task, &parts.total):
+        pack(p, &w, &task)
         w.again = True
         do_splits(p, &w, &task)
 
@@ -268,11 +274,11 @@ cdef void do_part(const Problem* p, Parts* parts, Py_ssize_t number, char* scrat
     while number - atomic_read(&parts.merged) >= parts.slots:
         if stopped(p.call):
             return
-        merge_parts(p, parts, scratch)
         sched_yield()
     while number >= parts.first[of_task + 1]:
         of_task += 1
-    start(p, &w, &task, scratch, of_task)
+    locate(p, &w, &task, scratch, of_task)
+    pack(p, &w, &task)
     place_state(&state, parts.states + number % parts.slots * state_size(p), p)
     do_split(p, &w, &task, &state, first_split(p, &task) + number - parts.first[of_task])
     atomic_set(&parts.left[number % parts.slots], number + 1)
@@ -366,9 +372,10 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
 
 
 def attend(query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow_weights, real[::1] logsumexp,
-           Kind q_kind, Kind kv_kind, Kind mask_kind, double scale, double softcap, Py_ssize_t window_left, Py_ssize_t window_right,
-           Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens, const real[:, ::1] slopes,
-           const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads):
+           Kind q_kind, Kind kv_kind, Kind mask_kind, double scale, double softcap, Py_ssize_t window_left,
+           Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
+           const real[:, ::1] slopes, const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
+           Py_ssize_t num_threads):
     """out, weights, these again in 16 bits, and logsumexp (OUT; flat, contiguous) of one attention problem; None: not
     given."""
     cdef Problem p
@@ -437,7 +444,7 @@ cdef bint has_lengths(const Tensor* t, const Py_ssize_t* length) noexcept:
             and t.length[3] == length[3])
 
 
-def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_offset, Py_ssize_t num_threads):
+def attend_plain(query, key, value, out, bint is_causal, scale, q_offset, Py_ssize_t num_threads):
     """The short way of the plain call: arrays of this module's `real`, 4 axes, equal batches, no option but these.
     Returns `out` (OUT), a new array where it is None; returns None, with nothing written, for anything else: the door
     then finds out what it is."""
@@ -455,7 +462,7 @@ def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_off
             describe(&p.out, out, real_kind())
     except ValueError:  # another number of axes
         return None
-    if not is_plain(&p):
+    if not is_plain(&p) or (q_offset is None and is_causal and p.seq_len_q < p.seq_len_kv):  # of which the door warns
         return None
     if scale is None:
         choose_units(&p, 1 / sqrt(<double> p.head_dim))
@@ -470,7 +477,7 @@ def attend_plain(query, key, value, out, bint is_causal, scale, Py_ssize_t q_off
     elif not has_lengths(&p.out, length) or not lies_apart(&p):
         return None
     p.window_left, p.window_right = -1, 0 if is_causal else -1
-    p.q_offset = q_offset
+    p.q_offset = 0 if q_offset is None else q_offset
     p.keep_scale = 1.0
     run(&p, num_threads)
     return out

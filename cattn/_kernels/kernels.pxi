@@ -14,7 +14,8 @@ Read in this order:
     openmp.pxi     the OpenMP runtime: how a parallel region is entered; what show_config tells of it
     measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force
 
-Inside, everything is `noexcept nogil`: nothing allocates, raises or calls Python but the entries (plain `def`), and
+Below an entry (plain `def`), where the GIL has been given up, everything is `noexcept nogil`: nothing allocates but
+`begin_region` in openmp.pxi, for as long as threads are started, and nothing raises or calls Python but
 `poll` in tasks.pxi, which runs the handlers of signals for the main thread of a long call.
 """
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer

@@ -20,7 +20,8 @@ cdef enum:
     FEATURES = 48
     BLOCK_DIMS = 128  # of a panel: half of L1. Whole rows of W at once were 5 to 10 % slower at 16 rows of X
     W_STRIDE = 144    # of BLOCK_DIMS dimensions that are copied: rows in different sets of L1
-    MAX_PACKED = 1 << 22  # numbers of x in a block of rows: 16 MB, and tasks stay short where rows are very long
+    # Numbers of x in a block of rows: 16 MB of float32, and tasks stay short where rows are very long
+    MAX_PACKED = 1 << 22
 
 
 cdef inline bint few_rows(Py_ssize_t rows) noexcept nogil:
@@ -115,13 +116,13 @@ cdef struct Linear:
     Call* call
 
 
-cdef struct Bench:                  # what a thread works on, SCRATCH
+cdef struct LinearWorkspace:        # one per thread, SCRATCH
     real* tile                      # [panel][FEATURES][width], few rows: [row][LANES]
     real* weight                    # [FEATURES][W_STRIDE], where W is not
     real* rows                      # [MAX_WIDTH][BLOCK_DIMS] or [MAX_WIDTH][FEATURES]
 
 
-cdef size_t carve_bench(Bench* b, char* base, const Linear* l) noexcept nogil:
+cdef size_t carve_linear(LinearWorkspace* b, char* base, const Linear* l) noexcept nogil:
     """Lays the scratch of a thread out from `base` on; returns its size in bytes."""
     cdef size_t size = 0
     b.tile = <real*> take(base, &size, FEATURES * (l.block + MAX_WIDTH) * sizeof(real))
@@ -151,8 +152,8 @@ cdef void pack_dims(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssi
     cdef Py_ssize_t dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
     cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, width, n, r
     cdef real* packed = l.packed
-    cdef Bench b
-    carve_bench(&b, scratch, l)
+    cdef LinearWorkspace b
+    carve_linear(&b, scratch, l)
     if few_rows(rows):
         for r in range(padded_rows(rows)):
             load_row(packed + r * l.in_features + first,
@@ -178,8 +179,17 @@ cdef void pack_dims(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssi
         vectors -= width // LANES
 
 
-cdef void few_features(const Linear* l, const Bench* b, Py_ssize_t first_row, Py_ssize_t rows, Py_ssize_t feature,
-                       Py_ssize_t n) noexcept nogil:
+cdef void load_linear_bias(const Linear* l, real* bias, Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
+    """bias (OUT)[FEATURES] of n features, 0 behind them and where there is none."""
+    cdef Py_ssize_t o
+    for o in range(FEATURES):
+        bias[o] = 0.0
+    if l.bias.data != NULL:
+        load_row(bias, l.bias.data + feature * l.bias.stride[3], l.bias.stride[3], n, l.bias.kind)
+
+
+cdef void few_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t first_row, Py_ssize_t rows,
+                       Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
     """out[first_row : + rows][feature : + n] (OUT): few rows, at most LANES features. All dimensions of these after the
     other: each row of W is one stream from memory."""
     cdef Py_ssize_t first = 0, r, dims, padded = padded_rows(rows), w_stride, ahead, item = l.weight.stride[3]
@@ -188,7 +198,7 @@ cdef void few_features(const Linear* l, const Bench* b, Py_ssize_t first_row, Py
     cdef const real* w
     cdef const real* x = l.packed
     cdef real* tile = b.tile
-    load_bias_of(l, b.rows, feature, n)
+    load_linear_bias(l, b.rows, feature, n)
     for r in range(padded):
         vstore(tile + r * LANES, vload(b.rows))
     while first < l.in_features:
@@ -205,6 +215,7 @@ cdef void few_features(const Linear* l, const Bench* b, Py_ssize_t first_row, Py
             for r in range(n):
                 load_row(b.weight + r * W_STRIDE, weight + r * l.weight.stride[2], l.weight.stride[3], dims,
                          l.weight.kind)
+            memset(b.weight + n * W_STRIDE, 0, (LANES - n) * W_STRIDE * sizeof(real))
         if padded == 1:
             linear_columns(1, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
         elif padded == 2:
@@ -221,16 +232,7 @@ cdef void few_features(const Linear* l, const Bench* b, Py_ssize_t first_row, Py
                   n, l.out.kind)
 
 
-cdef void load_bias_of(const Linear* l, real* bias, Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
-    """bias (OUT)[FEATURES] of n features, 0 behind them and where there is none."""
-    cdef Py_ssize_t o
-    for o in range(FEATURES):
-        bias[o] = 0.0
-    if l.bias.data != NULL:
-        load_row(bias, l.bias.data + feature * l.bias.stride[3], l.bias.stride[3], n, l.bias.kind)
-
-
-cdef void multiply_dims(const Linear* l, const Bench* b, Py_ssize_t rows, Py_ssize_t feature, Py_ssize_t n,
+cdef void multiply_dims(const Linear* l, const LinearWorkspace* b, Py_ssize_t rows, Py_ssize_t feature, Py_ssize_t n,
                         Py_ssize_t first) noexcept nogil:
     """b.tile (IN/OUT): BLOCK_DIMS dimensions, from `first` on, of n features. Meanwhile memory is asked for the next
     ones, or for the first of the next FEATURES."""
@@ -269,13 +271,13 @@ cdef void multiply_dims(const Linear* l, const Bench* b, Py_ssize_t rows, Py_ssi
         vectors -= panel
 
 
-cdef void many_features(const Linear* l, const Bench* b, Py_ssize_t first_row, Py_ssize_t rows, Py_ssize_t feature,
-                        Py_ssize_t n) noexcept nogil:
+cdef void many_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t first_row, Py_ssize_t rows,
+                        Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
     """out[first_row : + rows][feature : + n] (OUT): many rows, at most FEATURES features. Some dimensions of all after
     the other, so that these of W and of the panels stay in L1."""
     cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, first = 0, width, o, r
     cdef real* tile = b.tile
-    load_bias_of(l, b.rows, feature, n)
+    load_linear_bias(l, b.rows, feature, n)
     while vectors > 0:
         width = panel_vectors(vectors) * LANES
         for o in range(n):
@@ -308,8 +310,8 @@ cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_s
                       Py_ssize_t feature) noexcept nogil:
     """out[first_row : + rows][feature : + FEATURES] (OUT)"""
     cdef Py_ssize_t end = min(feature + FEATURES, l.out_features)
-    cdef Bench b
-    carve_bench(&b, scratch, l)
+    cdef LinearWorkspace b
+    carve_linear(&b, scratch, l)
     if not few_rows(rows):
         many_features(l, &b, first_row, rows, feature, end - feature)
         return
@@ -319,8 +321,9 @@ cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_s
 
 
 cdef void do_rows(Linear* l, char* scratch, Py_ssize_t first_row) noexcept nogil:
-    """What one thread does for a block of rows. The first tasks of the call pack x; when all have been taken, the rest
-    waits until they are done."""
+    """What one thread does for a block of rows. The first tasks of the block pack x; when all have been taken, the rest
+    waits until they are done. The caller waits for the others in the region's own barrier, where it sees no signal: a
+    task takes milliseconds."""
     cdef Py_ssize_t rows = min(l.block, l.rows - first_row), number = take_task(l.call)
     cdef Py_ssize_t num_blocks = (l.in_features + BLOCK_DIMS - 1) // BLOCK_DIMS
     cdef Py_ssize_t num_tasks = (l.out_features + FEATURES - 1) // FEATURES
@@ -359,10 +362,10 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d], in arrays of 4 axes as Linear says; bias
     may be None. num_threads: 0 for the default."""
     cdef Linear l
-    cdef Bench b
+    cdef LinearWorkspace b
     cdef Call call
     cdef Py_ssize_t first_row, rows, threads
-    cdef size_t packed_size, bench_size
+    cdef size_t packed_size, workspace_size
     cdef char* allocated
     cdef char* scratch
     describe_linear(&l, x, weight, bias, out, kind, weight_kind)
@@ -375,8 +378,8 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     threads = min(call.num_threads, (l.out_features + FEATURES - 1) // FEATURES)
     rows = padded_rows(l.block) if few_rows(l.block) else (l.block + LANES - 1) // LANES * LANES
     packed_size = (rows * l.in_features * sizeof(real) + 63) // 64 * 64
-    bench_size = carve_bench(&b, NULL, &l)
-    allocated = <char*> malloc(packed_size + threads * bench_size + 64)
+    workspace_size = carve_linear(&b, NULL, &l)
+    allocated = <char*> malloc(packed_size + threads * workspace_size + 64)
     if allocated == NULL:
         end_call(&call)
         raise MemoryError(f"linear: no memory for a copy of {l.block} x {l.in_features} numbers")
@@ -393,7 +396,7 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
             else:
                 with parallel(num_threads=threads):
                     region_started()
-                    do_rows(&l, scratch + threadid() * bench_size, first_row)
+                    do_rows(&l, scratch + threadid() * workspace_size, first_row)
             first_row += l.block
     free(allocated)
     end_call(&call)

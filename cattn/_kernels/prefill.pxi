@@ -505,7 +505,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         shrink = w.shrink + first * LANES
         acc = state.acc + first * LANES * p.v_stride
         for i in range(width):
-            inverse_sum[i] = sink_term(p, lanes[i], state.row_max[first * LANES + i]) if p.sinks != NULL else 0
+            inverse_sum[i] = sink_term(p, lanes[i], state.row_max[first * LANES + i])
         for v in range(panel):
             row_sum = vload(state.row_sum + (first + v) * LANES)
             result = vset1(<real> 1.0) / (row_sum + vload(inverse_sum + v * LANES))

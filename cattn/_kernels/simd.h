@@ -3,7 +3,7 @@
  * `real` is float, or double when CATTN_DOUBLE is defined; `vf` is a vector of LANES reals whose width follows the
  * compiler's flags (64 bytes with AVX-512, 32 with AVX2, else 16), `vi` the signed integers of the same lane width;
  * comparisons give vi masks of 0 and -1. GCC and Clang vector extensions, intrinsics only where those have no word:
- * max, any, widening. Never compile with -ffast-math: vexp2 rounds by adding and subtracting a constant.
+ * max, any, widening, gathering by 16 bytes. Never compile with -ffast-math: vexp2 rounds by adding and subtracting a constant.
  */
 #ifndef CATTN_SIMD_H
 #define CATTN_SIMD_H
@@ -347,8 +347,8 @@ SIMD void set_mode(fp_mode mode) { (void)mode; }
 /* Returns the mode before, for set_mode afterwards. */
 SIMD fp_mode own_mode(void) { fp_mode before = get_mode(); set_mode(OWN_MODE); return before; }
 
-/* The 16-bit formats, one number at a time, in any mode of the thread: subnormal numbers are made by integers. Widening is
- * exact; narrowing rounds to nearest even and keeps NaN. */
+/* The 16-bit formats, one number at a time, also where subnormal numbers are flushed: they are made by integers. Widening
+ * is exact; narrowing, in OWN_MODE, rounds to nearest even and keeps NaN. */
 SIMD float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 SIMD uint32_t float_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 SIMD float widen_bf16(uint16_t h) { return bits_float((uint32_t)h << 16); }

@@ -245,15 +245,15 @@ cdef void fill_block(const Encoding* e, Rotations* t, Py_ssize_t block) noexcept
 cdef void fill_ranges(const Encoding* e, double* scratch) noexcept nogil:
     """What one thread does. Between two blocks, which take some 10 us, it looks whether the call is to end."""
     cdef Rotations t
-    cdef Py_ssize_t number, block, strip
+    cdef Py_ssize_t number, first, block, strip
     cdef fp_mode before = own_mode()
     place_rotations(&t, scratch, e)
     number = take_task(e.call)
     while number < e.call.num_tasks and not stopped(e.call):
-        strip, block = number // e.num_ranges, number % e.num_ranges * e.range_blocks
+        strip, first = number // e.num_ranges, number % e.num_ranges * e.range_blocks
         if strip != t.strip:
             enter_strip(&t, e, strip)
-        for block in range(block, min(block + e.range_blocks, e.num_blocks)):
+        for block in range(first, min(first + e.range_blocks, e.num_blocks)):
             if stopped(e.call):
                 break
             fill_block(e, &t, block)
@@ -262,14 +262,13 @@ cdef void fill_ranges(const Encoding* e, double* scratch) noexcept nogil:
     set_mode(before)
 
 
-def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, double base, layout, bint endpoint,
-             Py_ssize_t num_threads):
+def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, double base, layout, bint endpoint):
     """table (OUT; (1, 1, length, dim), any strides, of this kind; 16-bit floats as uint16): row r is the encoding of
     positions[r] or, without them, of offset + r. cattn/positional.py has checked the arguments."""
     cdef Encoding e
     cdef Call call
     cdef double flops
-    cdef Py_ssize_t num_strips, doubles, size = size_of(kind)
+    cdef Py_ssize_t num_threads, num_strips, doubles, size = size_of(kind)
     cdef double* scratch
     describe(&e.out, table, kind)
     e.call, e.length, e.dim = &call, e.out.length[2], e.out.length[3]
@@ -293,7 +292,7 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
     flops = <double> e.dim * SINE_FLOPS * (e.length if positions is not None else min(e.length, 16) + e.length // 4096)
     if positions is None:
         flops += <double> e.dim * NUMBER_FLOPS * e.length
-    begin_call(&call, num_threads, flops)
+    begin_call(&call, 0, flops)
     # A few ranges for each thread, none with less work than is worth a thread; each is as long as can be, for the sake
     # of huge pages, which two threads that write next to each other would both clear.
     num_threads = call.num_threads

@@ -1,5 +1,5 @@
 # Arrays as a pointer and byte strides, of any dtype the contract knows. Kernels compute on contiguous `real` rows: a
-# row either already is one and is used in place, or is loaded into scratch. This is the only part that knows dtypes.
+# row either already is one and is used in place, or is loaded into scratch.
 #
 # Strides may be negative, zero or no multiple of the item, and data may lie at any byte: numbers are moved by memcpy,
 # which compiles to one load and is defined at every address. Vector loads are unaligned ones throughout; on aligned
