@@ -82,7 +82,7 @@ def scaled_dot_product_attention(
                         f"got {key.dtype}")
     leading = _check_shapes(query, key, value)
     one_head = query.ndim < 4
-    num_heads, seq_len_q, head_dim = (1, *query.shape[-2:]) if one_head else query.shape[-3:]
+    num_heads, seq_len_q = (1, query.shape[-2]) if one_head else query.shape[-3:-1]
     seq_len_kv, head_dim_v = value.shape[-2:]
     rows_shape = (*leading, seq_len_q) if one_head else (*leading, num_heads, seq_len_q)
     width = max(head_dim_v, seq_len_kv if return_weights else 1)
@@ -95,7 +95,7 @@ def scaled_dot_product_attention(
     if is_causal:
         right = 0
     smallest, largest = _F64_RANGE if q_kind == F64 else _F32_RANGE
-    scale = 1 / math.sqrt(head_dim) if scale is None else _check_number("scale", scale, -largest, largest)
+    scale = None if scale is None else _check_number("scale", scale, -largest, largest)
     softcap = _check_number("softcap", softcap, smallest, largest)
     dropout_p = _check_dropout("dropout_p", dropout_p)
     seed = _check_seed(seed) if dropout_p or seed is not None else 0

@@ -529,7 +529,8 @@ class MultiHeadAttention:
 
     def _shapes(self):
         """{parameter: its shape}, for sizes that fit together: they are plain attributes."""
-        if self.num_heads * self.head_dim != self.embed_dim or self.num_heads % self.num_kv_heads:
+        if (self.num_kv_heads < 1 or self.num_heads * self.head_dim != self.embed_dim
+                or self.num_heads % self.num_kv_heads):
             raise ValueError(
                 f"embed_dim: expected num_heads * head_dim, and num_heads a multiple of num_kv_heads, got embed_dim = "
                 f"{self.embed_dim}, num_heads = {self.num_heads}, head_dim = {self.head_dim}, "
@@ -632,7 +633,8 @@ class MultiHeadAttention:
         ValueError
             If there is no such layout, or not for this layer.
         """
-        parameters, entries = self._own_parameters(), self._layout(layout)
+        parameters = self._own_parameters()
+        entries = self._layout(layout, parameters)
         return {key: _copy(parameters[name][rows], self.dtype) for key, (name, rows) in entries.items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], layout: str | None = None) -> None:
@@ -656,10 +658,11 @@ class MultiHeadAttention:
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
         shapes = self._shapes()
+        parameters = {name: getattr(self, name) for name in shapes}
         if layout is None:
-            shared = {name: len(entries.keys() & set(state)) for name, entries in self._layouts().items()}
+            shared = {name: len(entries.keys() & set(state)) for name, entries in self._layouts(parameters).items()}
             layout = max(shared, key=shared.get)
-        entries = self._layout(layout)
+        entries = self._layout(layout, parameters)
         missing, unknown = [k for k in entries if k not in state], [k for k in state if k not in entries]
         if missing or unknown:
             raise ValueError(
@@ -667,20 +670,20 @@ class MultiHeadAttention:
                 f"missing {missing}, unknown {unknown}"
             )
 
-        parameters = {name: np.empty(shapes[name], self.dtype) for name, _ in entries.values()}
+        loaded = {name: np.empty(shapes[name], self.dtype) for name, _ in entries.values()}
         for key, (name, rows) in entries.items():
-            array, target = _as_array("state", state[key], f" for {key!r}"), parameters[name][rows]
+            array, target = _as_array("state", state[key], f" for {key!r}"), loaded[name][rows]
             if not _is_float(array.dtype):
                 raise TypeError(f"state: expected a float array for {key!r}, got dtype {array.dtype}")
             if array.shape != target.shape:
                 raise ValueError(f"state: expected shape {target.shape} for {key!r}, got shape {array.shape}")
-            parameters[name][rows] = _cast(array, self.dtype)
-        for name, array in parameters.items():
+            loaded[name][rows] = _cast(array, self.dtype)
+        for name, array in loaded.items():
             setattr(self, name, array)
 
-    def _layout(self, name):
-        layouts = self._layouts()
-        if name not in list(layouts):
+    def _layout(self, name, parameters):
+        layouts = self._layouts(parameters)
+        if not (isinstance(name, str) and name in layouts):
             raise ValueError(f"layout: expected one of {list(layouts)}, got {_shown(name)}")
         if name == "tutorial" and self.num_kv_heads != self.num_heads:
             raise ValueError(
@@ -689,15 +692,16 @@ class MultiHeadAttention:
             )
         return layouts[name]
 
-    def _layouts(self):
-        """{layout: {key: (parameter, rows)}}: entry `key` of a state dict is these rows of that parameter."""
+    def _layouts(self, parameters):
+        """{layout: {key: (parameter, rows)}}: entry `key` of a state dict is these rows of that parameter. Of those
+        that are not None."""
         every, split = slice(None), dict(zip("qkv", self._rows(), strict=True))
         by_head = np.arange(3 * self.embed_dim).reshape(3, self.num_heads, self.head_dim).swapaxes(0, 1)
 
         def entries(out_prefix, in_prefixes):
             parts = [("in_proj", *part) for part in in_prefixes] + [("out_proj", out_prefix, every)]
             return {prefix + kind: (f"{name}_{kind}", rows) for name, prefix, rows in parts
-                    for kind in ("weight", "bias") if getattr(self, f"{name}_{kind}") is not None}
+                    for kind in ("weight", "bias") if parameters[f"{name}_{kind}"] is not None}
 
         torch = entries("out_proj.", [("in_proj_", every)])
         torch_split = {f"{x}_proj_weight": ("in_proj_weight", rows) for x, rows in split.items()} | torch

@@ -46,8 +46,8 @@ def float64(*shape):
     return rng.standard_normal(shape) * 2.0 ** rng.integers(-1060, 2, shape)
 cases = []
 for make in (float16, float32, float64):
-    for rows in (2, 40):
-        q, k, v = make(2, 1, rows, 40), make(2, 1, 3000, 40), make(2, 1, 3000, 40)
+    for rows, head_dim in ((2, 40), (2, 8), (40, 40), (40, 32)):  # 1 / sqrt(8) and 1 / sqrt(32) depend on the rounding
+        q, k, v = make(2, 1, rows, head_dim), make(2, 1, 3000, head_dim), make(2, 1, 3000, head_dim)
         strided = [np.stack([x, x], -1)[..., 0] for x in (q, k, v)]
         for arrays in ((q, k, v), strided):
             for options in ({{}}, {{"scale": 1e-41}}, {{"scale": 1e37}}, {{"softcap": 2.0}},

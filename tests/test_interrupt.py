@@ -51,6 +51,7 @@ LONG_CALLS = {
     "another thread's task": "attention(normal(8, 1, 16, 64), repeated(8, 1, 1 << 32, 64), num_threads=2, "
                              "kv_lens=np.array([1 << 20, 1 << 32, 9, 9, 9, 9, 9, 9]))",
     "decode": "attention(normal(1, 1, 1, 64), repeated(1, 1, 1 << 35, 64), num_threads=1)",
+    "decode of wide heads": "attention(*[repeated(1, 1, n, 2_000_000) for n in (1, 40_000)], num_threads=2)",
     "float64": "attention(normal(1, 8, 4096, 64, dtype=float), repeated(1, 8, 4_000_000, 64, dtype=float), "
                "num_threads=2)",
     "weights": "attention(normal(1, 1, 96, 8), repeated(1, 1, 4_000_000, 8), return_weights=True, dropout_p=0.5, "

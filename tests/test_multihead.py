@@ -908,6 +908,30 @@ def test_truth_values_are_bools(library, name, value):
 
 
 @both
+def test_state_while_a_bias_is_assigned(library):
+    """The entries are those of the parameters that were there."""
+    layer = library.MultiHeadAttention(12, 3, seed=0)
+    bias = layer.in_proj_bias
+
+    class Assigns(type(layer)):
+        def _rows(self):
+            self.in_proj_bias = None
+            return super()._rows()
+
+    layer.__class__ = Assigns
+    np.testing.assert_array_equal(layer.state_dict()["in_proj_bias"], bias)
+    assert "in_proj_bias" not in layer.state_dict()
+
+
+@both
+def test_sizes_of_0_are_named(library):
+    layer = library.MultiHeadAttention(12, 3, seed=0)
+    layer.num_kv_heads = 0
+    with pytest.raises(ValueError, match=r"^embed_dim: expected num_heads"):
+        layer(ones(2, 5, 12))
+
+
+@both
 def test_truth_values_of_numpy(library):
     layer = library.MultiHeadAttention(12, 3, bias=np.False_)
     assert layer.in_proj_bias is None

@@ -190,7 +190,8 @@ def assert_possible(results, query, key, value, attn_mask=None, scale=None, *, s
 
     farthest = np.abs(np.asarray(q_offset, float)).max(initial=0) + visible.shape[-2] + visible.shape[-1]
     reach = 0.0 if alibi_slopes is None else min(np.abs(alibi_slopes).max(initial=0), float(info.max) / 4) * farthest
-    compared = _specified(sums, value, scale, weights * (1 - dropout_p), visible, reach, info)
+    kept = 1 - dropout_p
+    compared = _specified(sums, value, scale, weights * kept, of_weights * kept, visible, reach, info)
     # What dropout enlarges may leave the range of the result.
     compared &= enlarged * largest(value) <= 0.99 * float(ml_dtypes.finfo(dtypes[0]).max)
 
@@ -209,16 +210,17 @@ def assert_possible(results, query, key, value, attn_mask=None, scale=None, *, s
             f"{np.broadcast_to(bound, right.shape)[first]:.3g} at most")
 
 
-def _specified(sums, value, scale, weights, visible, reach, info):
+def _specified(sums, value, scale, weights, of_weights, visible, reach, info):
     """The query rows whose results are specified but for rounding: (..., num_heads, seq_len_q), bool. `sums` are those
     of |query * key|. Not those
 
     * whose products, scores or ALiBi (`reach`) leave a quarter of the range: there it depends on order what overflows;
-    * that give an infinite value a weight below the smallest normal number: it may become 0, and 0 * inf is NaN.
+    * that give an infinite value a weight that may be below the smallest normal number: it may become 0, and 0 * inf is
+      NaN.
     """
     limit, tiny = float(info.max) / 4, float(info.smallest_normal)
     within = np.where(visible, sums, 0).max(axis=-1, initial=0) * max(abs(scale), 1.0) <= limit
-    lost = np.isinf(value).any(axis=-1)[..., None, :] & (weights > 0) & (weights < tiny)
+    lost = np.isinf(value).any(axis=-1)[..., None, :] & (weights + of_weights > 0) & (weights - of_weights < tiny)
     return within & (reach <= limit) & ~lost.any(axis=-1)
 
 

@@ -372,7 +372,7 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
 
 
 def attend(query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow_weights, real[::1] logsumexp,
-           Kind q_kind, Kind kv_kind, Kind mask_kind, double scale, double softcap, Py_ssize_t window_left,
+           Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap, Py_ssize_t window_left,
            Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
            const real[:, ::1] slopes, const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
            Py_ssize_t num_threads):
@@ -464,12 +464,9 @@ def attend_plain(query, key, value, out, bint is_causal, scale, q_offset, Py_ssi
         return None
     if not is_plain(&p) or (q_offset is None and is_causal and p.seq_len_q < p.seq_len_kv):  # of which the door warns
         return None
-    if scale is None:
-        choose_units(&p, 1 / sqrt(<double> p.head_dim))
-    elif type(scale) is float and 1e-30 < scale < 1e30:
-        choose_units(&p, scale)
-    else:
+    if scale is not None and not (type(scale) is float and 1e-30 < scale < 1e30):
         return None
+    choose_units(&p, scale)
     length[:] = [p.batch, p.q.length[1], p.seq_len_q, p.head_dim_v]
     if out is None:
         out = EMPTY((length[0], length[1], length[2], length[3]), REAL)

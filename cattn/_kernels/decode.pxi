@@ -190,7 +190,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
     for i in range(WIDTH):
         all_low = max(all_low, w.lanes[i].low)
         all_high = min(all_high, w.lanes[i].high)
-    while key_start < high:
+    while key_start < high and not stopped(p.call):
         n = min(p.block_kv - key_start % p.block_kv, high - key_start)
         next_n = min(p.block_kv, high - key_start - n)
         k_bytes, v_bytes = p.k.stride[2], p.v.stride[2]

@@ -83,6 +83,7 @@ cdef extern from "simd.h" nogil:
     fp_mode get_mode()
     void set_mode(fp_mode)
     fp_mode own_mode()
+    double opaque(double)
     vf vload_f16(const uint16_t*)
     vf vload_bf16(const uint16_t*)
     float widen_f16(uint16_t)

@@ -217,16 +217,18 @@ cdef inline const real* load_rows(real* scratch, const Tensor* t, Py_ssize_t bat
     return scratch
 
 
-cdef void choose_units(Problem* p, double scale) noexcept nogil:
-    """sign, scale, unit and natural (OUT), from the modifiers. The query is never multiplied by the scale: that would
-    round what plain NumPy does not, and could leave the range. As long as scores are only compared, with each other or
-    with -inf, they stay products of query and key, and exp2 takes (s - row_max) * unit, with unit = |scale| log2(e):
-    where s is near the maximum, the difference is exact and small. Where something is calculated with them, the first
-    modifier multiplies by |scale|, as NumPy does; and where |scale| is so small that -inf, times it, were lost in it.
-    The sign goes into the query, so that the largest s belongs to the largest score."""
-    cdef double size = fabs(scale)
+cdef int choose_units(Problem* p, scale) except -1:
+    """sign, scale, unit and natural (OUT), from the scale, None for 1 / sqrt(head_dim), and the modifiers. The query is
+    never multiplied by the scale: that would round what plain NumPy does not, and could leave the range. As long as
+    scores are only compared, with each other or with -inf, they stay products of query and key, and exp2 takes
+    (s - row_max) * unit, with unit = |scale| log2(e): where s is near the maximum, the difference is exact and small.
+    Where something is calculated with them, the first modifier multiplies by |scale|, as NumPy does; and where |scale|
+    is so small that -inf, times it, were lost in it. The sign goes into the query, so that the largest s belongs to the
+    largest score."""
+    cdef double given = 0.0 if scale is None else scale, size
     cdef fp_mode callers = own_mode()
-    p.sign = -1.0 if scale < 0 else 1.0
+    size = fabs(given) if scale is not None else 1 / sqrt(opaque(<double> p.head_dim))
+    p.sign = -1.0 if given < 0 else 1.0
     p.scale = 1.0
     p.natural = size
     if (size < SMALLEST_UNIT or p.softcap != 0 or p.slopes != NULL or (p.mask.data != NULL and p.mask.kind != BOOL)):
@@ -234,6 +236,7 @@ cdef void choose_units(Problem* p, double scale) noexcept nogil:
         p.natural = 1.0
     p.unit = <real> (p.natural * LOG2_E)
     set_mode(callers)
+    return 0
 
 
 cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, real scale, Py_ssize_t width, Py_ssize_t batch,
@@ -329,6 +332,8 @@ cdef void repair_values(const Problem* p, const Workspace* w, const real* probs,
         w.visible[j] = 0.0
     mask_tile(p, w, w.visible, 1.0, width, batch, key_start, n, lanes, limited)
     for j in range(n):
+        if stopped(p.call):
+            return
         for d in range(p.head_dim_v):
             value = v_rows[j * v_stride + d]
             if value * <real> 0.0 == 0.0:

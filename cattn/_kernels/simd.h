@@ -344,6 +344,8 @@ typedef int fp_mode;
 SIMD fp_mode get_mode(void) { return OWN_MODE; }
 SIMD void set_mode(fp_mode mode) { (void)mode; }
 #endif
+/* x, not known before the modes that have been set: what is computed from it, is in these. */
+SIMD double opaque(double x) { __asm__ volatile("" : "+m"(x)); return x; }
 /* Returns the mode before, for set_mode afterwards. */
 SIMD fp_mode own_mode(void) { fp_mode before = get_mode(); set_mode(OWN_MODE); return before; }
 
