@@ -123,9 +123,10 @@ thread() {
     export OMP_TOOL_LIBRARIES=$llvm/libarcher.so
     export OMP_WAIT_POLICY=passive  # tests have more threads than some machines CPUs
     export TSAN_OPTIONS=ignore_noninstrumented_modules=1:handle_segv=0:halt_on_error=1:allocator_may_return_null=1:log_path=$log/tsan
-    # ThreadSanitizer allows no threads in a child of fork; calls_in_flight forks as well. LLVM's OpenMP reads
-    # OMP_NUM_THREADS=0 as 1, where GCC's ignores it.
-    suite 'flags_are_in_force or fork or calls_in_flight or nonsense_in_the_environment' sees_races
+    # ThreadSanitizer allows no threads in a child of fork; calls_in_flight, in_a_child and behind_a_wall fork as well.
+    # LLVM's OpenMP reads its environment otherwise than GCC's: OMP_NUM_THREADS=0 as 1, limits and levels.
+    suite 'flags_are_in_force or fork or calls_in_flight or in_a_child or behind_a_wall or nonsense_in_the_environment
+        or environment_of_openmp or thread_limit' sees_races
     unset OMP_TOOL_LIBRARIES OMP_WAIT_POLICY
 }
 
