@@ -4,16 +4,20 @@ What comes in may have any strides and several leading axes; the kernel takes 4 
 alone get it there, nothing is copied as a whole.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import numbers
 import sys
+import typing
 import warnings
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cattn import _kernels, reference, threads
+from cattn import _kernels, threads
 from cattn.reference import (
     _as_array,
     _cast,
@@ -51,6 +55,63 @@ _ONE = {F32: np.ones((), np.float32).view(np.uint32), F64: np.ones((), np.float6
 _PACKAGE = __name__.partition(".")[0]
 
 
+# For type checkers: what is returned, by the two flags. By the name `overload` alone Jedi would know these as well, and
+# show them in place of the function, without a docstring.
+@typing.overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    return_weights: Literal[False] = False, return_logsumexp: Literal[False] = False,
+    out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
+) -> np.ndarray: ...
+
+
+@typing.overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    return_weights: Literal[True], return_logsumexp: Literal[False] = False,
+    out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@typing.overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    return_weights: Literal[False] = False, return_logsumexp: Literal[True],
+    out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@typing.overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    return_weights: Literal[True], return_logsumexp: Literal[True],
+    out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+
+@typing.overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    return_weights: bool = False, return_logsumexp: bool = False,
+    out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
+) -> np.ndarray | tuple[np.ndarray, ...]: ...
+
+
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
@@ -59,6 +120,107 @@ def scaled_dot_product_attention(
     return_weights: bool = False, return_logsumexp: bool = False, out: np.ndarray | None = None,
     num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
+    """softmax(scale * query @ key^T + mask) @ value, for each head.
+
+    In this order: scale, softcap (c * tanh(x / c)), ALiBi and mask, softmax with the sinks in its
+    denominator, dropout, weights @ value. Everything combines with everything.
+
+    Parameters
+    ----------
+    query : float array (..., num_heads, seq_len_q, head_dim)
+        A row for each token that looks at others. Also (batch, seq_len_q, head_dim) or (seq_len_q,
+        head_dim), one head; key and value then have as many axes.
+    key : float array (..., num_kv_heads, seq_len_kv, head_dim)
+        A row for each token that is looked at: a score is a query times a key. num_heads is a multiple of
+        num_kv_heads; consecutive query heads share a key head. Leading axes broadcast, missing ones count as
+        1. Computed in float32, or in the query's dtype where that is wider.
+    value : float array (..., num_kv_heads, seq_len_kv, head_dim_v)
+        What each token that is looked at gives: a row of the result is their weighted mean.
+    attn_mask : bool or float array, broadcastable to the weights
+        Which keys each query may see, or what is added to its scores. bool: True = attend. float: added; -inf
+        = masked, every finite value is a bias (clipped to a quarter of the range of the dtype computed in).
+    dropout_p : float in [0, 1)
+        The share of weights to drop, in training. Weights are zeroed where `dropout_keep(seed, ...)` is False,
+        the others divided by 1 - dropout_p. The batch index is the flat index over the leading axes.
+    is_causal : bool
+        No query sees a key after it: query i sees key j when j <= i + q_offset. With 3 queries, 5 keys and
+        q_offset 0 and 2::
+
+            1 0 0 0 0        1 1 1 0 0
+            1 1 0 0 0        1 1 1 1 0
+            1 1 1 0 0        1 1 1 1 1
+    scale : float, optional
+        What scores are multiplied by; 1 / sqrt(head_dim) when None. At most a quarter of the range of the
+        dtype computed in, as softcap.
+    enable_gqa : bool
+        Accepted so that calls written for PyTorch work; the shapes say it all.
+    q_offset : int or int array (batch,), optional
+        Position of query 0 among the keys (those already in a cache). May be negative. "batch" is the shape
+        of the leading axes where there are several. 0 when None.
+    window : (left, right), optional
+        How far each query sees: query i sees keys i + q_offset - left to i + q_offset + right, both included;
+        None or -1 = unbounded.
+    softcap : float
+        Scores are bent to stay within +-softcap. 0 = off; else from the smallest normal number of the dtype
+        computed in on.
+    alibi_slopes : float array (num_heads,) or (batch, num_heads), optional
+        Lowers scores by distance, ALiBi: adds -slope * abs(i + q_offset - j). Clipped as attn_mask is.
+    sinks : float array (num_heads,), optional
+        One more logit per head, for attention that goes nowhere: exp(sink) joins the denominator, no value
+        goes with it.
+    kv_lens : int array (batch,), optional
+        How many keys each batch row has, where it is padded: keys at and past the length do not exist.
+    return_weights, return_logsumexp : bool
+        Return a tuple, with these after the result.
+    out : array of the result's shape and dtype, optional
+        Written and returned; any strides.
+    num_threads : int, optional
+        Threads of this call; as `set_num_threads` says when None.
+    seed : int in [0, 2**64), optional
+        Of the dropout; fresh for each call when None.
+
+    Returns
+    -------
+    out : array (..., num_heads, seq_len_q, head_dim_v), dtype of the query
+        A row that sees no key is 0 (where tutorials that fill with -1e6 or -9e15 give the mean of all
+        values). The value row of a masked key is not read: NaN there changes nothing. A score that is NaN or
+        +inf makes its row NaN, and NaN in a value row that is seen goes through, with weight 0 as well.
+    weights : array (..., num_heads, seq_len_q, seq_len_kv), dtype of the query; with return_weights
+        What multiplies the values, after sinks and dropout. Exactly 0 for masked keys.
+    logsumexp : array (..., num_heads, seq_len_q), dtype computed in; with return_logsumexp
+        log(sum(exp(scores))), without the sinks; -inf for a row that sees no key.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came, before anything is written.
+
+    Warns
+    -----
+    UserWarning
+        Where is_causal meets fewer queries than keys (than kv_lens says, if given) and no q_offset: query 0 is
+        at key 0 then, not near the last key; q_offset=0 says that it is meant. And where a float mask holds 0
+        and 1 and nothing else, as if 1 meant "attend".
+
+    Notes
+    -----
+    Vaswani et al. 2017, "Attention is all you need"; ALiBi: Press et al. 2022; sinks: Xiao et al. 2024. Names
+    and order of the arguments: torch.nn.functional.scaled_dot_product_attention; window: FlashAttention.
+
+    Examples
+    --------
+    >>> query = np.array([[1., 0.], [0., 1.]])
+    >>> key = np.array([[2., 0.], [0., 2.], [1., 1.]])
+    >>> value = np.array([[1., 0.], [0., 1.], [5., 5.]])
+    >>> out, weights = scaled_dot_product_attention(  # the queries are the last two of three tokens
+    ...     query, key, value, is_causal=True, q_offset=1, return_weights=True)
+    >>> weights.round(3)
+    array([[0.804, 0.196, 0.   ],
+           [0.14 , 0.576, 0.284]])
+    >>> out.round(3)
+    array([[0.804, 0.196],
+           [1.56 , 1.996]])
+    """
     if (attn_mask is None and kv_lens is None and window is None and sinks is None and alibi_slopes is None
             and seed is None and return_weights is False and return_logsumexp is False
             and (enable_gqa is False or enable_gqa is True)
@@ -164,9 +326,6 @@ def scaled_dot_product_attention(
     if return_logsumexp:
         results.append(logsumexp)
     return tuple(results)
-
-
-scaled_dot_product_attention.__doc__ = reference.scaled_dot_product_attention.__doc__
 
 
 def _warn(message):

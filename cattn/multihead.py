@@ -1,5 +1,10 @@
 """Multi-head attention with learned projections, specified by `cattn.reference.MultiHeadAttention`."""
 
+from __future__ import annotations
+
+import typing
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -11,8 +16,95 @@ __all__ = ["MultiHeadAttention"]
 
 
 class MultiHeadAttention(reference.MultiHeadAttention):
-    __doc__ = reference.MultiHeadAttention.__doc__
+    """Multi-head attention: concat_h(attention(x_q W_q,h^T, x_k W_k,h^T, x_v W_v,h^T)) @ W_o^T + b_o.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Size of the result; a multiple of num_heads. head_dim = embed_dim / num_heads.
+    num_heads : int
+        Attentions side by side, each in head_dim columns of its own.
+    num_kv_heads : int, optional
+        Heads of keys and values, a divisor of num_heads (the default); fewer is grouped-query attention.
+    input_dim : int, optional
+        Size of the inputs; embed_dim when None.
+    bias : bool
+        Whether the projections have one.
+    dropout : float in [0, 1)
+        Of the attention weights, in calls with training=True.
+    dtype : dtype
+        Of parameters, inputs and results.
+    seed : int or numpy.random.Generator, optional
+        Of the initial weights.
+
+    Attributes
+    ----------
+    in_proj_weight : array (embed_dim + 2 * num_kv_heads * head_dim, input_dim)
+        Rows of all query heads, then of all key heads, then of all value heads.
+    in_proj_bias : array (embed_dim + 2 * num_kv_heads * head_dim,), or None
+    out_proj_weight : array (embed_dim, embed_dim)
+    out_proj_bias : array (embed_dim,), or None
+
+    Parameters may be changed in place, and assigned: anything that numpy.asarray reads, of this shape, is cast
+    to the dtype of the layer; a C-contiguous, aligned, writeable array of this dtype is not copied. Each bias
+    may be None, and an array again.
+
+    Weights start Xavier-uniform, U(-b, b) with b = sqrt(6 / (fan_in + fan_out)): fan_in = input_dim and
+    fan_out = all rows of in_proj_weight together, as for one Linear(input_dim, 3 * embed_dim). Biases start
+    at 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Notes
+    -----
+    Vaswani et al. 2017, "Attention is all you need", section 3.2.2; grouped queries: Ainslie et al. 2023.
+
+    Examples
+    --------
+    >>> layer = MultiHeadAttention(16, 4, seed=0)
+    >>> x = np.ones((2, 3, 16), np.float32)
+    >>> out, weights = layer(x, is_causal=True, return_weights=True)
+    >>> out.shape, weights.shape
+    ((2, 3, 16), (2, 4, 3, 3))
+    >>> sorted(layer.state_dict("huggingface"))[:2]
+    ['k_proj.bias', 'k_proj.weight']
+    """
+
     _dtypes = ("float16", "bfloat16", "float32", "float64")
+
+    # For type checkers, as in attention.py: what is returned, by return_weights.
+    @typing.overload
+    def __call__(
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
+        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        kv_lens: ArrayLike | None = None, return_weights: Literal[False] = False, training: bool = False,
+        seed: int | None = None, num_threads: int | None = None,
+    ) -> np.ndarray: ...
+
+    @typing.overload
+    def __call__(
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
+        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        kv_lens: ArrayLike | None = None, return_weights: Literal[True], training: bool = False,
+        seed: int | None = None, num_threads: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    @typing.overload
+    def __call__(
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
+        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
+        seed: int | None = None, num_threads: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]: ...
 
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
@@ -22,13 +114,54 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Project, attend, project back.
+
+        Parameters
+        ----------
+        query : array (batch, seq_len_q, input_dim) or (seq_len_q, input_dim)
+            A row for each token that looks at others.
+        key : array (batch, seq_len_kv, input_dim) or (seq_len_kv, input_dim), optional
+            A row for each token that is looked at; the query when None: self-attention.
+        value : array of the key's shape, optional
+            What these tokens give; the key when None.
+        attn_mask : bool or float array, optional
+            Which keys each query may see, or what is added to its scores. (seq_len_q, seq_len_kv), (batch,
+            seq_len_q, seq_len_kv) or (batch, num_heads, seq_len_q, seq_len_kv); axes of length 1 broadcast.
+            True = attend, as in scaled_dot_product_attention and the opposite of torch.nn.MultiheadAttention,
+            where True = ignore.
+        is_causal, q_offset, window, softcap, alibi_slopes, sinks, kv_lens
+            As in `scaled_dot_product_attention`.
+        return_weights : bool
+            Return a tuple, with the weights after the result.
+        training : bool
+            Dropout happens only when True.
+        seed : int in [0, 2**64), optional
+            Of the dropout.
+        num_threads : int, optional
+            Threads of this call; as `set_num_threads` says when None.
+
+        Returns
+        -------
+        out : array (batch, seq_len_q, embed_dim) or (seq_len_q, embed_dim)
+            out_proj_bias for a query that sees no key.
+        weights : array (batch, num_heads, seq_len_q, seq_len_kv); with return_weights
+            Without a batch axis where the inputs have none.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, the rule and what came.
+
+        Warns
+        -----
+        UserWarning
+            As `scaled_dot_product_attention` does.
+        """
         return self._forward(
             query, key, value, attn_mask, is_causal, return_weights, training,
             q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             kv_lens=kv_lens, seed=seed, num_threads=num_threads,
         )
-
-    __call__.__doc__ = reference.MultiHeadAttention.__call__.__doc__
 
     def _project(self, query, key, value, weight, bias, num_threads):
         if value is not key:

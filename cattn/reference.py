@@ -1,10 +1,13 @@
 """What cattn computes, in plain NumPy: obvious, slow, for every float dtype.
 
 Each public function and class of `cattn` has a counterpart here with the same name and the same arguments
-(`out` and `num_threads` aside). The fast ones are tested against these; a new behaviour starts here.
+(`out` and `num_threads` aside); there, the arguments are described. The fast ones are tested against these; a
+new behaviour starts here.
 `scaled_dot_product_attention` does not check its arguments: `cattn.scaled_dot_product_attention` does. The
 classes here are also the base of the fast ones, which do the costly steps in their own way.
 """
+
+from __future__ import annotations
 
 import math
 import numbers
@@ -12,6 +15,7 @@ import operator
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -35,97 +39,18 @@ def scaled_dot_product_attention(
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
-    """softmax(scale * query @ key^T + mask) @ value, for each head.
+    """softmax(scale * query @ key^T + mask) @ value, for each head: see `cattn.scaled_dot_product_attention`.
 
     In this order: scale, softcap (c * tanh(x / c)), ALiBi and mask, softmax with the sinks in its
-    denominator, dropout, weights @ value. Everything combines with everything.
+    denominator, dropout, weights @ value. Computed in float32, or in the query's dtype where that is wider.
 
-    Parameters
-    ----------
-    query : float array (..., num_heads, seq_len_q, head_dim)
-        Also (batch, seq_len_q, head_dim) or (seq_len_q, head_dim), one head; key and value then have as many
-        axes.
-    key : float array (..., num_kv_heads, seq_len_kv, head_dim)
-        num_heads is a multiple of num_kv_heads; consecutive query heads share a key head. Leading axes
-        broadcast, missing ones count as 1. Computed in float32, or in the query's dtype where that is wider.
-    value : float array (..., num_kv_heads, seq_len_kv, head_dim_v)
-    attn_mask : bool or float array, broadcastable to the weights
-        bool: True = attend. float: added to the scores; -inf = masked, every finite value is a bias (clipped
-        to a quarter of the range of the dtype computed in).
-    dropout_p : float in [0, 1)
-        Weights are zeroed where `dropout_keep(seed, ...)` is False, the others divided by 1 - dropout_p. The
-        batch index is the flat index over the leading axes.
-    is_causal : bool
-        Query i sees key j when j <= i + q_offset. With 3 queries, 5 keys and q_offset 0 and 2::
-
-            1 0 0 0 0        1 1 1 0 0
-            1 1 0 0 0        1 1 1 1 0
-            1 1 1 0 0        1 1 1 1 1
-    scale : float, optional
-        1 / sqrt(head_dim) when None. At most a quarter of the range of the dtype computed in, as softcap.
-    enable_gqa : bool
-        Accepted so that calls written for PyTorch work; the shapes say it all.
-    q_offset : int or int array (batch,), optional
-        Position of query 0 among the keys (those already in a cache). May be negative. "batch" is the shape
-        of the leading axes where there are several. 0 when None.
-    window : (left, right), optional
-        Query i sees keys i + q_offset - left to i + q_offset + right, both included; None or -1 = unbounded.
-    softcap : float
-        0 = off; else from the smallest normal number of the dtype computed in on.
-    alibi_slopes : float array (num_heads,) or (batch, num_heads), optional
-        Adds -slope * abs(i + q_offset - j). Clipped as attn_mask is.
-    sinks : float array (num_heads,), optional
-        One more logit per head: exp(sink) joins the denominator, no value goes with it.
-    kv_lens : int array (batch,), optional
-        Keys at and past the length do not exist.
-    return_weights, return_logsumexp : bool
-    seed : int in [0, 2**64), optional
-        Of the dropout; fresh for each call when None.
-    out, num_threads
-        Of `cattn.scaled_dot_product_attention` alone: an array of the result's shape and dtype, with any
-        strides, to be written and returned; the number of threads of this call.
-
-    Returns
-    -------
+    query, key, value : float arrays (..., num_heads, seq_len_q, head_dim), (..., num_kv_heads, seq_len_kv, head_dim)
+    and (..., num_kv_heads, seq_len_kv, head_dim_v)
     out : array (..., num_heads, seq_len_q, head_dim_v), dtype of the query
-        A row that sees no key is 0 (where tutorials that fill with -1e6 or -9e15 give the mean of all
-        values). The value row of a masked key is not read: NaN there changes nothing. A score that is NaN or
-        +inf makes its row NaN, and NaN in a value row that is seen goes through, with weight 0 as well.
     weights : array (..., num_heads, seq_len_q, seq_len_kv), dtype of the query; with return_weights
-        What multiplies the values, after sinks and dropout. Exactly 0 for masked keys.
     logsumexp : array (..., num_heads, seq_len_q), dtype computed in; with return_logsumexp
-        log(sum(exp(scores))), without the sinks; -inf for a row that sees no key.
 
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, the rule and what came, before anything is written. The reference checks nothing.
-
-    Warns
-    -----
-    UserWarning
-        Where is_causal meets fewer queries than keys (than kv_lens says, if given) and no q_offset: query 0 is
-        at key 0 then, not near the last key; q_offset=0 says that it is meant. And where a float mask holds 0
-        and 1 and nothing else, as if 1 meant "attend". The reference warns of nothing.
-
-    Notes
-    -----
-    Vaswani et al. 2017, "Attention is all you need"; ALiBi: Press et al. 2022; sinks: Xiao et al. 2024. Names
-    and order of the arguments: torch.nn.functional.scaled_dot_product_attention; window: FlashAttention.
-
-    Examples
-    --------
-    >>> query = np.array([[1., 0.], [0., 1.]])
-    >>> key = np.array([[2., 0.], [0., 2.], [1., 1.]])
-    >>> value = np.array([[1., 0.], [0., 1.], [5., 5.]])
-    >>> out, weights = scaled_dot_product_attention(  # the queries are the last two of three tokens
-    ...     query, key, value, is_causal=True, q_offset=1, return_weights=True)
-    >>> weights.round(3)
-    array([[0.804, 0.196, 0.   ],
-           [0.14 , 0.576, 0.284]])
-    >>> out.round(3)
-    array([[0.804, 0.196],
-           [1.56 , 1.996]])
+    The arguments are described there. This checks nothing and warns of nothing.
     """
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     result_dtype = query.dtype
@@ -317,7 +242,7 @@ class _Parameter:
     def __set_name__(self, owner, name):
         self.name = name
 
-    def __get__(self, layer, owner=None):
+    def __get__(self, layer: object, owner: type | None = None) -> Any:
         if layer is None:
             return self
         try:
@@ -325,7 +250,7 @@ class _Parameter:
         except KeyError:
             raise AttributeError(f"this layer has no {self.name} yet") from None
 
-    def __set__(self, layer, value):
+    def __set__(self, layer: Any, value: ArrayLike | None) -> None:
         array = layer._check_parameter(self.name, value, layer._shapes()[self.name])
         layer.__dict__[self.name] = array if array is None or array.flags.writeable else array.copy()
 
@@ -333,58 +258,12 @@ class _Parameter:
 class MultiHeadAttention:
     """Multi-head attention: concat_h(attention(x_q W_q,h^T, x_k W_k,h^T, x_v W_v,h^T)) @ W_o^T + b_o.
 
-    Parameters
-    ----------
-    embed_dim : int
-        Size of the result; a multiple of num_heads. head_dim = embed_dim / num_heads.
-    num_heads : int
-    num_kv_heads : int, optional
-        Heads of keys and values, a divisor of num_heads (the default); fewer is grouped-query attention.
-    input_dim : int, optional
-        Size of the inputs; embed_dim when None.
-    bias : bool
-        Whether the projections have one.
-    dropout : float in [0, 1)
-        Of the attention weights, in calls with training=True.
-    dtype : dtype
-        Of parameters, inputs and results.
-    seed : int or numpy.random.Generator, optional
-        Of the initial weights.
-
-    Attributes
-    ----------
     in_proj_weight : array (embed_dim + 2 * num_kv_heads * head_dim, input_dim)
-        Rows of all query heads, then of all key heads, then of all value heads.
     in_proj_bias : array (embed_dim + 2 * num_kv_heads * head_dim,), or None
     out_proj_weight : array (embed_dim, embed_dim)
     out_proj_bias : array (embed_dim,), or None
 
-    Parameters may be changed in place, and assigned: anything that numpy.asarray reads, of this shape, is cast
-    to the dtype of the layer; a C-contiguous, aligned, writeable array of this dtype is not copied. Each bias
-    may be None, and an array again.
-
-    Weights start Xavier-uniform, U(-b, b) with b = sqrt(6 / (fan_in + fan_out)): fan_in = input_dim and
-    fan_out = all rows of in_proj_weight together, as for one Linear(input_dim, 3 * embed_dim). Biases start
-    at 0.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, the rule and what came.
-
-    Notes
-    -----
-    Vaswani et al. 2017, "Attention is all you need", section 3.2.2; grouped queries: Ainslie et al. 2023.
-
-    Examples
-    --------
-    >>> layer = MultiHeadAttention(16, 4, seed=0)
-    >>> x = np.ones((2, 3, 16), np.float32)
-    >>> out, weights = layer(x, is_causal=True, return_weights=True)
-    >>> out.shape, weights.shape
-    ((2, 3, 16), (2, 4, 3, 3))
-    >>> sorted(layer.state_dict("huggingface"))[:2]
-    ['k_proj.bias', 'k_proj.weight']
+    The arguments are described at `cattn.MultiHeadAttention`. Vaswani et al. 2017, section 3.2.2.
     """
 
     _dtypes = None  # names of the dtypes allowed; None: every float dtype
@@ -394,7 +273,7 @@ class MultiHeadAttention:
     def __init__(
         self, embed_dim: int, num_heads: int, *, num_kv_heads: int | None = None,
         input_dim: int | None = None, bias: bool = True, dropout: float = 0.0, dtype: DTypeLike = np.float32,
-        seed: "int | np.random.Generator | None" = None,  # as text: importing numpy.random takes 10 ms
+        seed: int | np.random.Generator | None = None,
     ) -> None:
         self.embed_dim = _check_int("embed_dim", embed_dim, 1)
         self.num_heads = _check_int("num_heads", num_heads, 1)
@@ -435,45 +314,12 @@ class MultiHeadAttention:
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Project, attend, project back.
+        """Project, attend, project back: see `cattn.MultiHeadAttention`, which has num_threads besides.
 
-        Parameters
-        ----------
         query : array (batch, seq_len_q, input_dim) or (seq_len_q, input_dim)
-        key : array (batch, seq_len_kv, input_dim) or (seq_len_kv, input_dim), optional
-            The query when None: self-attention.
-        value : array of the key's shape, optional
-            The key when None.
-        attn_mask : bool or float array, optional
-            (seq_len_q, seq_len_kv), (batch, seq_len_q, seq_len_kv) or (batch, num_heads, seq_len_q,
-            seq_len_kv); axes of length 1 broadcast. True = attend, as in scaled_dot_product_attention and the
-            opposite of torch.nn.MultiheadAttention, where True = ignore.
-        is_causal, q_offset, window, softcap, alibi_slopes, sinks, kv_lens
-            As in `scaled_dot_product_attention`.
-        return_weights : bool
-        training : bool
-            Dropout happens only when True.
-        seed : int in [0, 2**64), optional
-            Of the dropout.
-        num_threads : int, optional
-            Of `cattn.MultiHeadAttention` alone: threads of this call.
-
-        Returns
-        -------
+        key, value : arrays (batch, seq_len_kv, input_dim) or (seq_len_kv, input_dim); the query, the key when None
         out : array (batch, seq_len_q, embed_dim) or (seq_len_q, embed_dim)
-            out_proj_bias for a query that sees no key.
         weights : array (batch, num_heads, seq_len_q, seq_len_kv); with return_weights
-            Without a batch axis where the inputs have none.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Naming the argument, the rule and what came.
-
-        Warns
-        -----
-        UserWarning
-            As `scaled_dot_product_attention` does.
         """
         return self._forward(
             query, key, value, attn_mask, is_causal, return_weights, training,
@@ -608,6 +454,15 @@ class MultiHeadAttention:
             )
         return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
 
+    def __repr__(self) -> str:
+        own = dict(self.__dict__)
+        biases = {name: own.pop(name) for name in ("in_proj_bias", "out_proj_bias") if name in own}
+        lacking = [name for name, bias in biases.items() if bias is None]
+        own |= {"bias": False} if len(lacking) == 2 else dict.fromkeys(lacking)
+        return _layer_text(self, own, {
+            "embed_dim": ..., "num_heads": ..., "num_kv_heads": own.get("num_heads"), "input_dim": own.get("embed_dim"),
+            "bias": True, "in_proj_bias": ..., "out_proj_bias": ..., "dropout": 0.0, "dtype": np.dtype(np.float32)})
+
     # State dicts.
 
     def state_dict(self, layout: str = "torch") -> dict[str, np.ndarray]:
@@ -722,72 +577,10 @@ def sinusoidal_encoding(
 ) -> np.ndarray:
     """P[r, 2i] = sin(pos / base^(2i / dim)), P[r, 2i + 1] = cos(same), with pos = offset + r or positions[r].
 
-    The angles are computed in float64 (in `dtype` where that is wider), so that the float32 table is within
-    half a float32 ulp of 1.0, 2**-24, for every position up to 1e8. Narrower tables are rounded from float64 once
-    (here, bfloat16 is rounded twice: NumPy gets there by way of float32).
-
-    Parameters
-    ----------
-    length : int >= 0
-        Number of positions.
-    dim : int >= 1
-        Number of columns. An odd dim has one sine more than cosines; no column is padded with zeros.
-    base : float >= 1
-    offset : int
-        First position; may be negative. 0 with `positions`.
-    layout : str
-        "interleaved": sin, cos, sin, cos, ...; "concatenated": all sines, then all cosines; "cosines_first": all
-        cosines, then all sines.
-    endpoint : bool
-        True: the frequencies are base^(-i / (dim / 2 - 1)), from 1 to 1 / base itself, and dim is even and at
-        least 4. False: they stop short of it, at base^(2 / dim - 1).
-    positions : int or float array (length,), optional
-        In place of offset + r, each within +-2**53; they may be fractional. Every angle is computed by itself then,
-        and a float64 table is within 2.3e-16 * (|pos| + 1).
-    dtype : float dtype
-        The public function knows float16, bfloat16 (of ml_dtypes), float32 and float64.
-    out : array (length, dim) of this dtype, optional
-        Of the public function: written and returned; any strides, no two elements in the same place.
-
-    Returns
-    -------
     table : array (length, dim)
 
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, the rule and what came, before anything is written.
-
-    Notes
-    -----
-    The conventions of the field, all with base 10000:
-
-    ================  ========  =====================================================================
-    layout            endpoint  whose
-    ================  ========  =====================================================================
-    "interleaved"     False     Vaswani et al. 2017, section 3.5; d2l.ai; the PyTorch tutorial; Hugging
-                                Face's XLM, DistilBERT and FlauBERT
-    "concatenated"    False     Hugging Face's Marian and Pegasus; MAE, each half of a 2-d embedding
-    "concatenated"    True      tensor2tensor; fairseq, and Hugging Face's FSMT, M2M100, XGLM; Whisper;
-                                DDPM; diffusers' get_timestep_embedding by default
-    "cosines_first"   False     ADM's timestep_embedding, and GLIDE's and DiT's; diffusers with
-                                flip_sin_to_cos=True and downscale_freq_shift=0
-    "cosines_first"   True      diffusers with flip_sin_to_cos=True and its default downscale_freq_shift=1
-    ================  ========  =====================================================================
-
-    Most of them compute frequencies and angles in float32, with errors up to 1e-7 times the position, and pad an
-    odd dim with a column of zeros: that of dim - 1, and zeros. fairseq counts positions from padding_idx + 1 on, and
-    the row of its padding is zero. What diffusers calls `scale` multiplies `positions`, before they come here.
-
-    Examples
-    --------
-    >>> sinusoidal_encoding(3, 4).round(3)
-    array([[ 0.   ,  1.   ,  0.   ,  1.   ],
-           [ 0.841,  0.54 ,  0.01 ,  1.   ],
-           [ 0.909, -0.416,  0.02 ,  1.   ]], dtype=float32)
-    >>> sinusoidal_encoding(2, 4, positions=[0.5, 1], layout="cosines_first").round(3)
-    array([[0.878, 1.   , 0.479, 0.005],
-           [0.54 , 1.   , 0.841, 0.01 ]], dtype=float32)
+    The angles are computed in float64, in `dtype` where that is wider. bfloat16 is rounded twice: NumPy gets there by
+    way of float32. The arguments are described at `cattn.sinusoidal_encoding`; `dtype` is any float dtype here.
     """
     length, dim, base, offset, endpoint, positions = _check_table(
         length, dim, base, offset, layout, endpoint, positions)
@@ -860,37 +653,10 @@ def relative_shift(
 
 
 class PositionalEncoding:
-    """dropout(x + P[:, :seq]), with P the table of `sinusoidal_encoding`.
+    """dropout(x + P[:, :seq]), with P the table of `sinusoidal_encoding`: see `cattn.PositionalEncoding`.
 
-    Parameters
-    ----------
-    dim : int >= 1
-    dropout : float in [0, 1)
-        In calls with training=True.
-    max_len : int >= 0
-        Rows of the table to begin with; it grows when a longer input comes.
-    base, layout, endpoint, dtype
-        As in `sinusoidal_encoding`; inputs have this dtype.
-
-    Attributes
-    ----------
+    x, out : arrays (..., seq, dim)
     P : array (1, max_len, dim)
-
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, the rule and what came.
-
-    Notes
-    -----
-    The layer of Vaswani et al. 2017, section 3.5, and of d2l.ai, section 11.6.
-
-    Examples
-    --------
-    >>> layer = PositionalEncoding(32)
-    >>> out = layer(np.zeros((1, 60, 32), np.float32))
-    >>> bool((out == layer.P[:, :60]).all())
-    True
     """
 
     _table = staticmethod(sinusoidal_encoding)
@@ -908,6 +674,17 @@ class PositionalEncoding:
                              f"got {_shown(max_len)} * {_shown(dim)}")
         self.P = self._table(max_len, self.dim, **self._options)[None]
 
+    def __repr__(self) -> str:
+        own = self.__dict__ | self.__dict__.get("_options", {})
+        shape = getattr(own.get("P"), "shape", ())
+        if len(shape) == 3:
+            own["max_len"] = shape[1]
+        if "dtype" in own:
+            own["dtype"] = np.dtype(own["dtype"])
+        return _layer_text(self, own, {
+            "dim": ..., "dropout": 0.0, "max_len": 1000, "base": 10000.0, "layout": "interleaved", "endpoint": False,
+            "dtype": np.dtype(np.float32)})
+
     @np.errstate(all="ignore")
     def __call__(self, x: ArrayLike, *, training: bool = False, seed: int | None = None) -> np.ndarray:
         """Add the positions 0 to seq - 1.
@@ -915,6 +692,7 @@ class PositionalEncoding:
         Parameters
         ----------
         x : array (..., seq, dim)
+            What the positions are added to.
         training : bool
             Dropout happens only when True.
         seed : int in [0, 2**64), optional
@@ -1070,6 +848,18 @@ def _shown(value):
         return (f"an int of {value.bit_length()} bits" if isinstance(value, int)
                 else f"a {type(value).__name__} that cannot be shown")
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _layer_text(layer, own, defaults):
+    """The call that makes such a layer: which of `own` are not these defaults. A layer may be half made, as a debugger
+    shows it, and its attributes may be anything."""
+    texts = []
+    for name, default in defaults.items():
+        value = own.get(name, default)
+        comparable = all(isinstance(x, (numbers.Number, str, np.bool_, np.dtype)) for x in (value, default))
+        if not (value is default or (comparable and value == default)):
+            texts.append(f"{name}={value.name if isinstance(value, np.dtype) else _shown(value)}")
+    return f"{type(layer).__name__}({', '.join(texts)})"
 
 
 def _check_bool(name, value):
