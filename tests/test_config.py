@@ -1,17 +1,20 @@
 """show_config: all that a bug report needs."""
 
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import cattn
 from cattn import _kernels, threads
+from cattn import config as config_module
 
 
 @pytest.fixture
@@ -26,15 +29,90 @@ def config(capsys):
 
 def test_show_config(config):
     rows = config()
-    assert list(rows) == ["cattn", "python, numpy", "machine", "isa", "threads", "compiler", "openmp"]
+    assert list(rows) == ["cattn", "python, numpy", "machine", "cpu", "isa", "threads", "compiler", "openmp",
+                          "numpy's blas"]
     assert rows["cattn"] == cattn.__version__
     assert rows["python, numpy"] == f"{platform.python_version()}, {np.__version__}"
     assert rows["machine"] == f"{platform.machine()} {platform.system()}"
+    assert re.fullmatch(rf"[ -~]+ \(this process may run on: {_kernels.cpus}\)", rows["cpu"])
     assert rows["isa"] == f"{cattn.isa} (this CPU runs: {', '.join(cattn.available_isas())})"
     assert rows["threads"] == f"{cattn.get_num_threads()} (from: {threads.source()})"
     assert re.fullmatch(r"(gcc|clang) \d+\.\d+.*", rows["compiler"])
     without = "none (the compiler has none): one thread"
     assert rows["openmp"] == without or re.fullmatch(r"libg?omp \(specification \d{6}\)", rows["openmp"])
+    assert re.fullmatch(r".+, (\d+ threads?|an unknown number of threads) \(from: .+\)", rows["numpy's blas"])
+
+
+def test_dicts(capsys):
+    """As numpy.show_config(mode="dicts"): returned and not printed, plain values throughout."""
+    found = cattn.show_config(mode="dicts")
+    assert capsys.readouterr() == ("", "")
+    assert json.loads(json.dumps(found)) == found
+    assert found["cattn"] == cattn.__version__ and found["numpy"] == np.__version__
+    assert found["isa"] == {"used": cattn.isa, "available": list(cattn.available_isas())}
+    assert found["threads"] == {"count": cattn.get_num_threads(), "source": threads.source()}
+    assert found["cpu"]["count"] == _kernels.cpus
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    assert (found["blas"]["name"], found["blas"]["version"]) == (blas["name"], blas["version"])
+
+
+@pytest.mark.parametrize("mode", ["dict", "", None, 1, ["dicts"], b"dicts"])
+def test_unknown_mode(capsys, mode):
+    with pytest.raises(ValueError) as raised:
+        cattn.show_config(mode)
+    assert str(raised.value) == f"mode: expected 'stdout' or 'dicts', got {mode!r}"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_numpy_that_does_not_name_its_blas(monkeypatch, config):
+    for found in ({}, {"Build Dependencies": {"blas": {"found": False}}}, None):
+        monkeypatch.setattr(np, "show_config", lambda mode, found=found: found)
+        blas = cattn.show_config(mode="dicts")["blas"]
+        assert (blas["name"], blas["version"]) == (None, None)
+        assert config()["numpy's blas"].startswith("unknown, ")
+
+
+BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+                  "VECLIB_MAXIMUM_THREADS")
+
+
+@pytest.mark.parametrize(("name", "variables", "expected"), [
+    ("scipy-openblas", {"OPENBLAS_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, (3, "OPENBLAS_NUM_THREADS")),
+    ("scipy-openblas", {"OMP_NUM_THREADS": "5"}, (5, "OMP_NUM_THREADS")),
+    ("scipy-openblas", {"OPENBLAS_NUM_THREADS": "many", "GOTO_NUM_THREADS": "2"}, (2, "GOTO_NUM_THREADS")),
+    ("mkl-dynamic-lp64-seq", {"OPENBLAS_NUM_THREADS": "3", "MKL_NUM_THREADS": "4"}, (4, "MKL_NUM_THREADS")),
+    ("accelerate", {"OMP_NUM_THREADS": "3", "VECLIB_MAXIMUM_THREADS": "1"}, (1, "VECLIB_MAXIMUM_THREADS")),
+    ("", {"OPENBLAS_NUM_THREADS": "0"},
+     (None, "OPENBLAS_NUM_THREADS, GOTO_NUM_THREADS, OMP_NUM_THREADS not set; by default BLAS uses all CPUs")),
+], ids=str)
+def test_threads_of_blas_without_threadpoolctl(monkeypatch, name, variables, expected):
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)  # an ImportError
+    for variable in BLAS_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert config_module._blas_threads(name) == expected
+
+
+def test_threads_of_blas_by_threadpoolctl(monkeypatch):
+    """NumPy's own, where SciPy has brought another one."""
+    folder = os.path.dirname(np.__file__)
+    pools = [{"user_api": "openmp", "num_threads": 9, "filepath": "/libgomp.so"},
+             {"user_api": "blas", "num_threads": 7, "filepath": "/scipy.libs/libopenblas.so"},
+             {"user_api": "blas", "num_threads": 5, "filepath": f"{folder}.libs/libopenblas.so"}]
+    monkeypatch.setitem(sys.modules, "threadpoolctl", SimpleNamespace(threadpool_info=lambda: pools))
+    assert config_module._blas_threads("openblas") == (5, "threadpoolctl")
+    pools.pop()
+    assert config_module._blas_threads("openblas") == (7, "threadpoolctl")
+
+
+def test_name_of_the_cpu(tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_bytes(b"processor\t: 0\nmodel name\t: A CPU\xff\x1b @ 2 GHz\nmodel name\t: Another\n")
+    assert config_module._cpu_name(path) == "A CPU @ 2 GHz"
+    path.write_text("processor\t: 0\n")
+    assert config_module._cpu_name(path) is None
+    assert config_module._cpu_name(tmp_path / "none") is None
 
 
 def test_threads_row_follows_set_num_threads(config):
@@ -67,4 +145,4 @@ def test_odd_environments(variables):
     root = Path(cattn.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", "import cattn; cattn.show_config()"], cwd=root,
                           env=os.environ | variables, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 7, done.stderr
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 9, done.stderr
