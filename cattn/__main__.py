@@ -54,12 +54,12 @@ class Progress:
         self.width = 0
         self.last = time.monotonic()
 
-    def show(self, text):
+    def show(self, text, at_once=False):
         if self.stream.isatty():
             text = text[: shutil.get_terminal_size().columns - 1]
             print(f"\r{text:<{self.width}}", end="", file=self.stream, flush=True)
             self.width = len(text)
-        elif time.monotonic() - self.last > 1.5:  # no wait is silent for 2 seconds
+        elif at_once or time.monotonic() - self.last > 1.5:  # no wait is silent for 2 seconds
             print(text, file=self.stream, flush=True)
             self.last = time.monotonic()
 
@@ -129,10 +129,12 @@ class Report:
         self.say(f"speed: cattn ({config['isa']['used']}, {_threads(config['threads']['count'])}) and NumPy "
                  f"{config['numpy']} ({blas['name'] or 'BLAS unknown'}, {count})")
         self.say(f"{'':35}{'cattn':>9}{'NumPy':>9}{'ratio':>8}")
-        self.progress.show("speed: starting NumPy's process")
+        # Rows tell of themselves, where they are printed and do not take long.
+        at_once = self.args.json or self.args.seconds > 15
+        self.progress.show("speed: starting NumPy's process", at_once)
         try:
             for row in _speed.run(self.args.seconds,
-                                  lambda work: self.progress.show(f"speed: measuring {work.name}")):
+                                  lambda work: self.progress.show(f"speed: measuring {work.name}", at_once)):
                 rows.append(row)
                 self.say(self._line(row, _speed))
                 for note in row["notes"]:
@@ -158,8 +160,8 @@ class Report:
     def _say_summary(self, rows, speed):
         mean = statistics.geometric_mean(row["ratio"] for row in rows)
         fma = [row["limit"] for row in rows if row.get("unit") == "FLOP/s"]
-        self.say(f"Medians in ms; NumPy takes {mean:.2f} times as long (geometric mean). It has a process of its own and "
-                 "takes turns with\ncattn: two pools of threads would fight for the CPUs.")
+        self.say(f"Medians in ms; NumPy takes {mean:.2f} times as long (geometric mean). It has a process of its own "
+                 "and takes turns\nwith cattn: two pools of threads would fight for the CPUs.")
         if fma:
             self.say(f"Percent: cattn's best call against the FMA peak of {fma[-1] / 1e9:.4g} GFLOP/s; decode, against "
                      "reading as many bytes.")

@@ -21,6 +21,7 @@ import cattn
 from cattn import _kernels, reference
 
 ROUNDINGS = 32  # as many problems as the tests try
+HOPELESS = 8  # times the bound: plain NumPy is never that lucky, so no further problems are tried
 WIDER_THAN_DOUBLE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 CALLS = 300  # a second or two
 GROUP = 20  # calls between two looks at the progress
@@ -101,7 +102,7 @@ def judge(call, got, plain_and_exact):
         else:
             bound = 2 * errors(plain[number], right).max(initial=0) + rounding
             for c in 1 + np.random.default_rng(0).random(ROUNDINGS) / 64:
-                if (error <= bound).all():
+                if (error <= bound).all() or (error > HOPELESS * bound).any():
                     break
                 other_plain, other_exact = call.plain_and_exact(call.compute(c))
                 bound = max(bound, 2 * errors(other_plain[number], other_exact[number]).max() + rounding)
@@ -171,8 +172,9 @@ class Attention(Call):
             "scale": lambda: float(rng.uniform(-1, 1)) * 1.5 / math.sqrt(head_dim),
             "dropout_p": lambda: 0.25,
         }
-        self.options = {name: choose() for name, choose in choices.items() if rng.random() < 0.2}
-        if rng.random() < 0.3:
+        plain = rng.random() < 0.3  # a way of its own through the checks
+        self.options = {name: choose() for name, choose in choices.items() if not plain and rng.random() < 0.2}
+        if not plain and rng.random() < 0.3:
             mask = rng.standard_normal((seq_len_q, seq_len_kv)).astype(np.float32)
             self.options["attn_mask"] = mask if rng.random() < 0.5 else mask > -1
         if self.options.get("is_causal") or "window" in self.options or "alibi_slopes" in self.options:
