@@ -38,7 +38,7 @@ def argument_parser():
         prog="python -m cattn", description=__doc__.partition(":")[0] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="sections:\n" + "\n".join(f"  {name:8}{text}" for name, text in SECTIONS.items())
-        + "\n\nExit status: 0; 1 where a check fails; 130 after Ctrl-C.")
+        + "\n\nExit status: 0; 1 where a check or NumPy's process fails; 130 after Ctrl-C.")
     add = parser.add_argument
     add("sections", nargs="*", type=section, metavar="SECTION", help=f"of: {', '.join(SECTIONS)}; all by default")
     add("--seconds", type=seconds, default=10.0, metavar="S", help="for all of speed (%(default)s)")
@@ -140,7 +140,6 @@ class Report:
                 for note in row["notes"]:
                     self.say(f"    {note}")
         except _speed.PeerError as error:
-            self.right = False
             self.data["error"] = str(error)
             print(f"speed: {error}", file=sys.stderr)
         finally:
@@ -158,10 +157,15 @@ class Report:
         return f"{line}  busy" if row["busy"] else line.rstrip()
 
     def _say_summary(self, rows, speed):
-        mean = statistics.geometric_mean(row["ratio"] for row in rows)
+        quiet = [row["ratio"] for row in rows if not row["busy"]]
+        mean = ""
+        if quiet:
+            which = "" if len(quiet) == len(rows) else " of the rows that are not busy"
+            mean = f"; NumPy takes {statistics.geometric_mean(quiet):.2f} times as long (geometric mean{which})"
         fma = [row["limit"] for row in rows if row.get("unit") == "FLOP/s"]
-        self.say(f"Medians in ms; NumPy takes {mean:.2f} times as long (geometric mean). It has a process of its own "
-                 "and takes turns\nwith cattn: two pools of threads would fight for the CPUs.")
+        self.say(f"Medians in ms{mean}.")
+        self.say("NumPy has a process of its own and takes turns with cattn: two pools of threads would fight for the "
+                 "CPUs.")
         if fma:
             self.say(f"Percent: cattn's best call against the FMA peak of {fma[-1] / 1e9:.4g} GFLOP/s; decode, against "
                      "reading as many bytes.")
@@ -170,9 +174,10 @@ class Report:
         busy = [row for row in rows if row["busy"]]
         if busy:
             least = min(row["quiet"] for row in busy)
-            self.data["busy"] = (f"the machine was busy during {len(busy)} of {len(rows)} rows: probes found as "
-                                 f"little as {least:.0%} of it, other processes or a CPU quota took the rest")
-            self.say(f"BUSY: {self.data['busy']}.\nThese rows say little: repeat when it is quiet.")
+            self.data["busy"] = (f"the machine was busy during {len(busy)} of {len(rows)} rows: probes found as little "
+                                 f"as {least:.0%} of it")
+            self.say(f"BUSY: {self.data['busy']},")
+            self.say("other processes or a CPU quota took the rest. These rows say little: repeat when it is quiet.")
 
 
 def milliseconds(seconds):
@@ -209,11 +214,9 @@ def main(argv=None):
         print(json.dumps(report.data, indent=1, allow_nan=False))
     elif status:
         print("Interrupted: what stands above was measured, the rest was not.")
-    if not report.right:
-        if not args.json and not status:
-            print("\nSomething is WRONG with this installation on this machine: please report it with the lines above.")
-        return 1
-    return status
+    if not report.right and not args.json:
+        print("\nSomething is WRONG with this installation on this machine: please report it with the lines above.")
+    return status if report.right and "error" not in report.data else 1
 
 
 if __name__ == "__main__":

@@ -55,13 +55,11 @@ def run(number=CALLS, isas=None):
     while group := list(itertools.islice(problems, GROUP)):
         answers = [call.plain_and_exact() for call in group]
         for isa, result in results.items():
-            got = []
-            with kernels_of(isa):
-                for call in group:
-                    try:
-                        got.append(call.run())
-                    except Exception as error:
-                        got.append(error)
+            try:
+                with kernels_of(isa):
+                    got = [_result_or_error(call) for call in group]
+            except ImportError as error:  # the module is there, but damaged
+                got = [error] * len(group)
             for call, arrays, plain_and_exact in zip(group, got, answers, strict=True):
                 result.calls += 1
                 if isinstance(arrays, Exception):
@@ -73,6 +71,13 @@ def run(number=CALLS, isas=None):
                 else:
                     result.worst = max(result.worst, share)
         yield results
+
+
+def _result_or_error(call):
+    try:
+        return call.run()
+    except Exception as error:
+        return error
 
 
 @contextmanager

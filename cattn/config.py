@@ -21,7 +21,7 @@ def show_config(mode: str = "stdout") -> dict | None:
     >>> sorted(cattn.show_config(mode="dicts"))
     ['blas', 'cattn', 'compiler', 'cpu', 'isa', 'machine', 'numpy', 'openmp', 'python', 'threads']
     """
-    if mode not in ("stdout", "dicts"):
+    if not isinstance(mode, str) or mode not in ("stdout", "dicts"):
         raise ValueError(f"mode: expected 'stdout' or 'dicts', got {_shown(mode)}")
     config = _config()
     if mode == "dicts":
