@@ -21,6 +21,7 @@ from cattn import _kernels, threads
 from cattn.reference import (
     _as_array,
     _cast,
+    _cast_cure,
     _check_bool,
     _check_dropout,
     _check_int,
@@ -224,7 +225,8 @@ def scaled_dot_product_attention(
     if (attn_mask is None and kv_lens is None and window is None and sinks is None and alibi_slopes is None
             and seed is None and return_weights is False and return_logsumexp is False
             and (enable_gqa is False or enable_gqa is True)
-            and type(dropout_p) is float and type(softcap) is float and dropout_p == softcap == 0
+            and type(dropout_p) is float and dropout_p == 0
+            and (softcap == 0 if type(softcap) is float else softcap is None)
             and (q_offset is None or (type(q_offset) is int and -_FAR <= q_offset <= _FAR))
             and (is_causal is False or is_causal is True)):
         result = _kernels.f32.attend_plain(query, key, value, out, is_causal, scale, q_offset,
@@ -258,7 +260,7 @@ def scaled_dot_product_attention(
         right = 0
     smallest, largest = _F64_RANGE if q_kind == F64 else _F32_RANGE
     scale = None if scale is None else _check_number("scale", scale, -largest, largest)
-    softcap = _check_number("softcap", softcap, smallest, largest)
+    softcap = 0.0 if softcap is None else _check_number("softcap", softcap, smallest, largest)
     dropout_p = _check_dropout("dropout_p", dropout_p)
     seed = _check_seed(seed) if dropout_p or seed is not None else 0
     num_threads = 0 if num_threads is None else threads.checked(num_threads)  # 0: the kernel takes the default
@@ -270,10 +272,10 @@ def scaled_dot_product_attention(
         q_offsets = _check_lengths("q_offset", q_offset, leading)
         q_offset = 0
     if kv_lens is not None:
-        kv_lens = _check_lengths("kv_lens", kv_lens, leading)
+        kv_lens, given_lens = _check_lengths("kv_lens", kv_lens, leading), kv_lens
         if kv_lens.size and not 0 <= kv_lens.min() <= kv_lens.max() <= seq_len_kv:
-            raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, "
-                             f"got {_shown(kv_lens.tolist())}")
+            got = given_lens if isinstance(given_lens, numbers.Integral) else kv_lens.tolist()
+            raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, got {_shown(got)}")
     compute_dtype = np.float64 if q_kind == F64 else np.float32
     if alibi_slopes is not None:
         alibi_slopes = _check_vector("alibi_slopes", alibi_slopes, ((num_heads,), (*leading, num_heads)), compute_dtype)
@@ -428,9 +430,15 @@ def _check_number(name, value, smallest, largest):
 
 
 def _check_window(window):
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ValueError(f"window: expected None or (left, right), got {_shown(window)}")
-    sides = [_UNBOUNDED if side is None else _check_int("window", side) for side in window]
+    sides = window
+    if not isinstance(window, (tuple, list)):
+        array = _as_array("window", window) if isinstance(window, np.ndarray) else None
+        sides = () if array is None or array.ndim != 1 else list(array)
+    if len(sides) != 2:
+        got, is_int = _shown(window), isinstance(window, numbers.Integral) and not isinstance(window, bool)
+        cure = f"; for that many keys on each side: ({got}, {got})" if is_int else ""
+        raise ValueError(f"window: expected None or (left, right), got {got}{cure}")
+    sides = [_UNBOUNDED if side is None else _check_int("window", side) for side in sides]
     if min(sides) < _UNBOUNDED:
         raise ValueError("window: expected keys to the left and right >= 0, or -1 or None for all, "
                          f"got {_shown(window)}")
@@ -439,13 +447,22 @@ def _check_window(window):
 
 def _check_lengths(name, lengths, leading):
     """A flat int64 array, one number per batch row; far-away ones clipped."""
-    lengths = _as_array(name, lengths)
-    if lengths.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integers, got dtype {lengths.dtype}")
-    if lengths.shape != leading and not (name == "q_offset" and lengths.ndim == 0):
-        raise ValueError(f"{name}: expected shape {leading}, one per batch row, got shape {lengths.shape}")
-    flat = [max(-_FAR, min(_FAR, length)) for length in np.broadcast_to(lengths, leading).ravel().tolist()]
-    return np.array(flat, np.int64)
+    if type(lengths) is not int:  # which numpy has no dtype for, where it is far away
+        given, lengths = lengths, _as_array(name, lengths)
+        if lengths.dtype.kind not in "iu":
+            cure = ""
+            if name == "kv_lens" and lengths.dtype == bool:
+                cure = "; of a right-padded mask they are mask.sum(-1)"
+            elif lengths.dtype.kind == "f":
+                cure = "; " + _cast_cure(name, given, "int")
+            raise TypeError(f"{name}: expected integers, got dtype {lengths.dtype}{cure}")
+        if lengths.ndim and lengths.shape != leading:
+            expected = f"an int, or shape {leading}, one per batch row" if leading else "an int"
+            raise ValueError(f"{name}: expected {expected}, got shape {lengths.shape}")
+        if lengths.ndim:
+            return np.array([max(-_FAR, min(_FAR, length)) for length in lengths.ravel().tolist()], np.int64)
+        lengths = lengths.item()
+    return np.full(math.prod(leading), max(-_FAR, min(_FAR, lengths)), np.int64)
 
 
 def _check_vector(name, vector, shapes, dtype):

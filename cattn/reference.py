@@ -118,7 +118,7 @@ def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset
     visible = np.bool_(True)
     if is_causal:
         visible = visible & (distance <= 0)
-    left, right = window or (None, None)
+    left, right = (None, None) if window is None else (None if side is None else int(side) for side in window)
     if left not in (None, -1):
         visible = visible & (distance >= -left)
     if right not in (None, -1):
@@ -336,9 +336,7 @@ class MultiHeadAttention:
         dropout_p = _check_dropout("dropout", self.dropout) if _check_bool("training", training) else 0.0
         batched = query.ndim == 3
         if kv_lens is not None:
-            kv_lens = _as_array("kv_lens", kv_lens)
-            if not batched and kv_lens.ndim == 0:
-                kv_lens = kv_lens[None]
+            kv_lens = kv_lens if type(kv_lens) is int else _as_array("kv_lens", kv_lens)
         in_weight, in_bias, out_weight, out_bias = self._own_parameters().values()
 
         projected = self._project(query, key, value, in_weight, in_bias, num_threads)
@@ -817,6 +815,12 @@ def _as_array(name, x, what=""):
                             f"use .filled(...)")
         x = np.asarray(x)
     return x[...]
+
+
+def _cast_cure(name, given, dtype):
+    """The words that cast what was given as `name`, with the dtype in words as well; a list has no astype."""
+    cast = f"{name}.astype({dtype})" if isinstance(given, np.ndarray) else f"np.asarray({name}, {dtype})"
+    return f"{cast} casts"
 
 
 def _is_masked(x):

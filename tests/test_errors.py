@@ -173,7 +173,6 @@ BAD_CALLS = [
        f"{name}: expected 0 or a number from {least} to 4.49e+307, got {number}")
       for name, number, least in [("softcap", 1e-308, "2.23e-308"), ("softcap", 5e307, "2.23e-308"),
                                   ("scale", 5e307, "-4.49e+307")]),
-    ({"softcap": None}, KIND, "softcap: expected a number, got None"),
     ({"softcap": np.ones(2)}, KIND, "softcap: expected a number, got array([1., 1.])"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a float in [0, 1), got 1.0"),
     ({"dropout_p": Fraction(10**20 - 1, 10**20)}, ValueError,
@@ -192,26 +191,49 @@ BAD_CALLS = [
     ({"num_threads": "2"}, KIND, "num_threads: expected an integer, got str"),
 
     # Window, positions, lengths.
-    ({"window": 3}, ValueError, "window: expected None or (left, right), got 3"),
+    ({"window": True}, ValueError, "window: expected None or (left, right), got True"),
+    ({"window": 3}, ValueError,
+     "window: expected None or (left, right), got 3; for that many keys on each side: (3, 3)"),
+    ({"window": np.int64(3)}, ValueError,
+     "window: expected None or (left, right), got 3; for that many keys on each side: (3, 3)"),
+    ({"window": np.array(3)}, ValueError, "window: expected None or (left, right), got array(3)"),
+    ({"window": 3.0}, ValueError, "window: expected None or (left, right), got 3.0"),
     ({"window": (1, 2, 3)}, ValueError, "window: expected None or (left, right), got (1, 2, 3)"),
     ({"window": ()}, ValueError, "window: expected None or (left, right), got ()"),
     ({"window": "12"}, ValueError, "window: expected None or (left, right), got '12'"),
-    ({"window": np.array([1, 2])}, ValueError, "window: expected None or (left, right), got array([1, 2])"),
+    ({"window": np.array([1, 2, 3])}, ValueError, "window: expected None or (left, right), got array([1, 2, 3])"),
+    ({"window": np.array([[1, 2]])}, ValueError, "window: expected None or (left, right), got array([[1, 2]])"),
+    ({"window": np.array([1.0, 2.0])}, KIND, "window: expected an int, got 1.0"),
+    ({"window": np.array([True, False])}, KIND, f"window: expected an int, got {np.True_!r}"),
+    ({"window": np.ma.masked_array([1, 2], [0, 1])}, KIND,
+     "window: expected a plain array, got a masked array, whose mask would be ignored; use .filled(...)"),
     ({"window": (1.0, 2)}, KIND, "window: expected an int, got 1.0"),
     ({"window": (1, "2")}, KIND, "window: expected an int, got '2'"),
     ({"window": (-2, 0)}, ValueError,
      "window: expected keys to the left and right >= 0, or -1 or None for all, got (-2, 0)"),
     ({"window": (None, -5)}, ValueError,
      "window: expected keys to the left and right >= 0, or -1 or None for all, got (None, -5)"),
-    ({"q_offset": 1.0}, KIND, "q_offset: expected integers, got dtype float64"),
+    ({"q_offset": 1.0}, KIND, "q_offset: expected integers, got dtype float64; np.asarray(q_offset, int) casts"),
     ({"q_offset": "0"}, KIND, "q_offset: expected integers, got dtype <U1"),
     ({"q_offset": True}, KIND, "q_offset: expected integers, got dtype bool"),
-    ({"q_offset": [0, 1, 2]}, ValueError, "q_offset: expected shape (2,), one per batch row, got shape (3,)"),
-    ({"q_offset": [[0, 1]]}, ValueError, "q_offset: expected shape (2,), one per batch row, got shape (1, 2)"),
-    ({"kv_lens": 3}, ValueError, "kv_lens: expected shape (2,), one per batch row, got shape ()"),
-    ({"kv_lens": [3]}, ValueError, "kv_lens: expected shape (2,), one per batch row, got shape (1,)"),
-    ({"kv_lens": [3.0, 4.0]}, KIND, "kv_lens: expected integers, got dtype float64"),
-    ({"kv_lens": [True, False]}, KIND, "kv_lens: expected integers, got dtype bool"),
+    ({"q_offset": [0, 1, 2]}, ValueError,
+     "q_offset: expected an int, or shape (2,), one per batch row, got shape (3,)"),
+    ({"q_offset": [[0, 1]]}, ValueError,
+     "q_offset: expected an int, or shape (2,), one per batch row, got shape (1, 2)"),
+    ({"kv_lens": [3]}, ValueError, "kv_lens: expected an int, or shape (2,), one per batch row, got shape (1,)"),
+    ({"query": zeros(3, 8), "key": zeros(5, 8), "value": zeros(5, 6), "out": None, "kv_lens": [3]}, ValueError,
+     "kv_lens: expected an int, got shape (1,)"),
+    ({"kv_lens": [3.0, 4.0]}, KIND, "kv_lens: expected integers, got dtype float64; np.asarray(kv_lens, int) casts"),
+    ({"kv_lens": np.array([3.0, 4.0])}, KIND,
+     "kv_lens: expected integers, got dtype float64; kv_lens.astype(int) casts"),
+    ({"kv_lens": 3.0}, KIND, "kv_lens: expected integers, got dtype float64; np.asarray(kv_lens, int) casts"),
+    ({"kv_lens": True}, KIND,
+     "kv_lens: expected integers, got dtype bool; of a right-padded mask they are mask.sum(-1)"),
+    ({"kv_lens": [True, False]}, KIND,
+     "kv_lens: expected integers, got dtype bool; of a right-padded mask they are mask.sum(-1)"),
+    ({"kv_lens": 6}, ValueError, "kv_lens: expected lengths from 0 to seq_len_kv = 5, got 6"),
+    ({"kv_lens": np.int8(-1)}, ValueError, "kv_lens: expected lengths from 0 to seq_len_kv = 5, got -1"),
+    ({"kv_lens": 2**70}, ValueError, f"kv_lens: expected lengths from 0 to seq_len_kv = 5, got {2**70}"),
     ({"kv_lens": [3, 6]}, ValueError, "kv_lens: expected lengths from 0 to seq_len_kv = 5, got [3, 6]"),
     ({"kv_lens": [-1, 5]}, ValueError, "kv_lens: expected lengths from 0 to seq_len_kv = 5, got [-1, 5]"),
 
@@ -310,6 +332,44 @@ def test_overlap_that_is_hard_to_decide_counts_as_one(monkeypatch):
     with pytest.raises(ValueError, match=r"^out: expected elements that do not overlap each other, or strides of which "
                                          r"that can be seen in 1000000 steps, got strides \(24, 16\)$"):
         cattn.scaled_dot_product_attention(*[np.ones((2, 3))] * 3, out=interleaved())
+
+
+OTHER_FORMS = {  # (one way to say it, the plain one)
+    "an int as kv_lens": ({"kv_lens": 3}, {"kv_lens": [3, 3]}),
+    "numpy's int as kv_lens": ({"kv_lens": np.uint8(3)}, {"kv_lens": [3, 3]}),
+    "an array of no axes as kv_lens": ({"kv_lens": np.array(3)}, {"kv_lens": [3, 3]}),
+    "0 as kv_lens": ({"kv_lens": 0}, {"kv_lens": [0, 0]}),
+    "softcap of None": ({"softcap": None}, {}),
+    "softcap of None, the long way": ({"softcap": None, "kv_lens": [3, 4]}, {"kv_lens": [3, 4]}),
+    "window as a list": ({"window": [1, None]}, {"window": (1, None)}),
+    "window as an array": ({"window": np.array([1, 0])}, {"window": (1, 0)}),
+    "window as an unsigned array": ({"window": np.array([1, 0], np.uint64)}, {"window": (1, 0)}),
+    "window as an array with -1": ({"window": np.array([-1, 0], np.int8)}, {"window": (None, 0)}),
+    "window as an array with None": ({"window": np.array([1, None])}, {"window": (1, None)}),
+}
+
+
+@pytest.mark.parametrize("which", OTHER_FORMS)
+@pytest.mark.parametrize("library", [cattn, reference], ids=["public", "reference"])
+def test_other_forms_of_an_option(which, library):
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal(shape) for shape in ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6)))
+    given, plain = OTHER_FORMS[which]
+    result = library.scaled_dot_product_attention(query, key, value, **given)
+    np.testing.assert_array_equal(result, library.scaled_dot_product_attention(query, key, value, **plain))
+    layer, x = library.MultiHeadAttention(8, 2, seed=0, dtype=F64), key[:, 0]
+    np.testing.assert_array_equal(layer(x, **given), layer(x, **plain))
+    plain = {name: option[:1] if name == "kv_lens" else option for name, option in plain.items()}
+    given = {name: option if np.ndim(option) == 0 or name == "window" else option[:1] for name, option in given.items()}
+    np.testing.assert_array_equal(layer(x[0], **given), layer(x[0], **plain))
+
+
+def test_softcap_of_none_takes_the_short_way(monkeypatch):
+    entered = []
+    kernels = SimpleNamespace(attend_plain=lambda *args: entered.append(args) or "what it returns")
+    monkeypatch.setattr(cattn._kernels, "f32", kernels)
+    assert [call(**options) for options in ({}, {"softcap": 0.0}, {"softcap": None})] == ["what it returns"] * 3
+    assert len(entered) == 3
 
 
 @pytest.mark.parametrize(("shape", "seq_len_kv", "return_weights"), [
