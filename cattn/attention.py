@@ -29,6 +29,7 @@ from cattn.reference import (
     _is_bfloat16,
     _is_masked,
     _is_number,
+    _is_torch,
     _shown,
 )
 
@@ -233,17 +234,19 @@ def scaled_dot_product_attention(
                                            0 if num_threads is None else threads.checked(num_threads))
         if result is not None:
             return result
+    given = query, key, value
     query, key, value = _as_array("query", query), _as_array("key", key), _as_array("value", value)
     is_causal = _check_bool("is_causal", is_causal)
     _check_bool("enable_gqa", enable_gqa)
     return_weights = _check_bool("return_weights", return_weights)
     return_logsumexp = _check_bool("return_logsumexp", return_logsumexp)
-    q_kind, kv_kind = _kind("query", query), _kind("key", key)
+    q_kind, kv_kind = _kind("query", query, given[0]), _kind("key", key, given[1])
     if value.dtype != key.dtype:
-        raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}")
+        cure = f"; {_cast_cure('value', given[2], 'key.dtype')} casts" if _is_number(value.dtype) else ""
+        raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}{cure}")
     if q_kind != kv_kind and not (q_kind == F32 and kv_kind in (F16, BF16)):
         raise TypeError(f"key: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 query), "
-                        f"got {key.dtype}")
+                        f"got {key.dtype}; {_cast_cure('key', given[1], 'query.dtype')} casts")
     leading = _check_shapes(query, key, value)
     one_head = query.ndim < 4
     num_heads, seq_len_q = (1, query.shape[-2]) if one_head else query.shape[-3:-1]
@@ -285,7 +288,7 @@ def scaled_dot_product_attention(
     mask_kind = BOOL
     if attn_mask is not None:
         given_mask = _as_array("attn_mask", attn_mask)
-        attn_mask, mask_kind = _check_mask(given_mask, (*rows_shape, seq_len_kv))
+        attn_mask, mask_kind = _check_mask(given_mask, attn_mask, (*rows_shape, seq_len_kv), leading)
     if out is None:
         out = target = np.empty((*rows_shape, head_dim_v), query.dtype)
     else:
@@ -366,12 +369,19 @@ def _holds_0_and_1(numbers, kind):
     return 0 < ones < numbers.size and np.count_nonzero(numbers) == ones
 
 
-def _kind(name, array):
+def _kind(name, array, given=None):
+    """Of an array whose dtype is one of these; `given`, what it was made of, tells how to cast it."""
     kind = _KINDS.get(array.dtype)
     if kind is None:
         if not _is_bfloat16(array.dtype):
+            cure = ""
+            if array.dtype.kind in "iuf":
+                wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
+                cure = f"; {_cast_cure(name, given, 'np.float64' if wide else 'np.float32')} casts"
+            elif array.dtype.kind in "US":
+                cure = "; tokens are looked up in an embedding first"
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16 in native byte order, "
-                            f"got dtype {array.dtype}")
+                            f"got dtype {array.dtype}{cure}")
         kind = _KINDS[array.dtype] = BF16
     return kind
 
@@ -379,7 +389,8 @@ def _kind(name, array):
 def _check_shapes(query, key, value):
     """The leading axes of the result, broadcast."""
     if query.ndim < 2:
-        raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}")
+        cure = "; for one query: query[None]" if query.ndim else ""
+        raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}{cure}")
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim > _MAX_AXES:
             raise ValueError(f"{name}: expected at most {_MAX_AXES} axes, got {array.ndim}")
@@ -392,16 +403,23 @@ def _check_shapes(query, key, value):
         try:
             leading = np.broadcast_shapes(leading, array.shape[:-core])
         except ValueError:
+            cure = ""
+            if query.ndim == 3 and array.shape[0] and query.shape[0] % array.shape[0] == 0:
+                cure = "; 3 axes are (batch, seq, head_dim); for heads pass 4, x[None] of each"
             raise ValueError(f"{name}: expected {_shape_text(leading, core, name, query, key)}, "
-                             f"got shape {array.shape}") from None
+                             f"got shape {array.shape}{cure}") from None
     head_dim = query.shape[-1]
     if not 1 <= head_dim <= _MAX_HEAD_DIM:
         raise ValueError(f"query: expected a head_dim from 1 to {_MAX_HEAD_DIM}, got shape {query.shape}")
     if key.shape[-1] != head_dim:
-        raise ValueError(f"key: expected {_shape_text(leading, core, 'key', query, key)}, got shape {key.shape}")
+        cure = "; transposed it has: key.swapaxes(-1, -2)" if key.shape[-2] == head_dim else ""
+        raise ValueError(f"key: expected {_shape_text(leading, core, 'key', query, key)}, got shape {key.shape}{cure}")
     if core == 3 and (key.shape[-3] == 0 or query.shape[-3] % key.shape[-3]):
+        cure = "; axes are (batch, heads, seq, head_dim)"
+        if key.shape[-2] and query.shape[-2] % key.shape[-2] == 0:
+            cure += ", for arrays (batch, seq, heads, head_dim) pass x.swapaxes(-3, -2) of each"
         raise ValueError(f"key: expected a num_kv_heads that divides query's {query.shape[-3]} heads, "
-                         f"got shape {key.shape}")
+                         f"got shape {key.shape}{cure}")
     if value.shape[-core:-1] != key.shape[-core:-1] or not 1 <= value.shape[-1] <= _MAX_HEAD_DIM:
         raise ValueError(f"value: expected {_shape_text(leading, core, 'value', query, key)}, got shape {value.shape}")
     kv_numbers = math.prod(leading) * math.prod(key.shape[-core:-1]) * max(head_dim, value.shape[-1])
@@ -419,7 +437,15 @@ def _shape_text(leading, core, name, query, key):
 
 def _check_number(name, value, smallest, largest):
     if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
-        raise TypeError(f"{name}: expected a number, got {_shown(value)}")
+        cure = ""
+        if isinstance(value, np.ndarray) and _is_number(value.dtype):
+            if value.size == 1:
+                cure = f"; {name}.item() is one"
+            elif name == "scale":
+                cure = "; for one per head multiply query by it and pass scale=1"
+        elif value is not None and _is_torch(value):
+            cure = f"; {name}.item() is one"
+        raise TypeError(f"{name}: expected a number, got {_shown(value)}{cure}")
     try:
         number = float(value)
     except OverflowError:  # an int
@@ -454,7 +480,7 @@ def _check_lengths(name, lengths, leading):
             if name == "kv_lens" and lengths.dtype == bool:
                 cure = "; of a right-padded mask they are mask.sum(-1)"
             elif lengths.dtype.kind == "f":
-                cure = "; " + _cast_cure(name, given, "int")
+                cure = f"; {_cast_cure(name, given, 'int')} casts"
             raise TypeError(f"{name}: expected integers, got dtype {lengths.dtype}{cure}")
         if lengths.ndim and lengths.shape != leading:
             expected = f"an int, or shape {leading}, one per batch row" if leading else "an int"
@@ -475,30 +501,45 @@ def _check_vector(name, vector, shapes, dtype):
     return vector if vector.flags.aligned else vector.copy()
 
 
-def _check_mask(attn_mask, shape):
+def _check_mask(attn_mask, given, shape, leading):
     if attn_mask.dtype == bool:
         kind = BOOL
     elif attn_mask.dtype in _KINDS or _is_bfloat16(attn_mask.dtype):
         kind = _kind("attn_mask", attn_mask)
     else:
-        raise TypeError(f"attn_mask: expected bool (True = attend) or a float dtype (added), got {attn_mask.dtype}")
+        cure = ""
+        if attn_mask.dtype.kind in "iu":
+            cure = f"; for 1 = attend: {_cast_cure('attn_mask', given, 'bool')}"
+        elif attn_mask.dtype.kind == "f":
+            cure = f"; {_cast_cure('attn_mask', given, 'np.float32')} casts"
+        raise TypeError(f"attn_mask: expected bool (True = attend) or a float dtype (added), got {attn_mask.dtype}"
+                        f"{cure}")
     try:
         return np.broadcast_to(attn_mask, shape), kind
     except ValueError:
+        cure = ""
+        if attn_mask.shape == (*leading, shape[-1]):
+            axes = ", ".join([":"] * len(leading) + ["None"] * (len(shape) - 1 - len(leading)) + [":"])
+            cure = f"; for a padding mask: mask[{axes}], or kv_lens"
+        elif len(leading) == 1 and len(shape) == 4 and attn_mask.shape == (*leading, *shape[-2:]):
+            cure = "; for one mask per batch row: mask[:, None]"
+        elif len(shape) == 4 and attn_mask.shape == (math.prod(shape[:2]), *shape[2:]):
+            cure = f"; for one mask per batch row and head: mask.reshape{shape}"
         raise ValueError(f"attn_mask: expected a shape that broadcasts to {shape}, "
-                         f"got shape {attn_mask.shape}") from None
+                         f"got shape {attn_mask.shape}{cure}") from None
 
 
 def _check_out(out, shape, dtype, inputs):
     """A view of `out` as a plain array: what a subclass says of its shape and strides need not be true, and another
     thread may set them."""
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
+        cure = "; its .numpy() shares its memory" if _is_torch(out) else ""
+        raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}{cure}")
     if _is_masked(out):
         raise TypeError("out: expected a plain array, got a masked array, whose mask would be ignored; use its .data")
     out = np.asarray(out)[...]
     if out.dtype != dtype:
-        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}")
+        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}; out[...] = the result casts")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got shape {out.shape}")
     if not out.flags.writeable:

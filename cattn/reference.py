@@ -420,18 +420,23 @@ class MultiHeadAttention:
 
     def _check_inputs(self, query, key, value):
         # The same array for two of them stays one: they are projected together.
-        given_query, given_key = query, key
+        given_query, given_key, given_value = query, key, value
         query = _as_array("query", query)
         key = query if key is None or key is given_query else _as_array("key", key)
         value = (key if value is None or value is given_key else query if value is given_query
                  else _as_array("value", value))
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.dtype != self.dtype:
-                raise TypeError(f"{name}: expected the dtype of the layer, {self.dtype}, got {x.dtype}")
         dim = self.input_dim
+        for name, x, given in (("query", query, given_query), ("key", key, given_key), ("value", value, given_value)):
+            if x.dtype != self.dtype:
+                _raise_layer_dtype(name, x, given, self.dtype, "layer.dtype", dim)
         if query.ndim not in (2, 3) or query.shape[-1] != dim:
+            cure = ""
+            if query.shape == (dim,):
+                cure = "; for one query: query[None]"
+            elif query.shape[-1:] == (self.head_dim,) and query.ndim == 4:
+                cure = "; the layer makes the heads itself"
             raise ValueError(
-                f"query: expected (batch, seq_len_q, {dim}) or (seq_len_q, {dim}), got shape {query.shape}"
+                f"query: expected (batch, seq_len_q, {dim}) or (seq_len_q, {dim}), got shape {query.shape}{cure}"
             )
         if key.ndim != query.ndim or key.shape[:-2] != query.shape[:-2] or key.shape[-1] != dim:
             expected = ", ".join(str(size) for size in (*query.shape[:-2], "seq_len_kv", dim))
@@ -446,9 +451,16 @@ class MultiHeadAttention:
         allowed = {2: rows, 3: (batch, *rows), 4: (batch, self.num_heads, *rows)}
         expected = allowed.get(attn_mask.ndim)
         if expected is None or any(n not in (1, m) for n, m in zip(attn_mask.shape, expected, strict=True)):
+            cure = ""
+            if attn_mask.shape == (rows[1],):
+                cure = "; for a padding mask: mask[None, :], or kv_lens"
+            elif attn_mask.shape == (batch, rows[1]):
+                cure = "; for a padding mask: mask[:, None, None, :], or kv_lens"
+            elif attn_mask.shape == (batch * self.num_heads, *rows):
+                cure = f"; for one mask per batch row and head: mask.reshape{allowed[4]}"
             raise ValueError(
                 f"attn_mask: expected {allowed[2]}, {allowed[3]} or {allowed[4]} (axes of 1 broadcast), "
-                f"got shape {attn_mask.shape}"
+                f"got shape {attn_mask.shape}{cure}"
             )
         return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
 
@@ -707,9 +719,9 @@ class PositionalEncoding:
         ValueError, TypeError
             Naming the argument, the rule and what came.
         """
-        x = _as_array("x", x)
+        given, x = x, _as_array("x", x)
         if x.dtype != self.P.dtype:
-            raise TypeError(f"x: expected the dtype of the layer, {self.P.dtype}, got {x.dtype}")
+            _raise_layer_dtype("x", x, given, self.P.dtype, "layer.P.dtype", self.dim)
         if x.ndim < 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected (..., seq, {self.dim}), got shape {x.shape}")
         *leading, seq, _ = x.shape
@@ -801,15 +813,24 @@ def _as_array(name, x, what=""):
     An argument that makes none, in whatever way, is named; so is a masked array, since asarray drops the mask.
     """
     if type(x) is not np.ndarray:
-        given = type(x).__name__
+        given = x
+        if given is None:
+            cure = "; for self-attention pass the same array as all three" if name in ("key", "value") else ""
+            raise TypeError(f"{name}: expected an array{what}, got None{cure}")
         try:
-            x = np.asanyarray(x)
+            x = np.asanyarray(given)
         except MemoryError:
             raise
         except ValueError as error:  # such as rows of different lengths
-            raise ValueError(f"{name}: expected an array{what}, got a {given} that makes none: {error}") from None
+            raise ValueError(f"{name}: expected an array{what}, got a {type(given).__name__} that makes none: "
+                             f"{error}") from None
         except Exception as error:  # __array__ is foreign code
-            raise TypeError(f"{name}: expected an array{what}, got a {given} that makes none: {error}") from error
+            raise TypeError(f"{name}: expected an array{what}, got "
+                            f"{_torch_text(given) or f'a {type(given).__name__} that makes none: {error}'}") from error
+        if x.dtype == object and x.ndim == 0 and not isinstance(given, (np.ndarray, np.generic, numbers.Number)):
+            cure = "; np.from_dlpack(...) of it is one" if _is_on_cpu(given) else ""
+            raise TypeError(f"{name}: expected an array{what}, got a {type(given).__name__}, which NumPy does not read "
+                            f"as one{cure}")
         if _is_masked(x):
             raise TypeError(f"{name}: expected a plain array{what}, got a masked array, whose mask would be ignored; "
                             f"use .filled(...)")
@@ -817,10 +838,52 @@ def _as_array(name, x, what=""):
     return x[...]
 
 
+def _is_torch(x):
+    """A tensor of torch, which this does not import: a class of it has a base from there, a Parameter too."""
+    return any(str(base.__module__).partition(".")[0] == "torch" for base in type(x).__mro__)
+
+
+def _torch_text(x):
+    """What of a torch tensor keeps NumPy from reading it, and the calls that change that; "" for anything else."""
+    if not _is_torch(x):
+        return ""
+    device, dtype = str(getattr(x, "device", "cpu")), str(getattr(x, "dtype", ""))
+    if device == "meta":  # where there are no numbers
+        return ""
+    reasons, calls = [], ""
+    if getattr(x, "requires_grad", False) is True:
+        reasons, calls = [*reasons, "requires grad"], calls + ".detach()"
+    if device.partition(":")[0] != "cpu":
+        reasons, calls = [*reasons, f"is on {device}"], calls + ".cpu()"
+    bits = ""
+    if dtype == "torch.bfloat16":
+        reasons.append("is bfloat16, which NumPy has not")
+        bits = f", or with ml_dtypes {calls}.view(torch.int16).numpy().view(ml_dtypes.bfloat16)"
+        calls += ".float()"
+    return f"a torch tensor that {' and '.join(reasons)}; pass its {calls}{bits}" if reasons else ""
+
+
+def _is_on_cpu(x):
+    """Whether x offers its memory by DLPack, and NumPy could read it: 1 is the device "CPU" of DLPack's header."""
+    try:
+        return hasattr(x, "__dlpack__") and x.__dlpack_device__()[0] == 1
+    except Exception:  # foreign code
+        return False
+
+
 def _cast_cure(name, given, dtype):
-    """The words that cast what was given as `name`, with the dtype in words as well; a list has no astype."""
-    cast = f"{name}.astype({dtype})" if isinstance(given, np.ndarray) else f"np.asarray({name}, {dtype})"
-    return f"{cast} casts"
+    """How to cast what was given as `name` to `dtype`, which is text as well; a list has no astype."""
+    return f"{name}.astype({dtype})" if isinstance(given, np.ndarray) else f"np.asarray({name}, {dtype})"
+
+
+def _raise_layer_dtype(name, array, given, dtype, dtype_text, dim):
+    """The TypeError of an input that has not the layer's dtype; `dim` is the length that its last axis should have."""
+    cure = ""
+    if array.dtype.kind in "iu" and array.shape[-1:] != (dim,):
+        cure = "; token numbers are looked up in an embedding first"
+    elif _is_number(array.dtype):
+        cure = f"; {_cast_cure(name, given, dtype_text)} casts"
+    raise TypeError(f"{name}: expected the dtype of the layer, {dtype}, got {array.dtype}{cure}")
 
 
 def _is_masked(x):
@@ -884,7 +947,8 @@ def _check_int(name, value, minimum=None):
 
 def _check_dropout(name, value):
     if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
-        raise TypeError(f"{name}: expected a float in [0, 1), got {_shown(value)}")
+        cure = "; 0.0 is off" if value is None else ""
+        raise TypeError(f"{name}: expected a float in [0, 1), got {_shown(value)}{cure}")
     if not 0 <= value < 1 or float(value) == 1:  # a Fraction or a long double may round to 1
         raise ValueError(f"{name}: expected a float in [0, 1), got {_shown(value)}")
     return float(value)

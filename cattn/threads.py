@@ -57,7 +57,8 @@ def checked(num_threads) -> int:
         raise TypeError(f"num_threads: expected an integer, got {type(num_threads).__name__}") from None
     if not 1 <= count <= _MOST:
         got = count if count.bit_length() <= 64 else f"an integer of {count.bit_length()} bits"  # str() can refuse it
-        raise ValueError(f"num_threads: expected 1 to {_MOST}, got {got}")
+        cure = "; None takes the default" if count < 1 else ""
+        raise ValueError(f"num_threads: expected 1 to {_MOST}, got {got}{cure}")
     return count
 
 

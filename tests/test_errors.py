@@ -64,30 +64,47 @@ SWAPPED_BFLOAT16 = np.dtype(ml_dtypes.bfloat16).newbyteorder()
 
 BAD_CALLS = [
     # Dtypes.
-    ({"query": zeros(2, 4, 3, 8, dtype=int)}, KIND, f"query: {DTYPE}, got dtype int64"),
+    ({"query": zeros(2, 4, 3, 8, dtype=int)}, KIND,
+     f"query: {DTYPE}, got dtype int64; query.astype(np.float32) casts"),
+    ({"query": [[1, 2], [3, 4]]}, KIND, f"query: {DTYPE}, got dtype int64; np.asarray(query, np.float32) casts"),
+    ({"query": zeros(2, 4, 3, 8, dtype=">f8")}, KIND,
+     f"query: {DTYPE}, got dtype >f8; query.astype(np.float64) casts"),
     ({"query": zeros(2, 4, 3, 8, dtype=object)}, KIND, f"query: {DTYPE}, got dtype object"),
     ({"query": zeros(2, 4, 3, 8, dtype=complex)}, KIND, f"query: {DTYPE}, got dtype complex128"),
     ({"query": zeros(2, 4, 3, 8, dtype=bool)}, KIND, f"query: {DTYPE}, got dtype bool"),
-    ({"query": zeros(2, 4, 3, 8, dtype=">f4")}, KIND, f"query: {DTYPE}, got dtype >f4"),
-    ({"query": zeros(2, 4, 3, 8, dtype=np.longdouble)}, KIND, f"query: {DTYPE}, got dtype {np.dtype(np.longdouble)}"),
+    ({"query": zeros(2, 4, 3, 8, dtype=">f4")}, KIND,
+     f"query: {DTYPE}, got dtype >f4; query.astype(np.float32) casts"),
+    ({"query": zeros(2, 4, 3, 8, dtype=np.longdouble)}, KIND,
+     f"query: {DTYPE}, got dtype {np.dtype(np.longdouble)}; query.astype(np.float64) casts"),
     ({"query": zeros(2, 4, 3, 8, dtype=ml_dtypes.float8_e4m3fn)}, KIND, f"query: {DTYPE}, got dtype float8_e4m3fn"),
     ({"query": zeros(2, 4, 3, 8, dtype=SWAPPED_BFLOAT16)}, KIND, f"query: {DTYPE}, got dtype {SWAPPED_BFLOAT16}"),
-    ({"query": [["a"]]}, KIND, f"query: {DTYPE}, got dtype <U1"),
-    ({"key": zeros(2, 2, 5, 8, dtype=int)}, KIND, f"key: {DTYPE}, got dtype int64"),
-    ({"key": zeros(2, 2, 5, 8, dtype=">f2")}, KIND, f"key: {DTYPE}, got dtype >f2"),
-    ({"value": zeros(2, 2, 5, 6, dtype=np.int8)}, KIND, "value: expected the dtype of key, float32, got int8"),
-    ({"value": zeros(2, 2, 5, 6, dtype=F64)}, KIND, "value: expected the dtype of key, float32, got float64"),
-    ({"key": zeros(2, 2, 5, 8, dtype=np.float16)}, KIND, "value: expected the dtype of key, float16, got float32"),
+    ({"query": [["a"]]}, KIND, f"query: {DTYPE}, got dtype <U1; tokens are looked up in an embedding first"),
+    ({"key": ["I", "love"]}, KIND, f"key: {DTYPE}, got dtype <U4; tokens are looked up in an embedding first"),
+    ({"key": zeros(2, 2, 5, 8, dtype=int)}, KIND, f"key: {DTYPE}, got dtype int64; key.astype(np.float32) casts"),
+    ({"key": zeros(2, 2, 5, 8, dtype=">f2")}, KIND, f"key: {DTYPE}, got dtype >f2; key.astype(np.float32) casts"),
+    ({"value": zeros(2, 2, 5, 6, dtype=np.int8)}, KIND,
+     "value: expected the dtype of key, float32, got int8; value.astype(key.dtype) casts"),
+    ({"value": zeros(2, 2, 5, 6, dtype=complex)}, KIND, "value: expected the dtype of key, float32, got complex128"),
+    ({"value": zeros(2, 2, 5, 6).tolist()}, KIND,
+     "value: expected the dtype of key, float32, got float64; np.asarray(value, key.dtype) casts"),
+    ({"value": zeros(2, 2, 5, 6, dtype=F64)}, KIND,
+     "value: expected the dtype of key, float32, got float64; value.astype(key.dtype) casts"),
+    ({"key": zeros(2, 2, 5, 8, dtype=np.float16)}, KIND,
+     "value: expected the dtype of key, float16, got float32; value.astype(key.dtype) casts"),
+    ({"key": zeros(2, 2, 5, 8).tolist(), "value": zeros(2, 2, 5, 6, dtype=F64)}, KIND,
+     "key: expected dtype float32, as query has (or a 16-bit one under a float32 query), got float64; "
+     "np.asarray(key, query.dtype) casts"),
     *(
         ({"query": zeros(2, 4, 3, 8, dtype=q), "key": zeros(2, 2, 5, 8, dtype=k), "value": zeros(2, 2, 5, 6, dtype=k)},
          KIND, f"key: expected dtype {np.dtype(q)}, as query has (or a 16-bit one under a float32 query), "
-               f"got {np.dtype(k)}")
+               f"got {np.dtype(k)}; key.astype(query.dtype) casts")
         for q, k in [(F64, F32), (F32, F64), (np.float16, F32), (F64, np.float16), (np.float16, ml_dtypes.bfloat16),
                       (ml_dtypes.bfloat16, np.float16), (ml_dtypes.bfloat16, F32)]
     ),
 
     # Number of axes.
-    ({"query": zeros(8)}, SHAPE, "query: expected 2 axes (seq_len_q, head_dim) or more, got shape (8,)"),
+    ({"query": zeros(8)}, SHAPE,
+     "query: expected 2 axes (seq_len_q, head_dim) or more, got shape (8,); for one query: query[None]"),
     ({"query": F32(1)}, SHAPE, "query: expected 2 axes (seq_len_q, head_dim) or more, got shape ()"),
     ({"query": zeros(3, 8)}, SHAPE, "key: expected 2 axes, as query has, got shape (2, 2, 5, 8)"),
     ({"key": zeros(2, 5, 8)}, SHAPE, "key: expected 4 axes, as query has, got shape (2, 5, 8)"),
@@ -107,11 +124,22 @@ BAD_CALLS = [
      "key: expected (seq_len_kv, 8), got shape (5, 7)"),
     ({"query": zeros(2, 4, 3, 0)}, SHAPE, "query: expected a head_dim from 1 to 2147483647, got shape (2, 4, 3, 0)"),
     ({"key": zeros(2, 3, 5, 8)}, SHAPE,
-     "key: expected a num_kv_heads that divides query's 4 heads, got shape (2, 3, 5, 8)"),
+     "key: expected a num_kv_heads that divides query's 4 heads, got shape (2, 3, 5, 8); "
+     "axes are (batch, heads, seq, head_dim)"),
     ({"key": zeros(2, 8, 5, 8)}, SHAPE,
-     "key: expected a num_kv_heads that divides query's 4 heads, got shape (2, 8, 5, 8)"),
+     "key: expected a num_kv_heads that divides query's 4 heads, got shape (2, 8, 5, 8); "
+     "axes are (batch, heads, seq, head_dim)"),
     ({"key": zeros(2, 0, 5, 8)}, SHAPE,
-     "key: expected a num_kv_heads that divides query's 4 heads, got shape (2, 0, 5, 8)"),
+     "key: expected a num_kv_heads that divides query's 4 heads, got shape (2, 0, 5, 8); "
+     "axes are (batch, heads, seq, head_dim)"),
+    ({"query": zeros(2, 7, 4, 8), "key": zeros(2, 9, 4, 8), "value": zeros(2, 9, 4, 6)}, SHAPE,
+     "key: expected a num_kv_heads that divides query's 7 heads, got shape (2, 9, 4, 8); axes are (batch, heads, seq, "
+     "head_dim), for arrays (batch, seq, heads, head_dim) pass x.swapaxes(-3, -2) of each"),
+    ({"query": zeros(4, 3, 8), "key": zeros(2, 5, 8), "value": zeros(2, 5, 6)}, SHAPE,
+     "key: expected (4, seq_len_kv, 8), got shape (2, 5, 8); 3 axes are (batch, seq, head_dim); for heads pass 4, "
+     "x[None] of each"),
+    ({"key": zeros(2, 2, 8, 5)}, SHAPE,
+     "key: expected (2, num_kv_heads, seq_len_kv, 8), got shape (2, 2, 8, 5); transposed it has: key.swapaxes(-1, -2)"),
     ({"value": zeros(2, 4, 5, 6)}, SHAPE, "value: expected (2, 2, 5, head_dim_v), got shape (2, 4, 5, 6)"),
     ({"value": zeros(2, 2, 4, 6)}, SHAPE, "value: expected (2, 2, 5, head_dim_v), got shape (2, 2, 4, 6)"),
     ({"value": zeros(2, 2, 5, 0)}, SHAPE, "value: expected (2, 2, 5, head_dim_v), got shape (2, 2, 5, 0)"),
@@ -137,18 +165,33 @@ BAD_CALLS = [
 
     # Mask.
     ({"attn_mask": zeros(3, 5, dtype=int)}, KIND,
-     "attn_mask: expected bool (True = attend) or a float dtype (added), got int64"),
+     "attn_mask: expected bool (True = attend) or a float dtype (added), got int64; "
+     "for 1 = attend: attn_mask.astype(bool)"),
+    ({"attn_mask": [[1, 1, 1, 1, 0]]}, KIND, "attn_mask: expected bool (True = attend) or a float dtype (added), "
+     "got int64; for 1 = attend: np.asarray(attn_mask, bool)"),
     ({"attn_mask": zeros(3, 5, dtype=np.uint8)}, KIND,
-     "attn_mask: expected bool (True = attend) or a float dtype (added), got uint8"),
+     "attn_mask: expected bool (True = attend) or a float dtype (added), got uint8; "
+     "for 1 = attend: attn_mask.astype(bool)"),
     ({"attn_mask": zeros(3, 5, dtype=">f4")}, KIND,
-     "attn_mask: expected bool (True = attend) or a float dtype (added), got >f4"),
+     "attn_mask: expected bool (True = attend) or a float dtype (added), got >f4; attn_mask.astype(np.float32) casts"),
     ({"attn_mask": zeros(3, 5, dtype=SWAPPED_BFLOAT16)}, KIND,
      f"attn_mask: expected bool (True = attend) or a float dtype (added), got {SWAPPED_BFLOAT16}"),
     ({"attn_mask": "causal"}, KIND, "attn_mask: expected bool (True = attend) or a float dtype (added), got <U6"),
     ({"attn_mask": zeros(3, 6)}, SHAPE,
      "attn_mask: expected a shape that broadcasts to (2, 4, 3, 5), got shape (3, 6)"),
     ({"attn_mask": zeros(2, 3, 5)}, SHAPE,
-     "attn_mask: expected a shape that broadcasts to (2, 4, 3, 5), got shape (2, 3, 5)"),
+     "attn_mask: expected a shape that broadcasts to (2, 4, 3, 5), got shape (2, 3, 5); "
+     "for one mask per batch row: mask[:, None]"),
+    ({"attn_mask": zeros(8, 3, 5)}, SHAPE, "attn_mask: expected a shape that broadcasts to (2, 4, 3, 5), "
+     "got shape (8, 3, 5); for one mask per batch row and head: mask.reshape(2, 4, 3, 5)"),
+    ({"attn_mask": zeros(2, 5, dtype=bool)}, SHAPE, "attn_mask: expected a shape that broadcasts to (2, 4, 3, 5), "
+     "got shape (2, 5); for a padding mask: mask[:, None, None, :], or kv_lens"),
+    ({"query": zeros(2, 3, 8), "key": zeros(2, 5, 8), "value": zeros(2, 5, 6), "attn_mask": zeros(2, 5, dtype=bool)},
+     SHAPE, "attn_mask: expected a shape that broadcasts to (2, 3, 5), got shape (2, 5); for a padding mask: "
+     "mask[:, None, :], or kv_lens"),
+    ({"query": zeros(3, 2, 4, 3, 8), "attn_mask": zeros(3, 2, 5, dtype=bool)},
+     SHAPE, "attn_mask: expected a shape that broadcasts to (3, 2, 4, 3, 5), got shape (3, 2, 5); for a padding mask: "
+     "mask[:, :, None, None, :], or kv_lens"),
     ({"attn_mask": zeros(1, 2, 4, 3, 5)}, SHAPE,
      "attn_mask: expected a shape that broadcasts to (2, 4, 3, 5), got shape (1, 2, 4, 3, 5)"),
     ({"attn_mask": zeros(0, 5, dtype=bool)}, SHAPE,
@@ -165,7 +208,11 @@ BAD_CALLS = [
     ({"dropout_p": 10**5000}, ValueError, "dropout_p: expected a float in [0, 1), got an int of 16610 bits"),
     ({"scale": "1"}, KIND, "scale: expected a number, got '1'"),
     ({"scale": 1j}, KIND, "scale: expected a number, got 1j"),
-    ({"scale": np.ones(1)}, KIND, "scale: expected a number, got array([1.])"),
+    ({"scale": np.ones(1)}, KIND, "scale: expected a number, got array([1.]); scale.item() is one"),
+    ({"softcap": np.array(50)}, KIND, "softcap: expected a number, got array(50); softcap.item() is one"),
+    ({"scale": np.ones(4)}, KIND, "scale: expected a number, got array([1., 1., 1., 1.]); for one per head multiply "
+     "query by it and pass scale=1"),
+    ({"scale": [1.0]}, KIND, "scale: expected a number, got [1.0]"),
     *(({"softcap": number}, ValueError, f"softcap: expected 0 or a number from 1.18e-38 to 8.51e+37, got {number}")
       for number in (math.nan, math.inf, -1.0, 9e37, 1e-38)),
     *(({"query": zeros(2, 4, 3, 8, dtype=F64), "key": zeros(2, 2, 5, 8, dtype=F64), "out": None, name: number,
@@ -179,13 +226,14 @@ BAD_CALLS = [
      f"dropout_p: expected a float in [0, 1), got {10**20 - 1}/{10**20}"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a float in [0, 1), got -0.1"),
     ({"dropout_p": math.nan}, ValueError, "dropout_p: expected a float in [0, 1), got nan"),
-    ({"dropout_p": None}, KIND, "dropout_p: expected a float in [0, 1), got None"),
+    ({"dropout_p": None}, KIND, "dropout_p: expected a float in [0, 1), got None; 0.0 is off"),
+    ({"dropout_p": 1}, ValueError, "dropout_p: expected a float in [0, 1), got 1"),
     ({"dropout_p": np.ones(2)}, KIND, "dropout_p: expected a float in [0, 1), got array([1., 1.])"),
     ({"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
     ({"seed": 2**64, "dropout_p": 0.5}, ValueError, f"seed: expected an int below 2**64, got {2**64}"),
     ({"seed": 1.0, "dropout_p": 0.5}, KIND, "seed: expected an int, got 1.0"),
-    ({"num_threads": 0}, ValueError, "num_threads: expected 1 to 2147483647, got 0"),
-    ({"num_threads": -2}, ValueError, "num_threads: expected 1 to 2147483647, got -2"),
+    ({"num_threads": 0}, ValueError, "num_threads: expected 1 to 2147483647, got 0; None takes the default"),
+    ({"num_threads": -2}, ValueError, "num_threads: expected 1 to 2147483647, got -2; None takes the default"),
     ({"num_threads": 2**31}, ValueError, "num_threads: expected 1 to 2147483647, got 2147483648"),
     ({"num_threads": 1.5}, KIND, "num_threads: expected an integer, got float"),
     ({"num_threads": "2"}, KIND, "num_threads: expected an integer, got str"),
@@ -252,8 +300,10 @@ BAD_CALLS = [
 
     # out.
     ({"out": [1.0]}, KIND, "out: expected a numpy.ndarray, got list"),
-    ({"out": zeros(2, 4, 3, 6, dtype=F64)}, KIND, "out: expected dtype float32, got float64"),
-    ({"out": zeros(2, 4, 3, 6, dtype=">f4")}, KIND, "out: expected dtype float32, got >f4"),
+    ({"out": zeros(2, 4, 3, 6, dtype=F64)}, KIND,
+     "out: expected dtype float32, got float64; out[...] = the result casts"),
+    ({"out": zeros(2, 4, 3, 6, dtype=">f4")}, KIND,
+     "out: expected dtype float32, got >f4; out[...] = the result casts"),
     ({"out": zeros(2, 4, 3, 8)}, ValueError, "out: expected shape (2, 4, 3, 6), got shape (2, 4, 3, 8)"),
     ({"out": zeros(4, 3, 6)}, ValueError, "out: expected shape (2, 4, 3, 6), got shape (4, 3, 6)"),
     ({"out": zeros(1, 1, 3, 6).view(Larger)}, ValueError,
@@ -403,8 +453,8 @@ def test_no_memory_for_scratch():
 
 
 @pytest.mark.parametrize(("num_threads", "error", "message"), [
-    (0, ValueError, "num_threads: expected 1 to 2147483647, got 0"),
-    (-1, ValueError, "num_threads: expected 1 to 2147483647, got -1"),
+    (0, ValueError, "num_threads: expected 1 to 2147483647, got 0; None takes the default"),
+    (-1, ValueError, "num_threads: expected 1 to 2147483647, got -1; None takes the default"),
     (2**40, ValueError, f"num_threads: expected 1 to 2147483647, got {2**40}"),
     (2.0, TypeError, "num_threads: expected an integer, got float"),
     ("4", TypeError, "num_threads: expected an integer, got str"),
@@ -471,6 +521,138 @@ def test_what_makes_no_array_is_named(which, error):
     assert str(raised.value) == f"{which}: expected an array, got a Raises that makes none: {cause}"
     assert raised.value.__cause__ is cause
     assert (out == 7).all()
+
+
+class Tensor:
+    """What a torch tensor says of itself, and how it refuses."""
+
+    __module__ = "torch"
+
+    def __init__(self, dtype="float32", device="cpu", requires_grad=False):
+        self.dtype, self.device, self.requires_grad = f"torch.{dtype}", device, requires_grad
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("torch's words")
+
+    def __repr__(self):
+        return "tensor(1.)"
+
+
+class Parameter(Tensor):
+    __module__ = "somebody.layers"
+
+
+OF_BFLOAT16 = ".view(torch.int16).numpy().view(ml_dtypes.bfloat16)"
+TENSORS = [
+    (Tensor(requires_grad=True), "a torch tensor that requires grad; pass its .detach()"),
+    (Parameter(requires_grad=True), "a torch tensor that requires grad; pass its .detach()"),
+    (Tensor(device="cuda:0"), "a torch tensor that is on cuda:0; pass its .cpu()"),
+    (Tensor("bfloat16"), "a torch tensor that is bfloat16, which NumPy has not; pass its .float(), or with ml_dtypes "
+                         f"{OF_BFLOAT16}"),
+    (Tensor("bfloat16", "mps:0", True),
+     "a torch tensor that requires grad and is on mps:0 and is bfloat16, which NumPy has not; pass its "
+     f".detach().cpu().float(), or with ml_dtypes .detach().cpu(){OF_BFLOAT16}"),
+    (Tensor(), "a Tensor that makes none: torch's words"),
+    (Tensor("bfloat16", "meta", True), "a Tensor that makes none: torch's words"),
+]
+
+
+@pytest.mark.parametrize("which", ARRAYS)
+@pytest.mark.parametrize(("tensor", "message"), TENSORS, ids=range(len(TENSORS)))
+def test_torch_tensor_that_numpy_does_not_read(which, tensor, message):
+    out = np.full((2, 4, 3, 6), 7, F32)
+    with pytest.raises(TypeError) as raised:
+        call(**{which: tensor}, out=out)
+    assert str(raised.value) == f"{which}: expected an array, got {message}"
+    assert str(raised.value.__cause__) == "torch's words"
+    assert (out == 7).all()
+
+
+def test_cures_of_torch_tensors():
+    """The calls that the messages name, done to real ones."""
+    torch = pytest.importorskip("torch")
+    numbers = np.random.default_rng(0).standard_normal((2, 4, 3, 8)).astype(ml_dtypes.bfloat16)
+    tensor = torch.nn.Parameter(torch.from_numpy(numbers.astype(F32)).bfloat16())
+    for given, message in ((tensor, "requires grad and is bfloat16"), (tensor.float(), "requires grad; pass its"),
+                           (tensor.detach(), "is bfloat16")):
+        with pytest.raises(TypeError, match=f"^query: expected an array, got a torch tensor that {message}"):
+            call(query=given)
+    with pytest.raises(TypeError, match=r"^query: expected an array, got a Tensor that makes none: "):
+        call(query=tensor.detach().to("meta"))
+    expected = call(query=numbers.astype(F32))
+    np.testing.assert_array_equal(call(query=tensor.detach().float()), expected)
+    cured = tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    assert cured.tobytes() == numbers.tobytes()
+    out = torch.zeros(2, 4, 3, 6)
+    with pytest.raises(TypeError, match=r"^out: expected a numpy.ndarray, got Tensor; its .numpy\(\) shares its mem"):
+        call(query=numbers.astype(F32), out=out)
+    call(query=numbers.astype(F32), out=out.numpy())
+    np.testing.assert_array_equal(out.numpy(), expected)
+    with pytest.raises(TypeError, match=r"^scale: expected a number, got tensor\(0.5000\); scale.item\(\) is one$"):
+        call(scale=torch.tensor(0.5))
+
+
+def test_torch_tensors_as_numbers_and_out():
+    with pytest.raises(TypeError) as raised:
+        call(scale=Tensor())
+    assert str(raised.value) == "scale: expected a number, got tensor(1.); scale.item() is one"
+    with pytest.raises(TypeError) as raised:
+        call(out=Tensor())
+    assert str(raised.value) == "out: expected a numpy.ndarray, got Tensor; its .numpy() shares its memory"
+
+
+class Capsule:
+    """Memory that DLPack gives away and NumPy's own protocols do not."""
+
+    def __init__(self, array, device):
+        self.array, self.device = array, device
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        if self.device is None:
+            raise RuntimeError("no device")
+        return self.device, 0
+
+
+UNREAD = {
+    "a dict": ({"a": 1}, "dict", ""),
+    "a set": ({1.0}, "set", ""),
+    "a generator": ((x for x in [1.0]), "generator", ""),
+    "a function": (zeros, "function", ""),
+    "DLPack": (Capsule(zeros(2), 1), "Capsule", "; np.from_dlpack(...) of it is one"),
+    "DLPack of a GPU": (Capsule(zeros(2), 2), "Capsule", ""),
+    "DLPack of no device": (Capsule(zeros(2), None), "Capsule", ""),
+}
+
+
+@pytest.mark.parametrize("which", ARRAYS)
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_numpy_does_not_read(which, kind):
+    given, name, cure = UNREAD[kind]
+    out = np.full((2, 4, 3, 6), 7, F32)
+    with pytest.raises(TypeError) as raised:
+        call(**{which: given}, out=out)
+    assert str(raised.value) == f"{which}: expected an array, got a {name}, which NumPy does not read as one{cure}"
+    assert (out == 7).all()
+
+
+def test_cure_of_dlpack():
+    query = np.random.default_rng(0).standard_normal((2, 4, 3, 8)).astype(F32)
+    np.testing.assert_array_equal(call(query=np.from_dlpack(Capsule(query, 1))), call(query=query))
+
+
+@pytest.mark.parametrize(("which", "message"), [
+    ("query", "query: expected an array, got None"),
+    ("key", "key: expected an array, got None; for self-attention pass the same array as all three"),
+    ("value", "value: expected an array, got None; for self-attention pass the same array as all three"),
+])
+def test_none(which, message):
+    arrays = {name: ARRAYS[name] for name in ("query", "key", "value")} | {which: None}
+    with pytest.raises(TypeError) as raised:
+        cattn.scaled_dot_product_attention(**arrays)
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize("which", ARRAYS)

@@ -412,6 +412,81 @@ def test_bad_call(library, args, options, error, message):
         library.MultiHeadAttention(12, 3)(*args, **options)
 
 
+RULE = "expected (batch, seq_len_q, 12) or (seq_len_q, 12)"
+MASKS = "attn_mask: expected (4, 5), (2, 4, 5) or (2, 3, 4, 5) (axes of 1 broadcast)"
+
+
+@both
+@pytest.mark.parametrize(("args", "attn_mask", "error", "message"), [
+    ((ones(2, 3, 12, dtype=np.float64),), None, TypeError,
+     "query: expected the dtype of the layer, float32, got float64; query.astype(layer.dtype) casts"),
+    ((ones(3, 12).tolist(),), None, TypeError,
+     "query: expected the dtype of the layer, float32, got float64; np.asarray(query, layer.dtype) casts"),
+    ((ones(3, 12, dtype=int),), None, TypeError,
+     "query: expected the dtype of the layer, float32, got int64; query.astype(layer.dtype) casts"),
+    ((np.arange(6).reshape(2, 3),), None, TypeError,
+     "query: expected the dtype of the layer, float32, got int64; token numbers are looked up in an embedding first"),
+    ((ones(3, 12, dtype=complex),), None, TypeError,
+     "query: expected the dtype of the layer, float32, got complex128"),
+    ((ones(2, 3, 12), ones(2, 5, 12, dtype=np.float16)), None, TypeError,
+     "key: expected the dtype of the layer, float32, got float16; key.astype(layer.dtype) casts"),
+    ((ones(3, 12), ones(5, 12), ones(5, 12).tolist()), None, TypeError,
+     "value: expected the dtype of the layer, float32, got float64; np.asarray(value, layer.dtype) casts"),
+    ((None,), None, TypeError, "query: expected an array, got None"),
+    ((ones(12),), None, ValueError, f"query: {RULE}, got shape (12,); for one query: query[None]"),
+    ((ones(2, 3, 5, 4),), None, ValueError,
+     f"query: {RULE}, got shape (2, 3, 5, 4); the layer makes the heads itself"),
+    ((ones(2, 3, 5, 12),), None, ValueError, f"query: {RULE}, got shape (2, 3, 5, 12)"),
+    ((ones(2, 4, 12), ones(2, 5, 12)), np.ones((2, 5), bool), ValueError,
+     f"{MASKS}, got shape (2, 5); for a padding mask: mask[:, None, None, :], or kv_lens"),
+    ((ones(2, 4, 12), ones(2, 5, 12)), np.ones(5, bool), ValueError,
+     f"{MASKS}, got shape (5,); for a padding mask: mask[None, :], or kv_lens"),
+    ((ones(2, 4, 12), ones(2, 5, 12)), np.ones((6, 4, 5), bool), ValueError,
+     f"{MASKS}, got shape (6, 4, 5); for one mask per batch row and head: mask.reshape(2, 3, 4, 5)"),
+    ((ones(2, 4, 12), ones(2, 5, 12)), np.ones((5, 4), bool), ValueError, f"{MASKS}, got shape (5, 4)"),
+])
+def test_whole_text_of_bad_calls(library, args, attn_mask, error, message):
+    with pytest.raises(error) as raised:
+        library.MultiHeadAttention(12, 3)(*args, attn_mask=attn_mask)
+    assert str(raised.value) == message
+
+
+@both
+def test_cures(library):
+    """What the messages above name is taken."""
+    layer = library.MultiHeadAttention(12, 3, seed=0)
+    x, memory = random_input(2, 4, 12, dtype=np.float32), random_input(2, 5, 12, dtype=np.float32)
+    mask = np.arange(5) < np.array([[2], [5]])
+    expected = layer(x, memory, kv_lens=mask.sum(-1))
+    np.testing.assert_array_equal(layer(x, memory, attn_mask=mask[:, None, None, :]), expected)
+    by_head = np.repeat(mask[:, None, :], 12, axis=1).reshape(6, 4, 5)
+    np.testing.assert_array_equal(layer(x, memory, attn_mask=by_head.reshape(2, 3, 4, 5)), expected)
+    np.testing.assert_array_equal(layer(x[:1], memory[:1], attn_mask=mask[0][None, :]), expected[:1])
+    np.testing.assert_array_equal(layer(x.astype(np.float64).astype(layer.dtype)), layer(x))
+    np.testing.assert_array_equal(layer(np.asarray(x.tolist(), layer.dtype)), layer(x))
+
+
+@both
+def test_state_of_torch_tensors_that_numpy_does_not_read(library):
+    class Parameter:
+        __module__ = "torch.nn.parameter"
+        requires_grad, device, dtype = True, "cpu", "torch.bfloat16"
+
+        def __array__(self, dtype=None, copy=None):
+            raise RuntimeError("torch's words")
+
+    layer = library.MultiHeadAttention(12, 3)
+    with pytest.raises(TypeError) as raised:
+        layer.load_state_dict(layer.state_dict() | {"out_proj.bias": Parameter()})
+    assert str(raised.value) == (
+        "state: expected an array for 'out_proj.bias', got a torch tensor that requires grad and is bfloat16, which "
+        "NumPy has not; pass its .detach().float(), or with ml_dtypes "
+        ".detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)")
+    with pytest.raises(TypeError) as raised:
+        layer.load_state_dict(layer.state_dict() | {"out_proj.bias": None})
+    assert str(raised.value) == "state: expected an array for 'out_proj.bias', got None"
+
+
 @pytest.mark.parametrize(("options", "error", "name"), [
     ({"attn_mask": np.ones((4, 4), int)}, TypeError, "attn_mask"),
     ({"kv_lens": np.array([4, 5])}, ValueError, "kv_lens"),
@@ -573,7 +648,7 @@ def test_integers_as_parameters(library):
     ("out_proj_weight", ones(0, 12), ValueError, r"expected shape \(12, 12\), got shape \(0, 12\)$"),
     ("out_proj_weight", ones(144), ValueError, r"expected shape \(12, 12\), got shape \(144,\)$"),
     ("out_proj_weight", 1.0, ValueError, r"expected shape \(12, 12\), got shape \(\)$"),
-    ("out_proj_weight", None, ValueError, r"expected shape \(12, 12\), got shape \(\)$"),
+    ("out_proj_weight", None, TypeError, "expected an array, got None$"),
     ("in_proj_bias", ones(1), ValueError, r"expected shape \(36,\), got shape \(1,\)$"),
     ("in_proj_bias", ones(7), ValueError, r"expected shape \(36,\), got shape \(7,\)$"),
     ("in_proj_bias", ones(36, 1), ValueError, r"expected shape \(36,\), got shape \(36, 1\)$"),

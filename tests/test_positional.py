@@ -685,7 +685,7 @@ def test_bad_table(library, args, options, error, message):
 
 @pytest.mark.parametrize(("out", "error", "message"), [
     ([[0.0] * 4] * 3, TypeError, "out: expected a numpy.ndarray, got list"),
-    (np.empty((3, 4)), TypeError, "out: expected dtype float32, got float64"),
+    (np.empty((3, 4)), TypeError, r"out: expected dtype float32, got float64; out\[...\] = the result casts$"),
     (np.empty((3, 4), ">f4"), TypeError, "out: expected dtype float32, got >f4"),
     (np.empty((4, 3), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(4, 3\)"),
     (np.empty((1, 3, 4), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(1, 3, 4\)"),
@@ -748,7 +748,13 @@ def test_bad_encoding_layer(library, args, options, error, message):
 @pytest.mark.parametrize(("x", "options", "error", "message"), [
     (np.zeros((2, 5), np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(2, 5\)"),
     (np.zeros(4, np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(4,\)"),
-    (np.zeros((2, 3, 4)), {}, TypeError, "x: expected the dtype of the layer, float32, got float64"),
+    (np.zeros((2, 3, 4)), {}, TypeError, "x: expected the dtype of the layer, float32, got float64; "
+                                         r"x\.astype\(layer\.P\.dtype\) casts$"),
+    (np.zeros((3, 4)).tolist(), {}, TypeError, "x: expected the dtype of the layer, float32, got float64; "
+                                               r"np\.asarray\(x, layer\.P\.dtype\) casts$"),
+    (np.zeros((2, 3), int), {}, TypeError, "x: expected the dtype of the layer, float32, got int64; "
+                                           "token numbers are looked up in an embedding first$"),
+    (None, {}, TypeError, "x: expected an array, got None$"),
     (np.zeros((2, 3, 4), int), {}, TypeError, "x: expected the dtype of the layer, float32, got int64"),
     ([[1.0], [2.0, 3.0]], {}, ValueError, "x: expected an array, got a list that makes none: "),
     (np.zeros((3, 4), np.float32), {"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
