@@ -242,7 +242,11 @@ def scaled_dot_product_attention(
     return_logsumexp = _check_bool("return_logsumexp", return_logsumexp)
     q_kind, kv_kind = _kind("query", query, given[0]), _kind("key", key, given[1])
     if value.dtype != key.dtype:
-        cure = f"; {_cast_cure('value', given[2], 'key.dtype')} casts" if _is_number(value.dtype) else ""
+        cure = ""
+        if value.dtype == query.dtype:
+            cure = f"; {_cast_cure('key', given[1], 'query.dtype')} casts"
+        elif _is_number(value.dtype):
+            cure = f"; {_cast_cure('value', given[2], 'key.dtype')} casts"
         raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}{cure}")
     if q_kind != kv_kind and not (q_kind == F32 and kv_kind in (F16, BF16)):
         raise TypeError(f"key: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 query), "
@@ -287,6 +291,9 @@ def scaled_dot_product_attention(
         sinks = _check_vector("sinks", sinks, ((num_heads,),), compute_dtype)
     mask_kind = BOOL
     if attn_mask is not None:
+        if attn_mask is True or attn_mask is False:  # is_causal, in the place of attn_mask
+            raise TypeError(f"attn_mask: expected an array, got {attn_mask}; for the causal mask: "
+                            f"is_causal={attn_mask}")
         given_mask = _as_array("attn_mask", attn_mask)
         attn_mask, mask_kind = _check_mask(given_mask, attn_mask, (*rows_shape, seq_len_kv), leading)
     if out is None:
@@ -389,7 +396,7 @@ def _kind(name, array, given=None):
 def _check_shapes(query, key, value):
     """The leading axes of the result, broadcast."""
     if query.ndim < 2:
-        cure = "; for one query: query[None]" if query.ndim else ""
+        cure = "; for one query: np.atleast_2d(query)" if query.size and query.ndim else ""
         raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}{cure}")
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim > _MAX_AXES:
@@ -458,7 +465,7 @@ def _check_number(name, value, smallest, largest):
 def _check_window(window):
     sides = window
     if not isinstance(window, (tuple, list)):
-        array = _as_array("window", window) if isinstance(window, np.ndarray) else None
+        array = _as_array("window", window) if hasattr(window, "__array__") else None
         sides = () if array is None or array.ndim != 1 else list(array)
     if len(sides) != 2:
         got, is_int = _shown(window), isinstance(window, numbers.Integral) and not isinstance(window, bool)

@@ -432,9 +432,11 @@ class MultiHeadAttention:
         if query.ndim not in (2, 3) or query.shape[-1] != dim:
             cure = ""
             if query.shape == (dim,):
-                cure = "; for one query: query[None]"
+                cure = "; for one query: np.atleast_2d(query)"
             elif query.shape[-1:] == (self.head_dim,) and query.ndim == 4:
                 cure = "; the layer makes the heads itself"
+            elif query.ndim in (2, 3) and query.shape[-1]:
+                cure = f"; a layer with input_dim={query.shape[-1]} takes it"
             raise ValueError(
                 f"query: expected (batch, seq_len_q, {dim}) or (seq_len_q, {dim}), got shape {query.shape}{cure}"
             )
@@ -521,7 +523,8 @@ class MultiHeadAttention:
             If `state` is not a mapping of names to float arrays.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
+            cure = "; pass its .state_dict()" if hasattr(state, "state_dict") else ""
+            raise TypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}{cure}")
         shapes = self._shapes()
         parameters = {name: getattr(self, name) for name in shapes}
         if layout is None:
@@ -844,7 +847,11 @@ def _is_torch(x):
 
 
 def _torch_text(x):
-    """What of a torch tensor keeps NumPy from reading it, and the calls that change that; "" for anything else."""
+    """What of a torch tensor keeps NumPy from reading it, or of the first in a list, and the calls that change that;
+    "" for anything else."""
+    what = "a torch tensor"
+    if isinstance(x, (list, tuple)) and x:
+        what, x = f"a {type(x).__name__} with a torch tensor", x[0]
     if not _is_torch(x):
         return ""
     device, dtype = str(getattr(x, "device", "cpu")), str(getattr(x, "dtype", ""))
@@ -856,11 +863,12 @@ def _torch_text(x):
     if device.partition(":")[0] != "cpu":
         reasons, calls = [*reasons, f"is on {device}"], calls + ".cpu()"
     bits = ""
-    if dtype == "torch.bfloat16":
-        reasons.append("is bfloat16, which NumPy has not")
-        bits = f", or with ml_dtypes {calls}.view(torch.int16).numpy().view(ml_dtypes.bfloat16)"
+    if dtype.startswith(("torch.bfloat16", "torch.float8")):
+        reasons.append(f"is {dtype.partition('.')[2]}, which NumPy has not")
+        if dtype == "torch.bfloat16":
+            bits = f", or with ml_dtypes {calls}.view(torch.int16).numpy().view(ml_dtypes.bfloat16)"
         calls += ".float()"
-    return f"a torch tensor that {' and '.join(reasons)}; pass its {calls}{bits}" if reasons else ""
+    return f"{what} that {' and '.join(reasons)}; pass its {calls}{bits}" if reasons else ""
 
 
 def _is_on_cpu(x):
@@ -881,6 +889,8 @@ def _raise_layer_dtype(name, array, given, dtype, dtype_text, dim):
     cure = ""
     if array.dtype.kind in "iu" and array.shape[-1:] != (dim,):
         cure = "; token numbers are looked up in an embedding first"
+    elif array.dtype.kind in "US":
+        cure = "; tokens are looked up in an embedding first"
     elif _is_number(array.dtype):
         cure = f"; {_cast_cure(name, given, dtype_text)} casts"
     raise TypeError(f"{name}: expected the dtype of the layer, {dtype}, got {array.dtype}{cure}")
@@ -955,6 +965,8 @@ def _check_dropout(name, value):
 
 
 def _check_seed(seed):
+    if hasattr(seed, "integers"):  # a numpy.random.Generator
+        raise TypeError(f"seed: expected an int, got a {type(seed).__name__}; int(seed.integers(2**63)) draws one")
     seed = int.from_bytes(os.urandom(8), "little") if seed is None else _check_int("seed", seed, 0)
     if seed >= 2**64:
         raise ValueError(f"seed: expected an int below 2**64, got {_shown(seed)}")
@@ -967,7 +979,8 @@ def _check_dtype(dtype, names=None):
     try:
         result = np.dtype(dtype)
     except (TypeError, ValueError, SyntaxError):
-        raise TypeError(f"dtype: expected {expected}, got {_shown(dtype)}") from None
+        cure = f"; as text: {str(dtype).partition('.')[2]!r}" if _is_torch(dtype) else ""
+        raise TypeError(f"dtype: expected {expected}, got {_shown(dtype)}{cure}") from None
     allowed = _is_float(result) if names is None else result.name in names
     if dtype is None or not allowed or not result.isnative:
         raise TypeError(f"dtype: expected {expected}, got {_shown(dtype)}")

@@ -90,7 +90,9 @@ BAD_CALLS = [
     ({"value": zeros(2, 2, 5, 6, dtype=F64)}, KIND,
      "value: expected the dtype of key, float32, got float64; value.astype(key.dtype) casts"),
     ({"key": zeros(2, 2, 5, 8, dtype=np.float16)}, KIND,
-     "value: expected the dtype of key, float16, got float32; value.astype(key.dtype) casts"),
+     "value: expected the dtype of key, float16, got float32; key.astype(query.dtype) casts"),
+    ({"key": zeros(2, 2, 5, 8, dtype=F64).tolist()}, KIND,
+     "value: expected the dtype of key, float64, got float32; np.asarray(key, query.dtype) casts"),
     ({"key": zeros(2, 2, 5, 8).tolist(), "value": zeros(2, 2, 5, 6, dtype=F64)}, KIND,
      "key: expected dtype float32, as query has (or a 16-bit one under a float32 query), got float64; "
      "np.asarray(key, query.dtype) casts"),
@@ -104,7 +106,8 @@ BAD_CALLS = [
 
     # Number of axes.
     ({"query": zeros(8)}, SHAPE,
-     "query: expected 2 axes (seq_len_q, head_dim) or more, got shape (8,); for one query: query[None]"),
+     "query: expected 2 axes (seq_len_q, head_dim) or more, got shape (8,); for one query: np.atleast_2d(query)"),
+    ({"query": zeros(0)}, SHAPE, "query: expected 2 axes (seq_len_q, head_dim) or more, got shape (0,)"),
     ({"query": F32(1)}, SHAPE, "query: expected 2 axes (seq_len_q, head_dim) or more, got shape ()"),
     ({"query": zeros(3, 8)}, SHAPE, "key: expected 2 axes, as query has, got shape (2, 2, 5, 8)"),
     ({"key": zeros(2, 5, 8)}, SHAPE, "key: expected 4 axes, as query has, got shape (2, 5, 8)"),
@@ -176,6 +179,8 @@ BAD_CALLS = [
      "attn_mask: expected bool (True = attend) or a float dtype (added), got >f4; attn_mask.astype(np.float32) casts"),
     ({"attn_mask": zeros(3, 5, dtype=SWAPPED_BFLOAT16)}, KIND,
      f"attn_mask: expected bool (True = attend) or a float dtype (added), got {SWAPPED_BFLOAT16}"),
+    ({"attn_mask": True}, KIND, "attn_mask: expected an array, got True; for the causal mask: is_causal=True"),
+    ({"attn_mask": False}, KIND, "attn_mask: expected an array, got False; for the causal mask: is_causal=False"),
     ({"attn_mask": "causal"}, KIND, "attn_mask: expected bool (True = attend) or a float dtype (added), got <U6"),
     ({"attn_mask": zeros(3, 6)}, SHAPE,
      "attn_mask: expected a shape that broadcasts to (2, 4, 3, 5), got shape (3, 6)"),
@@ -231,6 +236,8 @@ BAD_CALLS = [
     ({"dropout_p": np.ones(2)}, KIND, "dropout_p: expected a float in [0, 1), got array([1., 1.])"),
     ({"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
     ({"seed": 2**64, "dropout_p": 0.5}, ValueError, f"seed: expected an int below 2**64, got {2**64}"),
+    ({"seed": np.random.default_rng(0), "dropout_p": 0.5}, KIND,
+     "seed: expected an int, got a Generator; int(seed.integers(2**63)) draws one"),
     ({"seed": 1.0, "dropout_p": 0.5}, KIND, "seed: expected an int, got 1.0"),
     ({"num_threads": 0}, ValueError, "num_threads: expected 1 to 2147483647, got 0; None takes the default"),
     ({"num_threads": -2}, ValueError, "num_threads: expected 1 to 2147483647, got -2; None takes the default"),
@@ -384,6 +391,16 @@ def test_overlap_that_is_hard_to_decide_counts_as_one(monkeypatch):
         cattn.scaled_dot_product_attention(*[np.ones((2, 3))] * 3, out=interleaved())
 
 
+class Window:
+    """As a torch tensor."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array([1, 0])
+
+    def __iter__(self):
+        return iter([1, 0])
+
+
 OTHER_FORMS = {  # (one way to say it, the plain one)
     "an int as kv_lens": ({"kv_lens": 3}, {"kv_lens": [3, 3]}),
     "numpy's int as kv_lens": ({"kv_lens": np.uint8(3)}, {"kv_lens": [3, 3]}),
@@ -395,6 +412,7 @@ OTHER_FORMS = {  # (one way to say it, the plain one)
     "window as an array": ({"window": np.array([1, 0])}, {"window": (1, 0)}),
     "window as an unsigned array": ({"window": np.array([1, 0], np.uint64)}, {"window": (1, 0)}),
     "window as an array with -1": ({"window": np.array([-1, 0], np.int8)}, {"window": (None, 0)}),
+    "window as what makes an array": ({"window": Window()}, {"window": (1, 0)}),
     "window as an array with None": ({"window": np.array([1, None])}, {"window": (1, None)}),
 }
 
@@ -552,6 +570,8 @@ TENSORS = [
     (Tensor("bfloat16", "mps:0", True),
      "a torch tensor that requires grad and is on mps:0 and is bfloat16, which NumPy has not; pass its "
      f".detach().cpu().float(), or with ml_dtypes .detach().cpu(){OF_BFLOAT16}"),
+    (Tensor("float8_e4m3fn"), "a torch tensor that is float8_e4m3fn, which NumPy has not; pass its .float()"),
+    ([Tensor(requires_grad=True)], "a list with a torch tensor that requires grad; pass its .detach()"),
     (Tensor(), "a Tensor that makes none: torch's words"),
     (Tensor("bfloat16", "meta", True), "a Tensor that makes none: torch's words"),
 ]

@@ -433,7 +433,12 @@ MASKS = "attn_mask: expected (4, 5), (2, 4, 5) or (2, 3, 4, 5) (axes of 1 broadc
     ((ones(3, 12), ones(5, 12), ones(5, 12).tolist()), None, TypeError,
      "value: expected the dtype of the layer, float32, got float64; np.asarray(value, layer.dtype) casts"),
     ((None,), None, TypeError, "query: expected an array, got None"),
-    ((ones(12),), None, ValueError, f"query: {RULE}, got shape (12,); for one query: query[None]"),
+    ((ones(12),), None, ValueError, f"query: {RULE}, got shape (12,); for one query: np.atleast_2d(query)"),
+    (([["I", "love"]],), None, TypeError,
+     "query: expected the dtype of the layer, float32, got <U4; tokens are looked up in an embedding first"),
+    ((ones(2, 3, 16),), None, ValueError,
+     f"query: {RULE}, got shape (2, 3, 16); a layer with input_dim=16 takes it"),
+    ((ones(2, 3, 0),), None, ValueError, f"query: {RULE}, got shape (2, 3, 0)"),
     ((ones(2, 3, 5, 4),), None, ValueError,
      f"query: {RULE}, got shape (2, 3, 5, 4); the layer makes the heads itself"),
     ((ones(2, 3, 5, 12),), None, ValueError, f"query: {RULE}, got shape (2, 3, 5, 12)"),
@@ -464,6 +469,26 @@ def test_cures(library):
     np.testing.assert_array_equal(layer(x[:1], memory[:1], attn_mask=mask[0][None, :]), expected[:1])
     np.testing.assert_array_equal(layer(x.astype(np.float64).astype(layer.dtype)), layer(x))
     np.testing.assert_array_equal(layer(np.asarray(x.tolist(), layer.dtype)), layer(x))
+
+
+class TorchDtype:
+    __module__ = "torch"
+
+    def __repr__(self):
+        return "torch.float32"
+
+
+@both
+def test_other_cures(library):
+    with pytest.raises(TypeError) as raised:
+        library.MultiHeadAttention(12, 3, dtype=TorchDtype())
+    assert re.fullmatch("dtype: expected .*float.*, got torch.float32; as text: 'float32'", str(raised.value))
+    layer = library.MultiHeadAttention(12, 3)
+    with pytest.raises(TypeError) as raised:
+        layer.load_state_dict(layer)
+    assert str(raised.value) == (
+        "state: expected a mapping of names to arrays, got MultiHeadAttention; pass its .state_dict()")
+    layer.load_state_dict(layer.state_dict())
 
 
 @both
