@@ -419,7 +419,7 @@ def _check_shapes(query, key, value):
     if not 1 <= head_dim <= _MAX_HEAD_DIM:
         raise ValueError(f"query: expected a head_dim from 1 to {_MAX_HEAD_DIM}, got shape {query.shape}")
     if key.shape[-1] != head_dim:
-        cure = "; transposed it has: key.swapaxes(-1, -2)" if key.shape[-2] == head_dim else ""
+        cure = "; keys come untransposed: key.swapaxes(-1, -2)" if key.shape[-2] == head_dim else ""
         raise ValueError(f"key: expected {_shape_text(leading, core, 'key', query, key)}, got shape {key.shape}{cure}")
     if core == 3 and (key.shape[-3] == 0 or query.shape[-3] % key.shape[-3]):
         cure = "; axes are (batch, heads, seq, head_dim)"
@@ -450,7 +450,7 @@ def _check_number(name, value, smallest, largest):
                 cure = f"; {name}.item() is one"
             elif name == "scale":
                 cure = "; for one per head multiply query by it and pass scale=1"
-        elif value is not None and _is_torch(value):
+        elif _is_torch(value) and getattr(value, "ndim", None) == 0:
             cure = f"; {name}.item() is one"
         raise TypeError(f"{name}: expected a number, got {_shown(value)}{cure}")
     try:
@@ -546,7 +546,7 @@ def _check_out(out, shape, dtype, inputs):
         raise TypeError("out: expected a plain array, got a masked array, whose mask would be ignored; use its .data")
     out = np.asarray(out)[...]
     if out.dtype != dtype:
-        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}; out[...] = the result casts")
+        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}; out[...] = result casts")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got shape {out.shape}")
     if not out.flags.writeable:

@@ -142,7 +142,8 @@ BAD_CALLS = [
      "key: expected (4, seq_len_kv, 8), got shape (2, 5, 8); 3 axes are (batch, seq, head_dim); for heads pass 4, "
      "x[None] of each"),
     ({"key": zeros(2, 2, 8, 5)}, SHAPE,
-     "key: expected (2, num_kv_heads, seq_len_kv, 8), got shape (2, 2, 8, 5); transposed it has: key.swapaxes(-1, -2)"),
+     "key: expected (2, num_kv_heads, seq_len_kv, 8), got shape (2, 2, 8, 5); keys come untransposed: "
+     "key.swapaxes(-1, -2)"),
     ({"value": zeros(2, 4, 5, 6)}, SHAPE, "value: expected (2, 2, 5, head_dim_v), got shape (2, 4, 5, 6)"),
     ({"value": zeros(2, 2, 4, 6)}, SHAPE, "value: expected (2, 2, 5, head_dim_v), got shape (2, 2, 4, 6)"),
     ({"value": zeros(2, 2, 5, 0)}, SHAPE, "value: expected (2, 2, 5, head_dim_v), got shape (2, 2, 5, 0)"),
@@ -308,9 +309,9 @@ BAD_CALLS = [
     # out.
     ({"out": [1.0]}, KIND, "out: expected a numpy.ndarray, got list"),
     ({"out": zeros(2, 4, 3, 6, dtype=F64)}, KIND,
-     "out: expected dtype float32, got float64; out[...] = the result casts"),
+     "out: expected dtype float32, got float64; out[...] = result casts"),
     ({"out": zeros(2, 4, 3, 6, dtype=">f4")}, KIND,
-     "out: expected dtype float32, got >f4; out[...] = the result casts"),
+     "out: expected dtype float32, got >f4; out[...] = result casts"),
     ({"out": zeros(2, 4, 3, 8)}, ValueError, "out: expected shape (2, 4, 3, 6), got shape (2, 4, 3, 8)"),
     ({"out": zeros(4, 3, 6)}, ValueError, "out: expected shape (2, 4, 3, 6), got shape (4, 3, 6)"),
     ({"out": zeros(1, 1, 3, 6).view(Larger)}, ValueError,
@@ -329,6 +330,43 @@ def test_bad_call(changes, error, message):
     assert raised.type is error
     assert str(raised.value) == message
     assert (out == 7).all()
+
+
+def test_cures():
+    """What the messages above name is taken, and means what they say."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal(shape).astype(F32) for shape in ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6)))
+    attention, expected = cattn.scaled_dot_product_attention, call(query, key, value)
+    same = np.testing.assert_array_equal
+
+    def close(result, other):  # where another number of heads comes, and so another order of sums
+        np.testing.assert_allclose(result, other, rtol=1e-5, atol=1e-6)
+
+    mask = np.arange(5) < np.array([[2], [4]])
+    padded = call(query, key, value, kv_lens=mask.sum(-1))
+    same(call(query, key, value, attn_mask=mask[:, None, None, :]), padded)
+    same(call(query, key, value, attn_mask=mask.astype(int)[:, None, None, :].astype(bool)), padded)
+    close(attention(query[:, 0], key[:, 0], value[:, 0], mask[:, None, :]), padded[:, 0])
+    same(attention(query[None], key[None], value[None], mask[None][:, :, None, None, :]), padded[None])
+    of_rows = np.broadcast_to(mask[:, None], (2, 3, 5))
+    same(call(query, key, value, attn_mask=of_rows[:, None]), padded)
+    same(call(query, key, value, attn_mask=np.repeat(of_rows, 4, axis=0).reshape(2, 4, 3, 5)), padded)
+
+    swapped = [x.swapaxes(1, 2).copy() for x in (query, key, value)]  # (batch, seq, heads, head_dim)
+    same(call(*(x.swapaxes(-3, -2) for x in swapped)), expected)
+    same(call(query, key.swapaxes(-1, -2).copy().swapaxes(-1, -2), value), expected)
+    same(attention(*(x[0][None] for x in (query, key, value)))[0], expected[0])
+    close(attention(np.atleast_2d(query[0, 0, 0]), key[0, 0], value[0, 0]), expected[0, 0, :1])
+    same(call(query, key.astype(F64).astype(query.dtype), np.asarray(value.tolist(), key.dtype)), expected)
+    scales = np.array([0.5, 1, 2, 4], F32)
+    for head, scale in enumerate(scales.tolist()):
+        same(call(query * scales[:, None, None], key, value, scale=1)[:, head],
+             call(query, key, value, scale=scale)[:, head])
+    same(call(query, key, value, window=(1, 1)), call(query, key, value, window=[1, 1]))
+    out = np.zeros((2, 4, 3, 6))
+    out[...] = expected
+    same(out, expected)
+    call(query, key, value, dropout_p=0.5, seed=int(rng.integers(2**63)))
 
 
 @pytest.mark.parametrize("which", [
@@ -545,6 +583,7 @@ class Tensor:
     """What a torch tensor says of itself, and how it refuses."""
 
     __module__ = "torch"
+    ndim = 0
 
     def __init__(self, dtype="float32", device="cpu", requires_grad=False):
         self.dtype, self.device, self.requires_grad = f"torch.{dtype}", device, requires_grad
@@ -616,6 +655,11 @@ def test_torch_tensors_as_numbers_and_out():
     with pytest.raises(TypeError) as raised:
         call(scale=Tensor())
     assert str(raised.value) == "scale: expected a number, got tensor(1.); scale.item() is one"
+    several = Tensor()
+    several.ndim = 1
+    with pytest.raises(TypeError) as raised:
+        call(scale=several)
+    assert str(raised.value) == "scale: expected a number, got tensor(1.)"
     with pytest.raises(TypeError) as raised:
         call(out=Tensor())
     assert str(raised.value) == "out: expected a numpy.ndarray, got Tensor; its .numpy() shares its memory"

@@ -685,7 +685,7 @@ def test_bad_table(library, args, options, error, message):
 
 @pytest.mark.parametrize(("out", "error", "message"), [
     ([[0.0] * 4] * 3, TypeError, "out: expected a numpy.ndarray, got list"),
-    (np.empty((3, 4)), TypeError, r"out: expected dtype float32, got float64; out\[...\] = the result casts$"),
+    (np.empty((3, 4)), TypeError, r"out: expected dtype float32, got float64; out\[...\] = result casts$"),
     (np.empty((3, 4), ">f4"), TypeError, "out: expected dtype float32, got >f4"),
     (np.empty((4, 3), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(4, 3\)"),
     (np.empty((1, 3, 4), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(1, 3, 4\)"),
