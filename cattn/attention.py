@@ -12,6 +12,7 @@ import numbers
 import sys
 import typing
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -63,7 +64,8 @@ _PACKAGE = __name__.partition(".")[0]
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    softcap: float | None = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: Literal[False] = False, return_logsumexp: Literal[False] = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
@@ -74,7 +76,8 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    softcap: float | None = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: Literal[True], return_logsumexp: Literal[False] = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
@@ -85,7 +88,8 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    softcap: float | None = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: Literal[False] = False, return_logsumexp: Literal[True],
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
@@ -96,7 +100,8 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    softcap: float | None = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: Literal[True], return_logsumexp: Literal[True],
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
@@ -107,7 +112,8 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    softcap: float | None = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
@@ -117,7 +123,8 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    softcap: float | None = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False, out: np.ndarray | None = None,
     num_threads: int | None = None, seed: int | None = None,
@@ -159,18 +166,18 @@ def scaled_dot_product_attention(
     q_offset : int or int array (batch,), optional
         Position of query 0 among the keys (those already in a cache). May be negative. "batch" is the shape
         of the leading axes where there are several. 0 when None.
-    window : (left, right), optional
+    window : (left, right) or an array of two, optional
         How far each query sees: query i sees keys i + q_offset - left to i + q_offset + right, both included;
         None or -1 = unbounded.
-    softcap : float
-        Scores are bent to stay within +-softcap. 0 = off; else from the smallest normal number of the dtype
+    softcap : float, optional
+        Scores are bent to stay within +-softcap. 0 or None = off; else from the smallest normal number of the dtype
         computed in on.
     alibi_slopes : float array (num_heads,) or (batch, num_heads), optional
         Lowers scores by distance, ALiBi: adds -slope * abs(i + q_offset - j). Clipped as attn_mask is.
     sinks : float array (num_heads,), optional
         One more logit per head, for attention that goes nowhere: exp(sink) joins the denominator, no value
         goes with it.
-    kv_lens : int array (batch,), optional
+    kv_lens : int or int array (batch,), optional
         How many keys each batch row has, where it is padded: keys at and past the length do not exist.
     return_weights, return_logsumexp : bool
         Return a tuple, with these after the result.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -80,7 +81,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
         attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
         alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: Literal[False] = False, training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
@@ -90,7 +91,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
         attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
         alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: Literal[True], training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
@@ -100,7 +101,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
         attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
         alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
@@ -109,7 +110,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
         attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
         alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None, num_threads: int | None = None,

@@ -14,7 +14,7 @@ import numbers
 import operator
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ __all__ = [
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    softcap: float | None = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
@@ -309,7 +310,7 @@ class MultiHeadAttention:
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
         attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: tuple[int | None, int | None] | None = None, softcap: float = 0.0,
+        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
         alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None,
