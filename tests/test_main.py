@@ -131,7 +131,12 @@ def test_sections_are_chosen(small, capsys):
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 def test_interrupted(as_json):
     """What was measured so far stands, and there is no traceback."""
-    process = start("config", "speed", "--seconds", "20", *["--json"] * as_json)
+    # As `start`, but that a shell's background jobs are born ignoring SIGINT.
+    code = ("import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "runpy.run_module('cattn', run_name='__main__', alter_sys=True)")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "config", "speed", "--seconds", "20", *["--json"] * as_json],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if as_json:  # its progress goes to stderr
         assert process.stderr.readline().startswith("speed: ")
     else:
