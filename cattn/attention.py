@@ -65,9 +65,8 @@ def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
-    softcap: float | None = 0.0,
-    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
-    return_weights: Literal[False] = False, return_logsumexp: Literal[False] = False,
+    softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None, return_weights: Literal[False] = False, return_logsumexp: Literal[False] = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray: ...
 
@@ -77,9 +76,8 @@ def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
-    softcap: float | None = 0.0,
-    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
-    return_weights: Literal[True], return_logsumexp: Literal[False] = False,
+    softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None, return_weights: Literal[True], return_logsumexp: Literal[False] = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -89,9 +87,8 @@ def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
-    softcap: float | None = 0.0,
-    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
-    return_weights: Literal[False] = False, return_logsumexp: Literal[True],
+    softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None, return_weights: Literal[False] = False, return_logsumexp: Literal[True],
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -101,9 +98,8 @@ def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
-    softcap: float | None = 0.0,
-    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
-    return_weights: Literal[True], return_logsumexp: Literal[True],
+    softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None, return_weights: Literal[True], return_logsumexp: Literal[True],
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
@@ -113,9 +109,8 @@ def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
-    softcap: float | None = 0.0,
-    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
-    return_weights: bool = False, return_logsumexp: bool = False,
+    softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None, return_weights: bool = False, return_logsumexp: bool = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]: ...
 
@@ -124,8 +119,8 @@ def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
-    softcap: float | None = 0.0,
-    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False, out: np.ndarray | None = None,
     num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:

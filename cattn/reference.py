@@ -36,8 +36,8 @@ def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
-    softcap: float | None = 0.0,
-    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
     """softmax(scale * query @ key^T + mask) @ value, for each head: see `cattn.scaled_dot_product_attention`.
@@ -253,7 +253,7 @@ class _Parameter:
 
     def __set__(self, layer: Any, value: ArrayLike | None) -> None:
         array = layer._check_parameter(self.name, value, layer._shapes()[self.name])
-        layer.__dict__[self.name] = array if array is None or array.flags.writeable else array.copy()
+        layer.__dict__[self.name] = array if array is None or array.flags.writeable else _copy(array, array.dtype)
 
 
 class MultiHeadAttention:

@@ -8,7 +8,7 @@ from problems import BFLOAT16, FLOATS, LAYOUTS, assert_same_bits, normal
 from tolerance import HALF_ULP
 
 from cattn import _kernels
-from cattn.attention import _CARRIERS, _kind
+from cattn.attention import _carried, _kind
 
 # On both sides of every edge: 1, 2, 4 and 8 rows are few; vectors and panels of them; blocks of 192. Features: tasks of
 # 48, vectors. Dimensions: vectors, blocks of 128.
@@ -22,10 +22,9 @@ def linear(x, weight, bias=None, *, num_threads=0, out=None):
     kind, weight_kind = _kind("x", x), _kind("weight", weight)
     if out is None:
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
-    arrays = [array if array is None else array.view(_CARRIERS.get(_kind("", array), array.dtype))
-              for array in (x, weight, bias, out)]
     module = _kernels.f64() if x.dtype == np.float64 else _kernels.f32
-    module.linear(*(a if a is None else a[(None,) * (4 - a.ndim)] for a in arrays), kind, weight_kind, num_threads)
+    module.linear(_carried(x, kind), _carried(weight, weight_kind), _carried(bias, kind), _carried(out, kind), kind,
+                  weight_kind, num_threads)
     return out
 
 

@@ -285,18 +285,20 @@ cdef void do_part(const Problem* p, Parts* parts, Py_ssize_t number, char* scrat
     merge_parts(p, parts, scratch)
 
 
-cdef void do_tasks(const Problem* p, Parts* parts, char* scratch) noexcept nogil:
-    """What one thread does. parts == NULL: whole tasks."""
+cdef void do_tasks(const void* what, char* scratch) noexcept nogil:
+    """What one thread does of a Problem."""
+    cdef const Problem* p = <const Problem*> what
     cdef Py_ssize_t number = take_task(p.call)
     cdef fp_mode before = own_mode()
     while number < p.call.num_tasks and not stopped(p.call):
-        if parts == NULL:
+        if p.parts == NULL:
             do_task(p, number, scratch)
             task_done(p.call)
         else:
-            do_part(p, parts, number, scratch)
+            do_part(p, p.parts, number, scratch)
         number = take_task(p.call)
     set_mode(before)
+    await_others(p.call)
 
 
 cdef Py_ssize_t count_parts(const Problem* p, Parts* parts, Py_ssize_t num_tasks, char* scratch) noexcept nogil:
@@ -317,7 +319,6 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     cdef Workspace w
     cdef Call call
     cdef Parts parts
-    cdef Parts* shared = NULL
     cdef Py_ssize_t num_tasks, threads, slot
     cdef size_t scratch_size, shared_size = 0
     cdef char* allocated
@@ -328,10 +329,11 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     begin_call(&call, num_threads, <double> p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv
                * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS))
     threads = call.num_threads
+    p.parts = NULL
     plan(p, threads)
     call.num_tasks = num_tasks = p.batch * p.num_kv_heads * p.num_blocks
     if threads > 1 and num_tasks < TASKS_PER_THREAD * threads and p.num_splits > 1 and p.weights == NULL:
-        shared = &parts
+        p.parts = &parts
         parts.slots = SLOTS_PER_THREAD * threads
         shared_size = (parts.slots + 2) * state_size(p) + (parts.slots + num_tasks + 1) * sizeof(Py_ssize_t)
     else:
@@ -343,7 +345,7 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
         raise MemoryError(f"attention: no memory for {threads} x {scratch_size} bytes of scratch")
     # 64-byte pieces from here on: no vector of packed queries, scores or acc crosses a cache line.
     scratch = allocated + 64 - <uintptr_t> allocated % 64
-    if shared != NULL:
+    if p.parts != NULL:
         parts.states = scratch + threads * scratch_size
         place_state(&parts.total, parts.states + parts.slots * state_size(p), p)
         place_state(&parts.lost, parts.states + (parts.slots + 1) * state_size(p), p)
@@ -358,15 +360,7 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     call.num_threads = threads
     p.call = &call
     with nogil:
-        threads = call.num_threads = begin_region(threads)
-        if threads == 1:
-            do_tasks(p, shared, scratch)
-        else:
-            with parallel(num_threads=threads):
-                region_started()
-                do_tasks(p, shared, scratch + threadid() * scratch_size)
-                if threadid() == 0:
-                    await_others(&call)
+        in_threads(&call, do_tasks, p, scratch, scratch_size)
     free(allocated)
     end_call(&call)
 

@@ -43,7 +43,7 @@ cdef inline void decode_scores(const int KIND, const int WIDTH, real* scores, co
     cdef const char* row[16]
     cdef const char* v_ahead[16]
     cdef Py_ssize_t j = 0, d, ahead
-    cdef Py_ssize_t size = 2 if KIND == F16 or KIND == BF16 else sizeof(real)
+    cdef Py_ssize_t size = size_of(<Kind> KIND)
     cdef int key, r, step
     cdef int KEYS = LANES // WIDTH
     # KEYS * WIDTH accumulators, one a (key, row), that add up dimensions in their lanes. q comes from L1 each time:
@@ -85,7 +85,7 @@ cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS,
                              const char* next_k, Py_ssize_t k_bytes, Py_ssize_t next_n) noexcept nogil:
     """acc[WIDTH][VECTORS] (IN/OUT) at dimension d += n keys' probabilities times V. The same dimensions of the next_n
     rows at next_k are prefetched on the way."""
-    cdef Py_ssize_t size = 2 if KIND == F16 or KIND == BF16 else sizeof(real)
+    cdef Py_ssize_t size = size_of(<Kind> KIND)
     cdef int LINES = <int> ((VECTORS * LANES * size + 63) // 64)
     cdef vf tile[16]
     cdef vf v_d[8]
@@ -184,7 +184,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
     cdef const char* next_k
     cdef const real* v_real
     cdef Py_ssize_t k_bytes, v_bytes
-    cdef Py_ssize_t size = 2 if KIND == F16 or KIND == BF16 else sizeof(real)
+    cdef Py_ssize_t size = size_of(<Kind> KIND)
     cdef bint limited, masked
     # Keys [all_low, all_high) are seen by all rows. Outside, a tile is limited: some row must not see some key.
     for i in range(WIDTH):

@@ -110,7 +110,7 @@ cdef struct Linear:
     Tensor out                      # OUT (1, batch, seq, out_features)
     Py_ssize_t seq, rows            # rows of x in a batch row, and in all
     Py_ssize_t in_features, out_features
-    Py_ssize_t block                # rows of x at a time
+    Py_ssize_t block, first_row     # rows of x at a time; the first of those that are worked on
     bint w_in_place                 # W is read where it lies: rows of adjacent reals
     real* packed                    # x of the block: [panel][in_features][width], few rows: [row][in_features]
     Call* call
@@ -320,22 +320,23 @@ cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_s
         feature += LANES
 
 
-cdef void do_rows(Linear* l, char* scratch, Py_ssize_t first_row) noexcept nogil:
-    """What one thread does for a block of rows. The first tasks of the block pack x; when all have been taken, the rest
-    waits until they are done. The caller waits for the others in the region's own barrier, where it sees no signal: a
-    task takes milliseconds."""
-    cdef Py_ssize_t rows = min(l.block, l.rows - first_row), number = take_task(l.call)
-    cdef Py_ssize_t num_blocks = (l.in_features + BLOCK_DIMS - 1) // BLOCK_DIMS
-    cdef Py_ssize_t num_tasks = (l.out_features + FEATURES - 1) // FEATURES
+cdef void do_rows(const void* what, char* scratch) noexcept nogil:
+    """What one thread does for a block of rows of a Linear. The first tasks of the block pack x; when all have been
+    taken, the rest waits until they are done. The caller waits for the others in the region's own barrier, where it
+    sees no signal: a task takes milliseconds."""
+    cdef const Linear* problem = <const Linear*> what
+    cdef Py_ssize_t first_row = problem.first_row, rows = min(problem.block, problem.rows - first_row), number = take_task(problem.call)
+    cdef Py_ssize_t num_blocks = (problem.in_features + BLOCK_DIMS - 1) // BLOCK_DIMS
+    cdef Py_ssize_t num_tasks = (problem.out_features + FEATURES - 1) // FEATURES
     cdef fp_mode before = own_mode()
-    while number < num_blocks and not stopped(l.call):
-        pack_dims(l, scratch, first_row, rows, number * BLOCK_DIMS)
-        number = take_task(l.call)
-    if l.call.num_threads > 1:
+    while number < num_blocks and not stopped(problem.call):
+        pack_dims(problem, scratch, first_row, rows, number * BLOCK_DIMS)
+        number = take_task(problem.call)
+    if problem.call.num_threads > 1:
         await_team()
-    while number < num_blocks + num_tasks and not stopped(l.call):
-        do_features(l, scratch, first_row, rows, (number - num_blocks) * FEATURES)
-        number = take_task(l.call)
+    while number < num_blocks + num_tasks and not stopped(problem.call):
+        do_features(problem, scratch, first_row, rows, (number - num_blocks) * FEATURES)
+        number = take_task(problem.call)
     set_mode(before)
 
 
@@ -364,7 +365,7 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     cdef Linear l
     cdef LinearWorkspace b
     cdef Call call
-    cdef Py_ssize_t first_row, rows, threads
+    cdef Py_ssize_t rows
     cdef size_t packed_size, workspace_size
     cdef char* allocated
     cdef char* scratch
@@ -375,11 +376,11 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     l.w_in_place = rows_are_real(&l.weight)
     begin_call(&call, num_threads, 2.0 * l.rows * l.in_features * l.out_features)
     l.call = &call
-    threads = min(call.num_threads, (l.out_features + FEATURES - 1) // FEATURES)
+    call.num_threads = min(call.num_threads, (l.out_features + FEATURES - 1) // FEATURES)
     rows = padded_rows(l.block) if few_rows(l.block) else (l.block + LANES - 1) // LANES * LANES
     packed_size = (rows * l.in_features * sizeof(real) + 63) // 64 * 64
     workspace_size = carve_linear(&b, NULL, &l)
-    allocated = <char*> malloc(packed_size + threads * workspace_size + 64)
+    allocated = <char*> malloc(packed_size + call.num_threads * workspace_size + 64)
     if allocated == NULL:
         end_call(&call)
         raise MemoryError(f"linear: no memory for a copy of {l.block} x {l.in_features} numbers")
@@ -387,16 +388,10 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     l.packed = <real*> scratch
     scratch += packed_size
     with nogil:
-        first_row = 0
-        while first_row < l.rows and not stopped(&call):
+        l.first_row = 0
+        while l.first_row < l.rows and not stopped(&call):
             call.next_task = 0
-            threads = call.num_threads = begin_region(threads)
-            if threads == 1:
-                do_rows(&l, scratch, first_row)
-            else:
-                with parallel(num_threads=threads):
-                    region_started()
-                    do_rows(&l, scratch + threadid() * workspace_size, first_row)
-            first_row += l.block
+            in_threads(&call, do_rows, &l, scratch, workspace_size)
+            l.first_row += l.block
     free(allocated)
     end_call(&call)

@@ -5,6 +5,8 @@
 # as many are started and ended here, all at once, with stacks as large as OpenMP's: what cannot be started is not asked
 # for. The pool is what the thread's last region had, in whichever module: threads beyond that have been ended.
 #
+# in_threads (tasks.pxi) enters a region so, and measure.pxi:
+#
 #     threads = begin_region(threads)             at most as many; nothing comes between this and the region
 #     if threads == 1:
 #         do it

@@ -6,6 +6,8 @@
 # with a softmax of its own, merged in order: a thread does the splits of its task one after the other, or, where there
 # are too few tasks, different threads do them. Who does what changes no bit.
 
+cdef struct Parts   # attend.pxi
+
 cdef struct Problem:
     Tensor q, k, v, out, mask       # IN, IN, IN, OUT, IN
     real* weights                   # OUT (batch, num_heads, seq_len_q, seq_len_kv), contiguous; or NULL
@@ -40,6 +42,7 @@ cdef struct Problem:
     Py_ssize_t block_kv             # keys in a block: what one pass of the kernel's loops takes
     Py_ssize_t split_kv             # keys in a split, a multiple of block_kv
     Py_ssize_t num_splits
+    Parts* parts                    # splits that different threads do; NULL: each does whole tasks
     Call* call
 
 cdef struct State:                  # of the softmax of a block of rows, over the keys done so far

@@ -187,10 +187,6 @@ cdef void fill(char* numbers, Kind kind, const double* seed, const double* turne
             half[c] = narrow_f64_to_bf16(seed[c] * same[c] + turned[c] * other[c])
 
 
-cdef inline Py_ssize_t size_of(Kind kind) noexcept nogil:
-    return 4 if kind == F32 else 8 if kind == F64 else 2
-
-
 cdef void spread(char* p, Py_ssize_t stride, const char* numbers, Kind kind, Py_ssize_t n) noexcept nogil:
     """The n numbers at p, p + stride, ... (OUT), at any address."""
     cdef Py_ssize_t i
@@ -242,12 +238,14 @@ cdef void fill_block(const Encoding* e, Rotations* t, Py_ssize_t block) noexcept
         fill_columns(e, t, block, e.cosines + t.first, min(t.pairs, e.dim // 2 - t.first), t.pairs)
 
 
-cdef void fill_ranges(const Encoding* e, double* scratch) noexcept nogil:
-    """What one thread does. Between two blocks, which take some 10 us, it looks whether the call is to end."""
+cdef void fill_ranges(const void* what, char* scratch) noexcept nogil:
+    """What one thread does of an Encoding. Between two blocks, which take some 10 us, it looks whether the call is to
+    end."""
+    cdef const Encoding* e = <const Encoding*> what
     cdef Rotations t
     cdef Py_ssize_t number, first, block, strip
     cdef fp_mode before = own_mode()
-    place_rotations(&t, scratch, e)
+    place_rotations(&t, <double*> scratch, e)
     number = take_task(e.call)
     while number < e.call.num_tasks and not stopped(e.call):
         strip, first = number // e.num_ranges, number % e.num_ranges * e.range_blocks
@@ -260,6 +258,7 @@ cdef void fill_ranges(const Encoding* e, double* scratch) noexcept nogil:
         task_done(e.call)
         number = take_task(e.call)
     set_mode(before)
+    await_others(e.call)
 
 
 def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, double base, layout, bint endpoint):
@@ -268,8 +267,8 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
     cdef Encoding e
     cdef Call call
     cdef double flops
-    cdef Py_ssize_t num_threads, num_strips, doubles, size = size_of(kind)
-    cdef double* scratch
+    cdef Py_ssize_t num_strips, doubles, size = size_of(kind)
+    cdef char* scratch
     describe(&e.out, table, kind)
     e.call, e.length, e.dim = &call, e.out.length[2], e.out.length[3]
     if e.length == 0:
@@ -295,30 +294,21 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
     begin_call(&call, 0, flops)
     # A few ranges for each thread, none with less work than is worth a thread; each is as long as can be, for the sake
     # of huge pages, which two threads that write next to each other would both clear.
-    num_threads = call.num_threads
     e.range_blocks = e.num_blocks
-    if num_threads > 1:
-        e.range_blocks = max(e.num_blocks * num_strips // (TASKS_PER_THREAD * num_threads),
+    if call.num_threads > 1:
+        e.range_blocks = max(e.num_blocks * num_strips // (TASKS_PER_THREAD * call.num_threads),
                              <Py_ssize_t> (SERIAL_FLOPS * e.num_blocks * num_strips / flops))
         e.range_blocks = max(1, min(e.range_blocks, e.num_blocks))
     e.num_ranges = (e.num_blocks + e.range_blocks - 1) // e.range_blocks
     call.num_tasks = call.unfinished = num_strips * e.num_ranges
-    num_threads = min(num_threads, call.num_tasks)
+    call.num_threads = min(call.num_threads, call.num_tasks)
     doubles = scratch_size(&e)
-    scratch = <double*> malloc(num_threads * doubles * sizeof(double))
+    scratch = <char*> malloc(call.num_threads * doubles * sizeof(double))
     if scratch == NULL:
         end_call(&call)
-        raise MemoryError(f"sinusoidal_encoding: no memory for {num_threads} x {doubles} numbers of scratch")
+        raise MemoryError(f"sinusoidal_encoding: no memory for {call.num_threads} x {doubles} numbers of scratch")
     with nogil:
-        num_threads = call.num_threads = begin_region(num_threads)
-        if num_threads == 1:
-            fill_ranges(&e, scratch)
-        else:
-            with parallel(num_threads=num_threads):
-                region_started()
-                fill_ranges(&e, scratch + threadid() * doubles)
-                if threadid() == 0:
-                    await_others(&call)
+        in_threads(&call, fill_ranges, &e, scratch, doubles * sizeof(double))
     free(scratch)
     end_call(&call)
 

@@ -126,6 +126,20 @@ cdef inline bint stopped(Call* call) noexcept nogil:
     return atomic_read(&call.stop) or (threadid() == 0 and milliseconds() >= call.next_poll and poll(call))
 
 
+ctypedef void (*Work)(const void* what, char* scratch) noexcept nogil
+
+
+cdef void in_threads(Call* call, Work work, const void* what, char* scratch, size_t size) noexcept nogil:
+    """work(what, scratch) in each of at most call.num_threads threads (IN/OUT), each with `size` bytes of scratch."""
+    call.num_threads = begin_region(call.num_threads)
+    if call.num_threads == 1:
+        work(what, scratch)
+        return
+    with parallel(num_threads=call.num_threads):
+        region_started()
+        work(what, scratch + threadid() * size)
+
+
 cdef inline Py_ssize_t take_task(Call* call) noexcept nogil:
     return atomic_add(&call.next_task, 1)
 
@@ -138,6 +152,8 @@ cdef inline void task_done(Call* call) noexcept nogil:
 cdef void await_others(Call* call) noexcept nogil:
     """The caller, out of tasks, waits here instead of in OpenMP's barrier, where it would see no signal."""
     cdef int i
+    if threadid() != 0:
+        return
     for i in range(YIELDS):
         if call.finished == NULL or atomic_read(&call.unfinished) == 0 or stopped(call):
             return

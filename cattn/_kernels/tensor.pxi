@@ -18,6 +18,11 @@ cdef inline Kind real_kind() noexcept nogil:
     return F64 if IS_DOUBLE else F32
 
 
+cdef inline Py_ssize_t size_of(Kind kind) noexcept nogil:
+    """Of a number, in bytes."""
+    return 1 if kind == BOOL else 4 if kind == F32 else 8 if kind == F64 else 2
+
+
 # batch, head and row are of the broadcast shape: an axis the array lacks has stride 0.
 cdef inline char* row_of(const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t row) noexcept nogil:
     return t.data + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2]
