@@ -325,7 +325,8 @@ cdef void do_rows(const void* what, char* scratch) noexcept nogil:
     taken, the rest waits until they are done. The caller waits for the others in the region's own barrier, where it
     sees no signal: a task takes milliseconds."""
     cdef const Linear* problem = <const Linear*> what
-    cdef Py_ssize_t first_row = problem.first_row, rows = min(problem.block, problem.rows - first_row), number = take_task(problem.call)
+    cdef Py_ssize_t first_row = problem.first_row, rows = min(problem.block, problem.rows - first_row)
+    cdef Py_ssize_t number = take_task(problem.call)
     cdef Py_ssize_t num_blocks = (problem.in_features + BLOCK_DIMS - 1) // BLOCK_DIMS
     cdef Py_ssize_t num_tasks = (problem.out_features + FEATURES - 1) // FEATURES
     cdef fp_mode before = own_mode()

@@ -238,73 +238,45 @@ SIMD void vtranspose(vf *r) {
     TRANSPOSE_ROUND(1)
 }
 
-/* columns[c][r] (OUT) = p[r * stride + c], a LANES x LANES square. Gathered by 16 bytes from memory, four rows to a vector,
- * so that what is left to shuffle stays within 16 bytes: half the shuffles of vtranspose. */
-SIMD void vload_square(vf *columns, const real *p, intptr_t stride) {
-#if defined(__AVX512F__) && IS_DOUBLE
-    __m512d z[4][2];
-    for (int i = 0; i < 2; i++)
-        for (int q = 0; q < 4; q++) {
-            const real *a = p + i * stride + 2 * q;
-            __m512d x = _mm512_castpd128_pd512(_mm_loadu_pd(a));
-            x = _mm512_insertf64x2(x, _mm_loadu_pd(a + 2 * stride), 1);
-            x = _mm512_insertf64x2(x, _mm_loadu_pd(a + 4 * stride), 2);
-            z[q][i] = _mm512_insertf64x2(x, _mm_loadu_pd(a + 6 * stride), 3);
-        }
-    for (int q = 0; q < 4; q++) {
-        columns[2 * q] = (vf)_mm512_unpacklo_pd(z[q][0], z[q][1]);
-        columns[2 * q + 1] = (vf)_mm512_unpackhi_pd(z[q][0], z[q][1]);
-    }
-#elif defined(__AVX512F__)
-    __m512 z[4][4];
-    for (int i = 0; i < 4; i++)
-        for (int q = 0; q < 4; q++) {
-            const real *a = p + i * stride + 4 * q;
-            __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(a));
-            x = _mm512_insertf32x4(x, _mm_loadu_ps(a + 4 * stride), 1);
-            x = _mm512_insertf32x4(x, _mm_loadu_ps(a + 8 * stride), 2);
-            z[q][i] = _mm512_insertf32x4(x, _mm_loadu_ps(a + 12 * stride), 3);
-        }
-    for (int q = 0; q < 4; q++) {
-        __m512d low = (__m512d)_mm512_unpacklo_ps(z[q][0], z[q][1]), high = (__m512d)_mm512_unpackhi_ps(z[q][0], z[q][1]);
-        __m512d low2 = (__m512d)_mm512_unpacklo_ps(z[q][2], z[q][3]);
-        __m512d high2 = (__m512d)_mm512_unpackhi_ps(z[q][2], z[q][3]);
-        columns[4 * q] = (vf)_mm512_unpacklo_pd(low, low2);
-        columns[4 * q + 1] = (vf)_mm512_unpackhi_pd(low, low2);
-        columns[4 * q + 2] = (vf)_mm512_unpacklo_pd(high, high2);
-        columns[4 * q + 3] = (vf)_mm512_unpackhi_pd(high, high2);
-    }
-#elif defined(__AVX2__) && IS_DOUBLE
-    __m256d z[2][2];
-    for (int i = 0; i < 2; i++)
-        for (int q = 0; q < 2; q++) {
-            const real *a = p + i * stride + 2 * q;
-            z[q][i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(a)), _mm_loadu_pd(a + 2 * stride), 1);
-        }
-    for (int q = 0; q < 2; q++) {
-        columns[2 * q] = (vf)_mm256_unpacklo_pd(z[q][0], z[q][1]);
-        columns[2 * q + 1] = (vf)_mm256_unpackhi_pd(z[q][0], z[q][1]);
-    }
+/* 16 bytes at p, then 16 of each QUAD-th row from there on: a vector. */
+#define QUAD (16 / (int)sizeof(real))
+SIMD vf vload_quads(const real *p, intptr_t stride) {
+#if defined(__AVX512F__)
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps((const float *)p));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + QUAD * stride)), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + 2 * QUAD * stride)), 2);
+    return (vf)_mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + 3 * QUAD * stride)), 3);
 #elif defined(__AVX2__)
-    __m256 z[2][4];
-    for (int i = 0; i < 4; i++)
-        for (int q = 0; q < 2; q++) {
-            const real *a = p + i * stride + 4 * q;
-            z[q][i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(a + 4 * stride), 1);
-        }
-    for (int q = 0; q < 2; q++) {
-        __m256d low = (__m256d)_mm256_unpacklo_ps(z[q][0], z[q][1]), high = (__m256d)_mm256_unpackhi_ps(z[q][0], z[q][1]);
-        __m256d low2 = (__m256d)_mm256_unpacklo_ps(z[q][2], z[q][3]);
-        __m256d high2 = (__m256d)_mm256_unpackhi_ps(z[q][2], z[q][3]);
-        columns[4 * q] = (vf)_mm256_unpacklo_pd(low, low2);
-        columns[4 * q + 1] = (vf)_mm256_unpackhi_pd(low, low2);
-        columns[4 * q + 2] = (vf)_mm256_unpacklo_pd(high, high2);
-        columns[4 * q + 3] = (vf)_mm256_unpackhi_pd(high, high2);
-    }
+    __m256 x = _mm256_castps128_ps256(_mm_loadu_ps((const float *)p));
+    return (vf)_mm256_insertf128_ps(x, _mm_loadu_ps((const float *)(p + QUAD * stride)), 1);
 #else
-    for (int i = 0; i < LANES; i++) columns[i] = vload(p + i * stride);
-    vtranspose(columns);
+    (void)stride;
+    return vload(p);
 #endif
+}
+/* Of the first and of the second half (s: 0, 1) of each 16 bytes of a and b: lanes in turns, or pairs of lanes. */
+#define TURNS(e, s) ((e) / QUAD * QUAD + (s) * (QUAD / 2) + (e) % QUAD / 2 + (e) % 2 * LANE_COUNT)
+#define PAIRS(e, s) ((e) / QUAD * QUAD + (s) * (QUAD / 2) + (e) % 2 + (e) % QUAD / 2 * LANE_COUNT)
+/* columns[c][r] (OUT) = p[r * stride + c], a LANES x LANES square. Gathered by 16 bytes from memory, so that what is left
+ * to shuffle stays within 16 bytes: half the shuffles of vtranspose. Rows are read whole one after the other: powers of
+ * two apart, they share a set of L1. */
+SIMD void vload_square(vf *columns, const real *p, intptr_t stride) {
+    for (int i = 0; i < QUAD; i++)
+        for (int q = 0; q < LANE_COUNT; q += QUAD) columns[q + i] = vload_quads(p + i * stride + q, stride);
+    for (int q = 0; q < LANE_COUNT; q += QUAD) {
+        vf *z = columns + q;
+        vf low = SHUFFLE(z[0], z[1], EACH(TURNS, 0)), high = SHUFFLE(z[0], z[1], EACH(TURNS, 1));
+#if IS_DOUBLE
+        z[0] = low;
+        z[1] = high;
+#else
+        vf low2 = SHUFFLE(z[2], z[3], EACH(TURNS, 0)), high2 = SHUFFLE(z[2], z[3], EACH(TURNS, 1));
+        z[0] = SHUFFLE(low, low2, EACH(PAIRS, 0));
+        z[1] = SHUFFLE(low, low2, EACH(PAIRS, 1));
+        z[2] = SHUFFLE(high, high2, EACH(PAIRS, 0));
+        z[3] = SHUFFLE(high, high2, EACH(PAIRS, 1));
+#endif
+    }
 }
 
 /* tile (OUT): -1 where rows[r][first + k], r < LANES, k < VECTOR_BYTES, is 0, else 0; transposed as bytes, with a quarter
