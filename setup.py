@@ -43,6 +43,7 @@ SANITIZE = [
     "-fstrict-overflow",  # most Pythons ask for -fwrapv, under which signed overflow is defined and not reported
     "-g",
     "-O1",  # with the checks in them, the kernels take 3 minutes a module to compile at -O3, 1 at -O1
+    "-fexpensive-optimizations",  # where GCC makes FMAs: without, -O1 has none, and exp2 is less exact than promised
 ] if os.environ.get("CATTN_SANITIZE") else []
 
 # One wheel for every Python from 3.11 on, the first whose limited API has buffers. Free-threaded interpreters have no
