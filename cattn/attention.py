@@ -600,7 +600,9 @@ def _carried(array, kind):
     None."""
     if array is None:
         return None
-    return array.view(_CARRIERS.get(kind, array.dtype))[(None,) * (4 - array.ndim)]
+    if kind in _CARRIERS:
+        array = array.view(_CARRIERS[kind])
+    return array[(None,) * (4 - array.ndim)]
 
 
 def _four_axes(array, kind, leading, one_head):

@@ -190,7 +190,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     def _linear(self, x, weight, bias, num_threads):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
         kind = _kind("x", x)
-        arrays = (_carried(array, kind) for array in (x, weight, bias, out))
         module = _kernels.f64() if kind == F64 else _kernels.f32
-        module.linear(*arrays, kind, kind, 0 if num_threads is None else checked(num_threads))
+        module.linear(_carried(x, kind), _carried(weight, kind), _carried(bias, kind), _carried(out, kind), kind, kind,
+                      0 if num_threads is None else checked(num_threads))
         return out

@@ -169,6 +169,23 @@ def no_page_more(small_calls, large_calls, bound):
         assert resident() - before < bound
 
 
+def no_page_more_each_call():
+    """What the system hands out anew, page by page, while the same call is made again and again."""
+    inputs, layer, tokens = problem(128, 128, 64), cattn.MultiHeadAttention(128, 2), normal(2, 32, 128)
+    out, calls = np.empty_like(inputs[0]), 100
+    for name, call in (("attention", lambda: attention(*inputs, out=out, num_threads=2)),
+                       ("layer", lambda: layer(tokens, num_threads=2)),
+                       ("table", lambda: cattn.sinusoidal_encoding(16, 512))):
+        for _ in range(50):
+            call()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(calls):
+            call()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(name, faults, "pages in", calls, "calls", flush=True)
+        assert faults < calls, name
+
+
 def out_of_memory(repeats):
     """The address space ends at each allocation of a call in turn; the next call, with memory, is right."""
     rows, head_dim = 2**24, 2**16  # results of 64 MiB each: never from what malloc has kept

@@ -46,6 +46,12 @@ def test_no_page_more():
 
 
 @measured
+def test_no_page_more_each_call():
+    """Scratch is kept where malloc would give it back to the system after each call, from 128 KiB on."""
+    run("leaks.no_page_more_each_call()", MALLOC_TRIM_THRESHOLD_="131072")
+
+
+@measured
 @pytest.mark.slow
 def test_no_page_more_in_a_million_calls():
     run("leaks.no_page_more(1_000_000, 1000, 2 * leaks.MIB); leaks.no_block_left(10_000)")

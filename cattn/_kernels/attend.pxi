@@ -321,7 +321,6 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     cdef Parts parts
     cdef Py_ssize_t num_tasks, threads, slot
     cdef size_t scratch_size, shared_size = 0
-    cdef char* allocated
     cdef char* scratch
     if p.batch * p.num_kv_heads * p.group_size * p.seq_len_q == 0:
         return 0
@@ -339,12 +338,11 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     else:
         threads = min(threads, num_tasks)
     scratch_size = carve(&w, NULL, p)
-    allocated = <char*> malloc(threads * scratch_size + shared_size + 64)
-    if allocated == NULL:
+    # 64-byte pieces from its start on: no vector of packed queries, scores or acc crosses a cache line.
+    scratch = take_scratch(threads * scratch_size + shared_size)
+    if scratch == NULL:
         end_call(&call)
         raise MemoryError(f"attention: no memory for {threads} x {scratch_size} bytes of scratch")
-    # 64-byte pieces from here on: no vector of packed queries, scores or acc crosses a cache line.
-    scratch = allocated + 64 - <uintptr_t> allocated % 64
     if p.parts != NULL:
         parts.states = scratch + threads * scratch_size
         place_state(&parts.total, parts.states + parts.slots * state_size(p), p)
@@ -361,7 +359,7 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     p.call = &call
     with nogil:
         in_threads(&call, do_tasks, p, scratch, scratch_size)
-    free(allocated)
+    give_scratch(scratch)
     end_call(&call)
 
 

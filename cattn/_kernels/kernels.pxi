@@ -29,7 +29,8 @@ from numpy import dtype, empty, ndarray
 
 from cattn._kernels.cpu cimport (
     atomic_add, atomic_read, atomic_set, calls_in_flight, child_is_serial, default_threads, dissolve_pool, forks,
-    handles_signals, hold_starts, openmp_threads, pool_of_this_thread, release_starts, stack_size,
+    give_scratch, handles_signals, hold_starts, openmp_threads, pool_of_this_thread, release_starts, stack_size,
+    take_scratch,
 )
 
 

@@ -303,13 +303,13 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
     call.num_tasks = call.unfinished = num_strips * e.num_ranges
     call.num_threads = min(call.num_threads, call.num_tasks)
     doubles = scratch_size(&e)
-    scratch = <char*> malloc(call.num_threads * doubles * sizeof(double))
+    scratch = take_scratch(call.num_threads * doubles * sizeof(double))
     if scratch == NULL:
         end_call(&call)
         raise MemoryError(f"sinusoidal_encoding: no memory for {call.num_threads} x {doubles} numbers of scratch")
     with nogil:
         in_threads(&call, fill_ranges, &e, scratch, doubles * sizeof(double))
-    free(scratch)
+    give_scratch(scratch)
     end_call(&call)
 
 
