@@ -51,8 +51,9 @@ git ls-files -z | xargs -0 cp -p --parents -t "$source"
 cd "$source"
 CC=aarch64-linux-gnu-gcc CFLAGS="-I$root/usr/include/python3.11 -idirafter $root/usr/include" \
     "$python" setup.py build_ext --inplace
-# The benchmark and the demo add nothing that depends on the CPU. Limits of memory would be the emulator's, the C compiler
-# is this machine's, and signals wait for the emulator.
+# The benchmark, the demo and the pictures add nothing that depends on the CPU. Limits of memory would be the
+# emulator's, the C compiler is this machine's, and signals wait for the emulator.
 "$python" -m pytest -p no:cacheprovider -n auto --ignore=tests/test_bench.py --ignore=tests/test_minilm.py \
-    --ignore=tests/test_memory.py --ignore=tests/test_interrupt.py \
+    --ignore=tests/test_plots.py --ignore=cattn/plots.py --ignore=tests/test_memory.py \
+    --ignore=tests/test_interrupt.py \
     --deselect=tests/test_fork.py::test_openmp_that_cannot_dissolve_its_pool "$@"
