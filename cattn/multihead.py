@@ -46,6 +46,13 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     out_proj_weight : array (embed_dim, embed_dim)
     out_proj_bias : array (embed_dim,), or None
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Notes
+    -----
     Parameters may be changed in place, and assigned: anything that numpy.asarray reads, of this shape, is cast
     to the dtype of the layer; a C-contiguous, aligned, writeable array of this dtype is not copied. Each bias
     may be None, and an array again.
@@ -54,13 +61,6 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     fan_out = all rows of in_proj_weight together, as for one Linear(input_dim, 3 * embed_dim). Biases start
     at 0.
 
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, the rule and what came.
-
-    Notes
-    -----
     Vaswani et al. 2017, "Attention is all you need", section 3.2.2; grouped queries: Ainslie et al. 2023.
 
     Examples

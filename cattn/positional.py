@@ -40,7 +40,7 @@ def sinusoidal_encoding(
         1 / base itself, and dim is even and at least 4. False: they stop short of it, at base^(2 / dim - 1).
     positions : int or float array (length,), optional
         In place of offset + r, each within +-2**53; they may be fractional. Every angle is computed by itself then,
-        and a float64 table is within 2.3e-16 * (|pos| + 1).
+        and a float64 table is within 2.3e-16 * (abs(pos) + 1).
     dtype : float dtype
         float16, bfloat16 (of ml_dtypes), float32 or float64.
     out : array (length, dim) of this dtype, optional

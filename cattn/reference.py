@@ -484,13 +484,15 @@ class MultiHeadAttention:
         Parameters
         ----------
         layout : str
-            "torch": in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias of its MultiheadAttention.
-            "torch_split": q_proj_weight, k_proj_weight, v_proj_weight for in_proj_weight, as it has them
-            where kdim or vdim differ.
-            "tutorial": qkv_proj.* and o_proj.*, the rows of qkv_proj ordered [head][q, k, v][head_dim]; only
-            for num_kv_heads == num_heads.
-            "d2l": W_q.*, W_k.*, W_v.*, W_o.*
-            "huggingface": q_proj.*, k_proj.*, v_proj.*, o_proj.*
+            Whose names.
+
+            * "torch": in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias of its MultiheadAttention.
+            * "torch_split": q_proj_weight, k_proj_weight, v_proj_weight for in_proj_weight, as it has them
+              where kdim or vdim differ.
+            * "tutorial": qkv_proj.* and o_proj.*, the rows of qkv_proj ordered [head][q, k, v][head_dim]; only
+              for num_kv_heads == num_heads.
+            * "d2l": W_q.*, W_k.*, W_v.*, W_o.*
+            * "huggingface": q_proj.*, k_proj.*, v_proj.*, o_proj.*
 
         Returns
         -------

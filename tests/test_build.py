@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -306,14 +305,3 @@ print(sys.frozen, *cattn.available_isas())
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     done = subprocess.run([tmp_path / "dist/application/application"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, ["True", *cattn.available_isas()]), done.stderr
-
-
-def test_readme_names_tests():
-    """Those that hold its promises."""
-    if not (ROOT / "README.md").exists():
-        pytest.skip("an installation without README")
-    named = set(re.findall(r"\btest_[a-z0-9_]+\b", (ROOT / "README.md").read_text())) - {"test_aarch64", "test_avx512"}
-    tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
-    files = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
-    assert len(named) > 20
-    assert {name for name in named - files if not any(f"def {name}(" in text for text in tests)} == set()

@@ -84,8 +84,8 @@ suite() {
     local isas isa other left_out
     isas=$(sanitized -c 'import cattn; print(*cattn.available_isas())')
     for isa in $isas; do
-        # Type checkers over the sources and pictures by matplotlib: slow in here, and no kernel.
-        left_out="test_types or plots or $1"
+        # Type checkers over the sources, pictures by matplotlib, Sphinx: slow in here, and no kernel.
+        left_out="test_types or plots or test_docs or $1"
         for other in $isas; do
             [ "$other" = "$isa" ] || left_out+=" or $other"
         done

@@ -53,7 +53,7 @@ suite() { # PYTHON WHEEL [REQUIREMENT...]
     (
         cd "$work/suite"
         python -c 'import sys, cattn; assert cattn.__file__.startswith(sys.prefix); cattn.show_config()'
-        python -m pytest -q --pyargs tests README.md cattn
+        python -m pytest -q --pyargs tests README.md docs/*.md cattn
     )
 }
 

@@ -1,0 +1,110 @@
+"""The documentation: it builds without a warning, has every public name, and what it names exists. (Its code runs as
+doctests: pyproject.toml.)"""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zlib
+from pathlib import Path
+
+import pytest
+
+import cattn
+import cattn.reference
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+DOCS = ROOT / "docs"
+if not DOCS.exists():
+    pytest.skip("an installation without docs", allow_module_level=True)
+TEXTS = {path: path.read_text() for path in [*sorted(DOCS.glob("*.md")), ROOT / "README.md"] if path.exists()}
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder with the HTML. Any warning fails it: a reference to nothing, a docstring that is no reST."""
+    for module in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
+        pytest.importorskip(module)
+    folder = tmp_path_factory.mktemp("docs")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-d", folder / "doctrees", DOCS,
+         folder / "html"],
+        env=os.environ | {"PYTHONPATH": str(Path(cattn.__file__).parents[1])}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder / "html"
+
+
+def inventory(path):
+    """{name: type} of Sphinx's objects.inv: four lines of text, then compressed ones, of a name and its type first."""
+    *_, compressed = path.read_bytes().split(b"\n", 4)
+    lines = zlib.decompress(compressed).decode().splitlines()
+    return dict(re.match(r"(\S+) (\S+)", line).groups() for line in lines)
+
+
+def test_every_public_name_is_in_the_reference(built):
+    found = inventory(built / "objects.inv")
+    names = [f"{module.__name__}.{name}" for module in (cattn, cattn.reference) for name in module.__all__]
+    assert len(names) > 15
+    assert [name for name in names if name not in found] == []
+    for layer in ("MultiHeadAttention", "PositionalEncoding"):
+        assert found[f"cattn.{layer}.__call__"] == "py:method"
+
+
+def test_signatures_are_short(built):
+    """Names and defaults: of the overloads none, of the annotations nothing."""
+    text = re.sub("<[^>]*>", "", (built / "api.html").read_text())
+    assert len(re.findall(r"scaled_dot_product_attention\(query, key, value, attn_mask=None", text)) == 2
+    assert not re.search(r"ArrayLike|Literal\[|np\.ndarray|numpy\.ndarray", text)
+
+
+def test_pages_are_short():
+    long = {path.name: len(path.read_text().splitlines()) for path in DOCS.glob("*.md")}
+    assert [name for name, lines in long.items() if lines > 250] == []
+
+
+def functions(path):
+    return set(re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE))
+
+
+def test_pages_name_tests():
+    """Those that hold the promises; `test_file.py: test_a` is one of that file."""
+    files = {path.stem: functions(path) for path in TESTS.glob("test_*.py")}
+    everything = set(files).union(*files.values()) | {"test_aarch64", "test_avx512"}  # scripts in tools/
+    named = {(page.name, name) for page, text in TEXTS.items() for name in re.findall(r"\btest_[a-z0-9_]+\b", text)}
+    assert len({name for _, name in named}) > 40
+    assert [pair for pair in sorted(named) if pair[1] not in everything] == []
+    of_files = [(page.name, *match) for page, text in TEXTS.items()
+                for match in re.findall(r"`(test_\w+)\.py:\s+(test_\w+)`", text)]
+    assert len(of_files) > 20
+    assert [found for found in of_files if found[2] not in files[found[1]]] == []
+
+
+def slugs(text):
+    """What the headings of a page are called in a link, as GitHub and MyST make it."""
+    headings = re.findall(r"^#+ (.*)", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links():
+    """What is not on the web is there: pages, their sections, pictures."""
+    broken, count = [], 0
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", text)):
+            if target.startswith("https://"):
+                continue
+            count += 1
+            file, _, section = target.partition("#")
+            there = (page.parent / file).resolve() if file else page
+            if not there.exists() or (section and section not in slugs(there.read_text())):
+                broken.append((page.name, target))
+    assert count > 10
+    assert broken == []
+
+
+def test_the_tests_install_what_the_docs_need():
+    """So that a build that warns fails them."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras["docs"]) <= set(extras["test"])
