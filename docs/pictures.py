@@ -11,14 +11,16 @@ import cattn
 from cattn import plots
 
 
+def weights_by_example():
+    """Those of docs/attention.md."""
+    query = np.array([[0., 4., 0., 0., 1.], [4., 0., 0., 3., 1.], [0., 0., 0., 4., 1.], [0., 1., 4., 0., 1.]])
+    key = np.array([[1., 0., 0., 0., 1.], [0., 1., 0., 0., -1.], [0., 0., 1., 0., 1.], [0., 0., 0., 1., -1.]])
+    return cattn.scaled_dot_product_attention(query, key, key, return_weights=True)[1]
+
+
 def one_head():
-    """Four words in 6 numbers each, projected to 5."""
     tokens = ["I", "love", "my", "dog"]
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((4, 6)).round(1)
-    query, key, value = (x @ rng.standard_normal((6, 5)).round(1) / 2 for _ in range(3))
-    _, w = cattn.scaled_dot_product_attention(query, key, value, return_weights=True)
-    return plots.weights(w, tokens, tokens)
+    return plots.weights(weights_by_example(), tokens, tokens)
 
 
 def several_heads():

@@ -1,6 +1,10 @@
 """The documentation: it builds without a warning, has every public name, and what it names exists. (Its code runs as
 doctests: pyproject.toml.)"""
 
+import contextlib
+import doctest
+import importlib
+import io
 import os
 import re
 import subprocess
@@ -9,6 +13,7 @@ import tomllib
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cattn
@@ -26,14 +31,14 @@ FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The folder with the HTML. Any warning fails it: a reference to nothing, a docstring that is no reST."""
-    for module in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
+    for module in ("sphinx", "myst_parser", "furo", "sphinx_copybutton", "matplotlib"):
         pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("docs")
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-d", folder / "doctrees", DOCS,
          folder / "html"],
         env=os.environ | {"PYTHONPATH": str(Path(cattn.__file__).parents[1])}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     return folder / "html"
 
 
@@ -46,7 +51,8 @@ def inventory(path):
 
 def test_every_public_name_is_in_the_reference(built):
     found = inventory(built / "objects.inv")
-    names = [f"{module.__name__}.{name}" for module in (cattn, cattn.reference) for name in module.__all__]
+    modules = cattn, cattn.reference, importlib.import_module("cattn.plots")
+    names = [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
     assert len(names) > 15
     assert [name for name in names if name not in found] == []
     for layer in ("MultiHeadAttention", "PositionalEncoding"):
@@ -100,8 +106,26 @@ def test_links():
             there = (page.parent / file).resolve() if file else page
             if not there.exists() or (section and section not in slugs(there.read_text())):
                 broken.append((page.name, target))
-    assert count > 10
+    assert count > 20
     assert broken == []
+
+
+def test_pictures_are_shown():
+    """Each that is made is on a page."""
+    names = [path.name for path in DOCS.glob("pictures/*.png")]
+    assert len(names) > 5
+    assert [name for name in names if not any(f"pictures/{name}" in text for text in TEXTS.values())] == []
+
+
+def test_the_picture_of_weights_is_that_of_its_page(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(DOCS)
+    pictures = importlib.import_module("pictures")
+    page = {}
+    for example in doctest.DocTestParser().get_examples((DOCS / "attention.md").read_text()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(example.source, "attention.md", "single"), page)
+    np.testing.assert_allclose(pictures.weights_by_example(), page["weights"], rtol=1e-12)
 
 
 def test_the_tests_install_what_the_docs_need():
