@@ -117,6 +117,10 @@ def test_fma_flops(isa):
     assert _kernels.f32.fma_flops(1000, 3) == 3000 * one
 
 
+def test_nops():
+    assert [_kernels.cpu.nops(rounds) for rounds in (0, 1, 1000)] == [0, 100, 100_000]
+
+
 def test_read_bytes(isa):
     array = np.ones(12_000, np.float32)
     for num_threads in (1, 2, 3):

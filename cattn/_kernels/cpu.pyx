@@ -1,6 +1,6 @@
 """What all kernels' modules share: which of the features named in isa.py this CPU has and its operating system saves;
-how fast it spins; the number of threads that calls share; the size of each thread's pool of OpenMP threads, whose turn
-it is to start some, and what becomes of all that in a child of fork (cpu.pxd)."""
+how fast it spins, and decodes; the number of threads that calls share; the size of each thread's pool of OpenMP
+threads, whose turn it is to start some, and what becomes of all that in a child of fork (cpu.pxd)."""
 
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
@@ -49,6 +49,9 @@ cdef extern from *:
         clock_gettime(CLOCK_MONOTONIC, &end);
         return (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
     }
+    static void cattn_run_nops(long rounds) {
+        while (rounds-- > 0) __asm__ volatile (".rept 100\\n\\tnop\\n\\t.endr");
+    }
     /* Of each thread. glibc allocates such variables at a thread's first access, and ends the process where it cannot,
        unless they are "initial-exec": then they are there from the start. Other C libraries load no such module. */
     #if defined(__GLIBC__)
@@ -95,6 +98,7 @@ cdef extern from *:
     int cattn_cpu_supports(const char* feature) noexcept
     double cattn_seconds_to_spin(long rounds) noexcept nogil
     const size_t CATTN_KEPT_SCRATCH
+    void cattn_run_nops(long rounds) noexcept nogil
     ctypedef struct pthread_mutex_t:
         pass
     int pthread_mutex_init(pthread_mutex_t*, void*) noexcept nogil
@@ -122,6 +126,14 @@ def spin_rounds(double seconds):
     cdef long rounds = 200
     cdef double fastest = min([cattn_seconds_to_spin(rounds) for _ in range(3)])
     return max(1, <long> (seconds / max(fastest, 1e-9) * rounds))
+
+
+def nops(long rounds):
+    """Runs `rounds` times 100 NOPs, without the GIL; returns their number. Of a core they take what decodes
+    instructions and nothing else: another hardware thread leaves them half of that, and an FMA loop all it needs."""
+    with nogil:
+        cattn_run_nops(rounds)
+    return 100 * rounds
 
 
 def set_threads(Py_ssize_t default, Py_ssize_t openmp):
