@@ -1,16 +1,21 @@
 """Measure cattn against its peers: `python -m bench`.
 
-Every result is checked before it is timed. Exit status 1 when one is wrong or an implementation fails.
+Every result is checked before it is timed. The table grows row by row; stderr says what is left. Exit status 1 when a
+result is wrong or an implementation fails, 130 after Ctrl-C, which keeps the rows that are finished.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import sys
+import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import cattn
+from cattn.__main__ import Progress, seconds
 
 from . import probes, report, runner
 from .peers import PEERS
@@ -34,18 +39,14 @@ def thread_counts(text):
     return counts
 
 
-def seconds(text):
-    if not 0 < float(text) < 3600:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0 and below 3600, got {text!r}")
-    return float(text)
-
-
 def new_file(text):
     """A path in a directory that exists: known before the measuring, not after."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"no directory {str(path.parent)!r}")
-    return path
+    if path.exists() and not path.is_file():  # it is replaced
+        raise argparse.ArgumentTypeError(f"expected a new file or one to replace, got {text!r}")
+    return path.resolve()
 
 
 def argument_parser():
@@ -66,7 +67,7 @@ def argument_parser():
     )
     add("--all", action="store_true", help="the slow workloads as well")
     add("--seconds", type=seconds, default=0.3, help="for each implementation of a workload (%(default)s)")
-    add("--json", type=new_file, metavar="FILE", help="write the results")
+    add("--json", type=new_file, metavar="FILE", help="write the results, after each row")
     add("--plot", type=new_file, metavar="FILE.png", help="draw them (needs matplotlib)")
     add("--list", action="store_true", help="print the workloads and why each is there")
     return parser
@@ -76,8 +77,41 @@ def is_chosen(work, args):
     return work.name in args.workloads if args.workloads else args.all or work.default
 
 
-def say(message):
-    print(message, file=sys.stderr)
+class Show:
+    """What terminal and JSON file show of a run while it lasts."""
+
+    def __init__(self, json_file, total, row_seconds):
+        """total: the number of rows; row_seconds: the least that one takes."""
+        self.json_file, self.total, self.row_seconds = json_file, total, row_seconds
+        self.done = 0
+        self.start = time.monotonic()
+        self.progress = Progress(json_only=True)  # on stderr
+
+    def about(self, text):
+        """What comes next, and what is left: on a terminal in place, elsewhere a line."""
+        row_seconds = self.row_seconds
+        if self.done:
+            row_seconds = max(row_seconds, (time.monotonic() - self.start) / self.done)
+        left = row_seconds * (self.total - self.done)
+        left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        self.progress.show(f"{self.done} of {self.total} rows done, about {left} left: {text}", at_once=True)
+
+    def say(self, text):
+        """On stderr, to stay."""
+        self.progress.clear()
+        print(text, file=sys.stderr, flush=True)
+
+    def write(self, text):
+        """A part of the table."""
+        self.progress.clear()
+        print(text, flush=True)
+
+    def save(self, data):
+        """At no time is there half a file."""
+        if self.json_file:
+            part = self.json_file.with_name(f"{self.json_file.name}.part")
+            part.write_text(json.dumps(data, indent=1) + "\n")
+            os.replace(part, self.json_file)
 
 
 def main(argv=None):
@@ -92,28 +126,54 @@ def main(argv=None):
         return 0
 
     counts = args.threads or sorted({1, cattn.get_num_threads()})
-    peers = ["cattn"]
-    for peer in args.peers:
-        if runner.installed(peer):
-            peers.append(peer)
-        else:
-            say(f"skipped: {peer} (not installed)")
+    missing = [peer for peer in args.peers if not runner.installed(peer)]
+    peers = ["cattn", *(peer for peer in args.peers if peer not in missing)]
+    left_out = [f"{peer} (not installed)" for peer in missing]
     if importlib.util.find_spec("ml_dtypes") is None:
-        for work in works:
-            if work.dtype == "bfloat16":
-                say(f"skipped: {work.name} (ml_dtypes is not installed)")
+        left_out += [f"{work.name} (ml_dtypes is not installed)" for work in works if work.dtype == "bfloat16"]
         works = [work for work in works if work.dtype != "bfloat16"]
-
-    data = runner.run(works, peers, counts, args.seconds, say)
     chosen = [name for name in probes.PROBES if not args.workloads or name in args.workloads]
-    data["probes"] = {name: probes.run(name, counts[-1]) for name in chosen}
-    if args.json:
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
-    if args.plot:
+
+    show = Show(args.json, len(works) + len(chosen), args.seconds * len(counts) * len(peers))
+    for what in left_out:
+        show.say(f"skipped: {what}")
+    data, status = None, 0
+    try:
+        with closing(runner.run(works, peers, counts, args.seconds, show.about, show.say)) as measured:
+            for data in measured:
+                rows = report.by_workload(data)
+                show.done = len(rows)
+                show.save(data)
+                show.write(report.lines(rows[-1], data) if rows else report.header(data))
+        for name in chosen:
+            show.about(name)
+            data["probes"][name] = probes.run(name, counts[-1])
+            show.done += 1
+            show.save(data)
+    except KeyboardInterrupt:
+        status, end = 130, {"interrupted": True}
+    except runner.PeerError as error:  # of cattn's process, which probes the machine
+        status, end = 1, {"error": f"cattn: {error}"}
+        show.say(end["error"])
+    if data is None:
+        show.progress.clear()
+        return status
+    if status:
+        show.save(data | end)
+    if args.plot and data["rows"]:
         report.plot(data, args.plot)
-    print(report.text(data))
-    return 0 if report.is_right(data) else 1
+    show.write(report.footer(data))
+    if status == 130:
+        show.write("\nInterrupted: what stands above was measured, the rest was not.")
+    is_right = all(report.is_right(result) for row in data["rows"] for result in row["results"].values())
+    return status or int(not is_right)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `python -m bench | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        code = 1
+    sys.exit(code)

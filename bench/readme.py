@@ -1,35 +1,78 @@
-"""Write the report of a run into README.md: `python -m bench.readme BENCH.json`."""
+"""Write a run into README.md, docs/benchmark.md and docs/pictures/benchmark.png: `python -m bench.readme BENCH.json`.
+
+README gets a short table, docs/benchmark.md all of it, each between its markers; the picture is of all rows.
+"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from .report import markdown
+from . import report
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+PAGE, PICTURE = "docs/benchmark.md", "docs/pictures/benchmark.png"
+SHORT = {
+    "prefill-512": "a paragraph, 8 heads x 512 tokens x 64",
+    "prefill-2048-causal": "a page, causal, 8 x 2048 x 64",
+    "encoder-32x128": "32 sentences, 12 x 128 x 64",
+    "decode-4096": "a new token after 4096, 32 x 128",
+    "layer-1x128-w768": "a layer with its projections, 128 x 768",
+}
 
 
-def with_report(readme, data):
-    """The README text with the report of `data` between the markers, whatever was there."""
-    before, start, rest = readme.partition(START)
+def short(data):
+    """README's table, under the machine's line."""
+    most = list(data["limits"])[-1]
+    rows = {row["workload"]: row for row in data["rows"] if str(row["threads"]) == most}
+    missing = [name for name in SHORT if name not in rows]
+    if missing:
+        raise ValueError(f"no row of {', '.join(missing)}, which README shows: run python -m bench without --workloads")
+    peers = report.peers_of(data)
+    table = [["", "cattn, ms", *peers]]
+    for name, words in SHORT.items():
+        cells = [report.peer_cell(rows[name], peer) for peer in peers]
+        table.append([words, report.time_cell(rows[name]), *cells])
+    busy = " \\*: the machine was busy." if any(rows[name]["busy"] for name in SHORT) else ""
+    return "\n".join(
+        [
+            f"{next(report.machine(data))}, {report.threads(most)}. Peers: their time in units of cattn's.{busy}",
+            "",
+            report.markdown_table(table),
+            "",
+            f"[All workloads, versions and limits]({PAGE})",
+        ]
+    )
+
+
+def between_markers(page, text):
+    """The page with the text between its markers, whatever was there."""
+    before, start, rest = page.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
         raise ValueError(f"no {START} followed by {END}")
-    return f"{before}{START}\n{markdown(data)}\n{END}{after}"
+    return f"{before}{START}\n{text}\n{END}{after}"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.partition("\n")[0])
     parser.add_argument("json", type=Path, help="what python -m bench --json wrote")
-    parser.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, help="where README.md is")
     args = parser.parse_args(argv)
+    pages, path = {}, args.root
     try:
-        text = with_report(args.readme.read_text(), json.loads(args.json.read_text()))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"bench.readme: {args.json}, {args.readme}: {error}", file=sys.stderr)
+        data = json.loads(args.json.read_text())
+        for name, make in {"README.md": short, PAGE: report.markdown}.items():
+            path = args.root / name
+            pages[path] = between_markers(path.read_text(), make(data))
+        path = args.root / PICTURE
+        path.parent.mkdir(exist_ok=True)
+        report.plot(data, path)
+        for path, text in pages.items():
+            path.write_text(text)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        print(f"bench.readme: {args.json}, {path}: {error}", file=sys.stderr)
         return 2
-    args.readme.write_text(text)
     return 0
 
 

@@ -10,6 +10,7 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +19,8 @@ from .peers import PEERS, Unsupported
 from .workloads import WORKLOADS
 
 SLICE = 1 << 20  # elements compared at a time
+PROBES = 4  # of FMAs and of NOPs, before and after each row
+NOP_ROUNDS = 100_000  # of 100: 0.5 ms where 6 run in a cycle
 CLOCK = 20e-6  # seconds; shorter calls are timed in groups that take at least this long
 
 
@@ -48,16 +51,6 @@ def time_calls(run, seconds):
     return {"best": min(times), "median": statistics.median(times), "calls": calls}
 
 
-def rate(function, work, num_threads):
-    """Best of three: what `function` says it has done, a second."""
-    rates = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = function(work, num_threads)
-        rates.append(done / (time.perf_counter() - start))
-    return max(rates)
-
-
 def rest():
     """Wait until the threads of this process use no more time, one second at most."""
     for _ in range(100):
@@ -74,6 +67,8 @@ class Worker:
         self.peer = PEERS[peer](num_threads)
         self.num_threads = num_threads
         self.run = None
+        self.array = None
+        self.nop = 0.0
 
     def version(self):
         return self.peer.version
@@ -91,18 +86,46 @@ class Worker:
     def measure(self, seconds):
         return time_calls(self.run, seconds)
 
-    def limits(self):
-        """What the machine can do: float32 operations and bytes read a second."""
-        from cattn import _kernels
+    @cached_property
+    def machine(self):
+        from cattn import _speed  # only here: the processes of the other peers stay free of cattn
 
-        return {
-            "fma": rate(_kernels.fma_flops, 1_000_000, self.num_threads),
-            "read": rate(_kernels.read_bytes, self.beyond_caches, self.num_threads),
-        }
+        return _speed.Machine(self.num_threads)
 
     @cached_property
-    def beyond_caches(self):
-        return np.ones(1 << 26, np.float32)  # 256 MiB
+    def threads(self):
+        return ThreadPoolExecutor(self.machine.cpus)
+
+    def probe(self):
+        """What the machine gives `now`: the part of the CPU time that was asked for, FMAs and NOPs a second. The
+        `best` of FMAs and NOPs: of all probes so far."""
+        fma = self.machine.probe(PROBES)
+        nop = [self.nops() for _ in range(PROBES)]
+        self.nop = max(self.nop, *nop)
+        asked_for = self.machine.cpus * sum(seconds for _, seconds, _ in fma)
+        now = {
+            "time": sum(used for _, _, used in fma) / asked_for,
+            "fma": statistics.median(rate for rate, _, _ in fma),
+            "nop": statistics.median(nop),
+        }
+        return {"now": now, "best": {"fma": self.machine.fma, "nop": self.nop}}
+
+    def nops(self):
+        """NOPs a second in the slowest of the threads."""
+        from cattn import _kernels
+
+        def rate(_):
+            start = time.perf_counter()
+            done = _kernels.cpu.nops(NOP_ROUNDS)
+            return done / (time.perf_counter() - start)
+
+        return min(self.threads.map(rate, range(self.machine.cpus)))
+
+    def read(self, nbytes):
+        """Bytes a second, of an array of that size: it lies in the same cache as what a workload reads, or in none."""
+        if self.array is None or self.array.nbytes != nbytes:
+            self.array = np.ones(nbytes // 4, np.float32)
+        return self.machine.read(self.array)
 
 
 def main():
