@@ -6,11 +6,14 @@ Switches, from the environment:
     CATTN_ISAS=avx2,baseline            build these rows of the table alone, to try an edit of a kernel
 """
 
+import multiprocessing
 import os
 import platform
 import runpy
+import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -50,6 +53,9 @@ SANITIZE = [
 # limited API: a wheel for each version.
 LIMITED_API = [] if sysconfig.get_config_var("Py_GIL_DISABLED") else [("Py_LIMITED_API", "0x030B0000")]
 
+# Processes that translate to C. Other ways to start them than fork would run this file anew.
+TRANSLATORS = os.cpu_count() if multiprocessing.get_start_method() == "fork" else 0
+
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,
@@ -73,7 +79,15 @@ class BuildExt(build_ext):
             extension.extra_compile_args += openmp
             extension.extra_link_args += openmp
         self.parallel = self.parallel or os.cpu_count()
+        self.start, self.built = time.monotonic(), 0
         super().build_extensions()
+
+    def build_extension(self, extension):
+        super().build_extension(extension)
+        self.built += 1
+        seconds = time.monotonic() - self.start
+        print(f"cattn: {extension.name} compiled, {self.built} of {len(self.extensions)}, {seconds:.0f} s",
+              file=sys.stderr, flush=True)
 
     def _compiles(self, flag):
         with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +128,7 @@ setup(
         compiler_directives=DIRECTIVES,
         annotate=bool(os.environ.get("CATTN_ANNOTATE")),
         build_dir="build/cython",
-        nthreads=0,
+        nthreads=TRANSLATORS,
     ),
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},

@@ -107,8 +107,9 @@ address() {
     export PYTHONMALLOC=malloc
     export ASAN_OPTIONS=abort_on_error=1:handle_segv=0:allocator_may_return_null=1:log_path=$log/asan
     export LSAN_OPTIONS=exitcode=0 UBSAN_OPTIONS=print_stacktrace=1
-    # The first times the kernels; the others measure memory, and what is freed stays in quarantine for a while.
-    suite 'flags_are_in_force or no_page_more or eight_threads or scratch_stays_small' sees_addresses
+    # The first times the kernels; the others measure memory or limit it, and what is freed stays in quarantine for a
+    # while.
+    suite 'flags_are_in_force or no_page_more or eight_threads or scratch_stays_small or one_pool' sees_addresses
     unset PYTHONMALLOC
 }
 
@@ -127,7 +128,8 @@ thread() {
     # ThreadSanitizer allows no threads in a child of fork; calls_in_flight, in_a_child and behind_a_wall fork as well.
     # LLVM's OpenMP reads its environment otherwise than GCC's: OMP_NUM_THREADS=0 as 1, limits and levels.
     local left_out='flags_are_in_force or fork or calls_in_flight or in_a_child or behind_a_wall'
-    suite "$left_out or nonsense_in_the_environment or environment_of_openmp or thread_limit" sees_races
+    left_out+=' or nonsense_in_the_environment or odd_environments or environment_of_openmp or thread_limit'
+    suite "$left_out" sees_races
     unset OMP_TOOL_LIBRARIES OMP_WAIT_POLICY
 }
 
