@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import cattn
+from cattn._speed import QUIET, how_quiet
 
 from . import report
 from .peers import PEERS, Numpy
@@ -33,10 +34,6 @@ THREAD_VARIABLES = (
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-# What probes see of a quiet machine, at least. Of the CPU time that they asked for: undisturbed 98 % and more, of
-# several threads some percent less, since they wake up. Of the run's most FMAs and NOPs a second: both follow the
-# clock, which varies by 12 %; where another tenant runs on the same core, NOPs fall to 45 to 65 % and FMAs stay (Xeon).
-QUIET = {"time": 0.88, "fma": 0.8, "nop": 0.8}
 REPEATS = 2  # of the turns, while the machine is busy
 LIMITS = 5  # measurements of a limit, at the start and where it has turned out too low
 BEYOND_CACHES = 1 << 28  # bytes
@@ -145,7 +142,7 @@ def measure(work, num_threads, processes, expected, tolerance, seconds, limits, 
     results = check(work, processes, expected, tolerance)
     machine = processes["cattn"]
     attempts = []
-    while not attempts or (how_quiet(attempts[-1], limits)["busy"] and len(attempts) <= REPEATS):
+    while not attempts or (how_quiet(attempts[-1]["seen"], limits)["busy"] and len(attempts) <= REPEATS):
         if attempts:
             about(f"{work.name} again, since the machine was busy")
         before = probe(machine, limits)
@@ -156,7 +153,7 @@ def measure(work, num_threads, processes, expected, tolerance, seconds, limits, 
         after = probe(machine, limits)
         attempts.append(attempt | {"seen": {name: min(before[name], after[name]) for name in QUIET}})
     row = describe(work) | {"threads": num_threads, "tolerance": tolerance, "results": results}
-    row |= max(attempts, key=lambda attempt: how_quiet(attempt, limits)["quiet"])
+    row |= max(attempts, key=lambda attempt: how_quiet(attempt["seen"], limits)["quiet"])
     for peer, times in row.pop("times").items():
         if results[peer].get("correct"):  # else it has failed in a later attempt
             results[peer] |= times
@@ -170,12 +167,6 @@ def probe(process, limits):
     answer = process.ask("probe")["result"]
     limits.update({name: max(limits[name], rate) for name, rate in answer["best"].items()})
     return answer["now"]
-
-
-def how_quiet(row, limits):
-    """quiet: the part of the machine that was there for the row's probes; busy: less than of a quiet machine."""
-    shares = {name: rate / limits.get(name, 1.0) for name, rate in row["seen"].items()}
-    return {"quiet": min(shares.values()), "busy": any(shares[name] < QUIET[name] for name in shares)}
 
 
 def measure_limit_again(row, process, limits):
@@ -244,7 +235,7 @@ def run(works, peers, thread_counts, seconds, about, say):
                     for n, processes in groups.items()
                 ]
                 for row in data["rows"]:  # the limits may have grown
-                    row |= how_quiet(row, limits[str(row["threads"])])
+                    row |= how_quiet(row["seen"], limits[str(row["threads"])])
                 yield data
     finally:
         for processes in groups.values():

@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -19,8 +18,7 @@ from .peers import PEERS, Unsupported
 from .workloads import WORKLOADS
 
 SLICE = 1 << 20  # elements compared at a time
-PROBES = 4  # of FMAs and of NOPs, before and after each row
-NOP_ROUNDS = 100_000  # of 100: 0.5 ms where 6 run in a cycle
+PROBES = 4  # before and after each row
 CLOCK = 20e-6  # seconds; shorter calls are timed in groups that take at least this long
 
 
@@ -68,7 +66,6 @@ class Worker:
         self.num_threads = num_threads
         self.run = None
         self.array = None
-        self.nop = 0.0
 
     def version(self):
         return self.peer.version
@@ -92,34 +89,10 @@ class Worker:
 
         return _speed.Machine(self.num_threads)
 
-    @cached_property
-    def threads(self):
-        return ThreadPoolExecutor(self.machine.cpus)
-
     def probe(self):
-        """What the machine gives `now`: the part of the CPU time that was asked for, FMAs and NOPs a second. The
-        `best` of FMAs and NOPs: of all probes so far."""
-        fma = self.machine.probe(PROBES)
-        nop = [self.nops() for _ in range(PROBES)]
-        self.nop = max(self.nop, *nop)
-        asked_for = self.machine.cpus * sum(seconds for _, seconds, _ in fma)
-        now = {
-            "time": sum(used for _, _, used in fma) / asked_for,
-            "fma": statistics.median(rate for rate, _, _ in fma),
-            "nop": statistics.median(nop),
-        }
-        return {"now": now, "best": {"fma": self.machine.fma, "nop": self.nop}}
-
-    def nops(self):
-        """NOPs a second in the slowest of the threads."""
-        from cattn import _kernels
-
-        def rate(_):
-            start = time.perf_counter()
-            done = _kernels.cpu.nops(NOP_ROUNDS)
-            return done / (time.perf_counter() - start)
-
-        return min(self.threads.map(rate, range(self.machine.cpus)))
+        """What the machine gives `now`, and the `best` of FMAs and NOPs of all probes so far."""
+        now = self.machine.seen(self.machine.probe(PROBES))
+        return {"now": now, "best": {"fma": self.machine.fma, "nop": self.machine.nop}}
 
     def read(self, nbytes):
         """Bytes a second, of an array of that size: it lies in the same cache as what a workload reads, or in none."""

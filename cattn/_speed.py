@@ -2,9 +2,9 @@
 most. `python -m cattn speed` runs it.
 
 NumPy works in a process of its own (_plain.py), in turns with this one: two pools of threads that spin on the same CPUs
-slow each other down several times over. Around each row the machine is probed: FMAs in registers, on as many threads as
-cattn uses. Where they get less CPU time than they ask for, or are slower than they have been, somebody else is using
-the machine, and the row says so.
+slow each other down several times over. Around each row the machine is probed: FMAs in registers and NOPs, on as many
+threads as cattn uses. Where they get less CPU time than they ask for, or are slower than they have been, somebody else
+is using the machine, and the row says so.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
+import typing
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
@@ -25,9 +27,11 @@ TURNS = 2  # of cattn and NumPy at each row: what disturbs the machine for a whi
 PROBE = 2e-3  # seconds: long against the 50 to 200 us in which a thread wakes up; a row pays for eight
 PROBES = 4
 REPEATS = 5  # of a limit that has turned out too low
-# Of the CPU time that was asked for, and of the FMA peak. An undisturbed thread got 98 % and more of both; of several,
-# waking up takes some percent of a probe.
-QUIET = 0.88
+NOP_ROUNDS = 100_000  # of 100: 0.5 ms where 6 run in a cycle
+# What probes see of a quiet machine, at least. Of the CPU time that they asked for: undisturbed 98 % and more, of
+# several threads some percent less, since they wake up. Of the most FMAs and NOPs a second: both follow the clock,
+# which varies by 12 %; where another tenant runs on the same core, NOPs fall to 45 to 65 % and FMAs stay (Xeon).
+QUIET = {"time": 0.88, "fma": 0.8, "nop": 0.8}
 
 
 class PeerError(Exception):
@@ -66,29 +70,30 @@ class Machine:
     def __init__(self, num_threads):
         self.num_threads = num_threads
         self.cpus = min(num_threads, _kernels.cpus)  # on which they run
-        self.fma = 0.0  # operations a second, the most of all probes
+        self.fma = self.nop = 0.0  # operations a second, the most of all probes
         self.iterations = 1000
+        self.threads = ThreadPoolExecutor(self.cpus)
         # The shortest of some: a thread that waits for a CPU makes any probe long.
-        while min(seconds for _, seconds, _ in self.probe()) < PROBE:
+        while min(probe.seconds for probe in self.probe()) < PROBE:
             self.iterations *= 2
 
-    def _fma(self):
-        """(operations a second, seconds, seconds of CPU time) of a probe."""
+    def probe(self, repeats=PROBES):
+        return [self._probe() for _ in range(repeats)]
+
+    def _probe(self):
         start, used = time.perf_counter(), time.process_time()
         done = _kernels.f32.fma_flops(self.iterations, self.num_threads)
         seconds, used = time.perf_counter() - start, time.process_time() - used
-        self.fma = max(self.fma, done / seconds)
-        return done / seconds, seconds, used
+        probe = Probe(done / seconds, seconds, used, min(self.threads.map(nops, [NOP_ROUNDS] * self.cpus)))
+        self.fma, self.nop = max(self.fma, probe.fma), max(self.nop, probe.nop)
+        return probe
 
-    def probe(self, repeats=PROBES):
-        """[(operations a second, seconds, seconds of CPU time), ...]"""
-        return [self._fma() for _ in range(repeats)]
-
-    def quiet(self, probes):
-        """The part of the machine that was there for these probes: of the CPU time that they asked for, or of the FMA
-        peak, whichever is less."""
-        time_share = sum(used for _, _, used in probes) / self.cpus / sum(seconds for _, seconds, _ in probes)
-        return min(time_share, statistics.median(rate for rate, _, _ in probes) / self.fma)
+    def seen(self, probes):
+        """What these probes saw: the part of the CPU time that they asked for, FMAs and NOPs a second."""
+        asked_for = self.cpus * sum(probe.seconds for probe in probes)
+        return {"time": sum(probe.used for probe in probes) / asked_for,
+                "fma": statistics.median(probe.fma for probe in probes),
+                "nop": statistics.median(probe.nop for probe in probes)}
 
     def read(self, array, seconds=0.03):
         """Bytes a second, the most of a few: of an array that is as large as what the work reads, so that it lies in
@@ -99,6 +104,26 @@ class Machine:
             done = _kernels.f32.read_bytes(array, self.num_threads)
             rates.append(done / (time.perf_counter() - start))
         return max(rates)
+
+
+class Probe(typing.NamedTuple):
+    fma: float      # operations a second
+    seconds: float  # that the FMAs took
+    used: float     # seconds of CPU time in these
+    nop: float      # NOPs a second in the slowest of the threads
+
+
+def nops(rounds):
+    """NOPs a second, in this thread."""
+    start = time.perf_counter()
+    done = _kernels.cpu.nops(rounds)
+    return done / (time.perf_counter() - start)
+
+
+def how_quiet(seen, limits):
+    """quiet: the part of the machine that was there, of what probes have seen; busy: less than of a quiet machine."""
+    shares = {name: rate / limits.get(name, 1.0) for name, rate in seen.items()}
+    return {"quiet": min(shares.values()), "busy": any(shares[name] < QUIET[name] for name in shares)}
 
 
 def prepared(work):
@@ -142,7 +167,7 @@ def measured(work, plain, machine, deadline):
     reads = np.ones(work.nbytes // 4, np.float32) if work.limit == "read" else None
     probes = machine.probe()
     bandwidth = 0.0 if reads is None else machine.read(reads)
-    probing = sum(seconds for _, seconds, _ in probes)
+    probing = sum(probe.seconds for probe in probes)
     share = max(deadline - time.perf_counter() - probing, 0) / (2 * TURNS)
     times = {"cattn": [], "numpy": []}
     for turn in range(TURNS):
@@ -168,9 +193,7 @@ def measured(work, plain, machine, deadline):
         if row["rate"] > row["limit"]:
             measure_again(row, machine, reads)
         row["share"] = row["rate"] / row["limit"]
-    row["quiet"] = machine.quiet(probes)
-    row["busy"] = row["quiet"] < QUIET
-    return row
+    return row | how_quiet(machine.seen(probes), {"fma": machine.fma, "nop": machine.nop})
 
 
 def measure_again(row, machine, reads):

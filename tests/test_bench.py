@@ -203,7 +203,7 @@ def measured(probes, *, name="prefill-128", reads=(), **answers):
     answers = {"load": {"result": 0.5}, "measure": turns, "probe": probes, "read": list(reads)} | answers
     processes = {"cattn": FakeProcess(**answers)}
     row = runner.measure(work, 1, processes, "expected.npy", 1.0, 1, limits, said.append)
-    return row | runner.how_quiet(row, limits), said, limits
+    return row | runner.how_quiet(row["seen"], limits), said, limits
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_limit_that_grows_makes_earlier_rows_busy():
     row, _, limits = measured([probe(), probe()])
     assert not row["busy"]
     runner.probe(FakeProcess(probe=probe(best=2.0)), limits)
-    assert runner.how_quiet(row, limits) == {"quiet": 0.5, "busy": True}
+    assert runner.how_quiet(row["seen"], limits) == {"quiet": 0.5, "busy": True}
 
 
 @pytest.mark.parametrize(("best", "expected"), [(1.5, 1.5), (1.1, 1.1)])

@@ -346,14 +346,16 @@ def test_works():
     assert _plain.Work("", "attention", (1, 8, 2, 1, 5, 64), "float16", limit="read").nbytes == 2 * 2 * 5 * 64 * 2
 
 
-@pytest.mark.parametrize(("probes", "expected"), [
-    ([(100, 1.0, 2.0)] * 3, 1.0),
-    ([(100, 1.0, 1.0)] * 3, 0.5),  # of the CPU time of two threads, half
-    ([(100, 1.0, 2.0), (40, 1.0, 2.0), (40, 1.0, 2.0)], 0.4),  # it has the CPUs, but they are slower
+@pytest.mark.parametrize(("probes", "quiet", "busy"), [
+    ([(100, 1.0, 2.0, 50)] * 3, 1.0, False),
+    ([(100, 1.0, 1.0, 50)] * 3, 0.5, True),  # of the CPU time of two threads, half
+    ([(100, 1.0, 2.0, 50), (40, 1.0, 2.0, 50), (40, 1.0, 2.0, 50)], 0.4, True),  # it has the CPUs, but they are slower
+    ([(100, 1.0, 2.0, 30), (100, 1.0, 2.0, 30), (100, 1.0, 2.0, 50)], 0.6, True),  # and shares their decoders
+    ([(90, 1.0, 1.9, 45)] * 3, 0.9, False),
 ])
-def test_a_busy_machine_is_noticed(probes, expected):
-    machine = SimpleNamespace(cpus=2, fma=100.0)
-    assert _speed.Machine.quiet(machine, probes) == pytest.approx(expected)
+def test_a_busy_machine_is_noticed(probes, quiet, busy):
+    seen = _speed.Machine.seen(SimpleNamespace(cpus=2), [_speed.Probe(*probe) for probe in probes])
+    assert _speed.how_quiet(seen, {"fma": 100, "nop": 50}) == {"quiet": pytest.approx(quiet), "busy": busy}
 
 
 @pytest.mark.parametrize(("found", "limit", "note"), [
