@@ -30,9 +30,7 @@ from cattn.reference import _as_array, _check_bool, _check_int, _check_table, _c
 try:
     import matplotlib
 except ModuleNotFoundError as error:
-    if error.name != "matplotlib":
-        raise
-    raise ImportError('cattn.plots: needs matplotlib, which is not installed: `pip install "cattn[plot]"`') from error
+    raise ImportError(f'cattn.plots: needs matplotlib ({error}): `pip install "cattn[plot]"`') from error
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
@@ -49,7 +47,6 @@ _STYLES = ("-", "--", ":", "-.")
 _WIDTH = 4.2  # inches: in a column of 3.4, text of 10 points is still of 8
 _MOST_TICKS = 64  # tokens along an axis; of more, some are named
 _SMALLEST = 5.5  # points, of a text
-_AROUND = np.linspace(0, math.tau, 73)
 
 
 def weights(
@@ -96,47 +93,37 @@ def weights(
     >>> [ax.get_title() for ax in plots.weights(w, tokens, tokens)][-1]
     'head 7'
     """
-    w = _numbers("w", w)
-    if w.ndim not in (2, 3):
-        cure = ""
-        if w.ndim == 1:
-            cure = "; of one query: w[None]"
-        elif w.ndim > 3:
-            cure = f"; of one sequence: w[{', '.join('0' * (w.ndim - 3))}]"
-        raise ValueError("w: expected (seq_len_q, seq_len_kv) or (num_heads, seq_len_q, seq_len_kv), "
-                         f"got shape {w.shape}{cure}")
-    if not w.size:
-        raise ValueError(f"w: expected a query and a key at least, got shape {w.shape}")
-    if w.min(initial=0, where=~np.isnan(w)) < 0:
-        raise ValueError(f"w: expected weights, none of them below 0, got {np.nanmin(w)}; return_weights=True of "
-                         "attention gives them")
+    w = _numbers("w", w, 3, "(seq_len_q, seq_len_kv) or (num_heads, seq_len_q, seq_len_kv)")
+    lowest = np.fmin.reduce(w, axis=None)  # of what is no NaN
+    if lowest < 0:
+        raise ValueError(f"w: expected weights, none of them below 0, got {lowest}; return_weights=True of attention "
+                         "gives them")
     if numbers is not None:
         numbers = _check_bool("numbers", numbers)
     seq_len_q, seq_len_kv = w.shape[-2:]
     query_tokens = _tokens("query_tokens", query_tokens, seq_len_q, "row")
     key_tokens = _tokens("key_tokens", key_tokens, seq_len_kv, "column")
-    heads = w if w.ndim == 3 else w[None]
+    heads = w.reshape(-1, seq_len_q, seq_len_kv)
+    per_row = 1
     if ax is None:
-        axes, outer = _grid(len(heads), seq_len_q, seq_len_kv, query_tokens, key_tokens)
+        axes, per_row = _grid(len(heads), seq_len_q, seq_len_kv, query_tokens, key_tokens)
     else:
-        axes, outer = _given(ax, len(heads) if w.ndim == 3 else None), None
-    largest = w.max(initial=0, where=np.isfinite(w)) or 1.0
+        axes = np.array([_check_axes(ax)]) if w.ndim == 2 else _of_heads(ax, len(heads))
+    largest = _largest(w)
     for number, (panel, head) in enumerate(zip(axes, heads, strict=True)):
-        image = panel.imshow(head, cmap=_SEQUENTIAL, vmin=0, vmax=largest, aspect="auto", origin="upper")
-        size = _text_size(panel, *head.shape, len("0.00"))
-        if numbers or (numbers is None and size >= _SMALLEST):
-            _write(panel, image, head, "{:.2f}", max(size, _SMALLEST))
+        image = _heat_map(panel, head, _SEQUENTIAL, 0, largest)
+        if numbers is not False:
+            _write(panel, image, head, "{:.2f}", len("0.00"), where_they_fit=numbers is None)
         _name_ticks(panel.xaxis, key_tokens, "key")
         _name_ticks(panel.yaxis, query_tokens, "query")
         if w.ndim == 3:
             panel.set_title(f"head {number}", fontsize="medium")
-        if outer is not None:
-            at_left, at_bottom = outer[number]
-            panel.tick_params(labelleft=at_left, labelbottom=at_bottom)
-            if not at_left:
-                panel.set_ylabel("")
-            if not at_bottom:
-                panel.set_xlabel("")
+        if ax is None and number % per_row:  # its neighbour has the same labels
+            panel.set_ylabel("")
+            panel.tick_params(labelleft=False)
+        if ax is None and number + per_row < len(heads):
+            panel.set_xlabel("")
+            panel.tick_params(labelbottom=False)
     _colour_bar(image, axes, "weight")
     return axes if w.ndim == 3 else axes[0]
 
@@ -171,13 +158,12 @@ def encoding(table: ArrayLike, *, offset: int = 0, ax: Axes | None = None) -> Ax
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('column', 'position')
     """
-    table = _table(table)
+    table = _numbers("table", table, 2, "(length, dim)")
     offset = _check_int("offset", offset)
     ax = _one(ax, (_WIDTH, 3.4))
     length, dim = table.shape
-    limit = np.abs(table).max(initial=0, where=np.isfinite(table)) or 1.0
-    image = ax.imshow(table, cmap=_DIVERGING, vmin=-limit, vmax=limit, aspect="auto", origin="upper",
-                      extent=(-0.5, dim - 0.5, offset + length - 0.5, offset - 0.5))
+    limit = _largest(table)
+    image = _heat_map(ax, table, _DIVERGING, -limit, limit, (-0.5, dim - 0.5, offset + length - 0.5, offset - 0.5))
     ax.xaxis.set_major_locator(MultipleLocator(_step(dim, 8)))
     ax.yaxis.set_major_locator(_positions())
     ax.set(xlabel="column", ylabel="position")
@@ -221,9 +207,9 @@ def columns(table: ArrayLike, columns: Sequence[int], *, offset: int = 0, ax: Ax
     >>> [line.get_label() for line in ax.get_lines()]
     ['column 6', 'column 7', 'column 8', 'column 9']
     """
-    table = _table(table)
+    table = _numbers("table", table, 2, "(length, dim)")
     offset = _check_int("offset", offset)
-    chosen = _chosen("columns", columns, table.shape[1])
+    chosen = _ints("columns", columns, table.shape[1])
     ax = _one(ax, (_WIDTH, 2.6 + 0.19 * math.ceil(len(chosen) / 4)))  # four in a row of the legend
     positions = offset + np.arange(len(table))
     lines = []
@@ -234,7 +220,7 @@ def columns(table: ArrayLike, columns: Sequence[int], *, offset: int = 0, ax: Ax
     ax.set(xlabel="position", ylabel="value")
     ax.margins(x=0.01)
     ax.xaxis.set_major_locator(_positions())
-    _bare(ax)
+    ax.spines[["top", "right"]].set_visible(False)
     _legend_above(ax, lines)
     return ax
 
@@ -287,40 +273,31 @@ def binary(
     dim = table.shape[1]
     num_bits = (n - 1).bit_length()
     bits = np.arange(n)[:, None] >> np.arange(num_bits) & 1
+    powers = [2**bit if num_bits <= 6 else f"$2^{{{bit}}}$" for bit in range(num_bits)]
     ax = _one(ax, (_WIDTH, min(max(0.14 * n, 2.2), 8) + 1))
 
-    # In units of a column of the table. Bits take a third of the width.
-    gap = 0.08 * dim
-    bit_width = 0.55 * dim / num_bits
-    rows = n - 0.5, -0.5
-    ticks, labels, images = [], [], []
-    left = 0.0
-    for name, places, below in zip(("binary", "sines", "cosines"), (range(num_bits), *_columns(dim, layout)),
-                                   ("bit", "column", "column"), strict=True):
-        if not len(places):
-            break
-        is_bits = name == "binary"
-        width = bit_width if is_bits else 1.0
-        right = left + width * len(places)
-        # Bits are paler than -1 and 1 in the table, so that the digits can be read.
-        lowest, highest = (-0.7, 1.7) if is_bits else (-1, 1)
-        images.append(ax.imshow(bits if is_bits else table[:, places], cmap=_DIVERGING, vmin=lowest, vmax=highest,
-                                aspect="auto", origin="upper", extent=(left, right, *rows)))
-        step = _step(len(places), (6 if len(places) <= 6 else 4) if is_bits else max(6 - len(str(dim - 1)), 1))
-        ticks += [left + width * (number + 0.5) for number in range(0, len(places), step)]
-        labels += [_power(place, num_bits) if is_bits else str(place) for place in places[::step]]
+    # In units of a column of the table. Bits take a third of the width, and are paler than -1 and 1 in the table, so
+    # that the digits can be read.
+    parts = [("binary", "bit", bits, 0.55 * dim / num_bits, (-0.7, 1.7), powers, 6 if num_bits <= 6 else 4)]
+    for name, places in zip(("sines", "cosines"), _columns(dim, layout), strict=True):
+        if len(places):
+            parts.append((name, "column", table[:, places], 1, (-1, 1), places, max(6 - len(str(dim - 1)), 1)))
+    ticks, labels, images, left = [], [], [], 0.0
+    for name, below, values, width, limits, names, most in parts:
+        end = left + width * len(names)
+        images.append(_heat_map(ax, values, _DIVERGING, *limits, (left, end, n - 0.5, -0.5)))
+        step = _step(len(names), most)
+        ticks += [left + width * (number + 0.5) for number in range(0, len(names), step)]
+        labels.extend(map(str, names[::step]))
         for text, height, points, side in [(name, 1, 4, "bottom"), (below, 0, -20, "top")]:
-            ax.annotate(text, ((left + right) / 2, height), (0, points), xycoords=ax.get_xaxis_transform(),
+            ax.annotate(text, ((left + end) / 2, height), (0, points), xycoords=ax.get_xaxis_transform(),
                         textcoords="offset points", ha="center", va=side, annotation_clip=False)
-        left, end = right + gap, right
-    ax.set(xlim=(0, end), ylim=rows, ylabel="number, position")
-    size = _text_size(ax, n, end / bit_width, 2)
-    if size >= _SMALLEST:
-        _write(ax, images[0], bits, "{:d}", size)
+        left = end + 0.08 * dim
+    ax.set(xlim=(0, end), ylim=(n - 0.5, -0.5), ylabel="number, position")
+    _write(ax, images[0], bits, "{:d}", 2)
     ax.set_xticks(ticks, labels, fontsize="small")
     ax.yaxis.set_major_locator(_positions())
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    ax.spines[:].set_visible(False)
     _colour_bar(images[1], [ax], "sine, cosine (bits: 0 blue, 1 red)", ticks=[-1, 0, 1])
     return ax
 
@@ -425,18 +402,18 @@ def relative_shift(
     'P[pos + 5] = P[pos] @ R'
     """
     shift = cattn.relative_shift(delta, dim, base=base, layout=layout, endpoint=endpoint)
-    _, dim, base, _, endpoint, _ = _check_table(0, dim, base, 0, layout, endpoint)
     delta = _check_int("delta", delta)
-    pairs = _chosen("pairs", range(min(4, dim // 2)) if pairs is None else pairs, dim // 2)
-    positions = [_check_int("positions", position) for position in _listed("positions", positions, "[0, 3]")]
+    pairs = _ints("pairs", range(min(4, dim // 2)) if pairs is None else pairs, dim // 2)
+    positions = _ints("positions", positions)
 
     def rows(delta):
         return cattn.sinusoidal_encoding(
             len(positions), dim, base=base, layout=layout, endpoint=endpoint, dtype=np.float64,
             positions=[position + delta for position in positions])
 
+    there = f"P[pos {'-' if delta < 0 else '+'} {abs(delta)}]"
     before = rows(0)
-    tables = {"P[pos]": before, "P[pos] @ R": before @ shift, f"P[pos {_signed(delta)}]": rows(delta)}
+    tables = {"P[pos]": before, "P[pos] @ R": before @ shift, there: rows(delta)}
     sines, cosines = (places[pairs] for places in _columns(dim, layout))
     angles = delta / _periods(dim, base, endpoint, np.dtype(np.float64))[pairs]
     centres = np.stack(np.meshgrid(3.0 * np.arange(len(pairs)), -2.6 * np.arange(len(positions))), axis=-1)
@@ -448,22 +425,21 @@ def relative_shift(
     ax.set(aspect="equal", xlim=(left, right), ylim=(bottom, top))
     ax.set_axis_off()
 
-    circle = np.stack([np.cos(_AROUND), np.sin(_AROUND)], axis=-1)
+    circle = _on_circle(np.linspace(0, math.tau, 73))
     ax.add_collection(LineCollection((centres[..., None, :] + circle).reshape(-1, *circle.shape), colors="0.8",
                                      linewidths=0.8, label="_circles"))
-    for row, column in np.ndindex(hands[0].shape[:2]):
-        first = math.atan2(before[row, sines[column]], before[row, cosines[column]])
-        turned = first + math.fmod(angles[column], math.tau) * np.linspace(0, 1, 60)
-        arc = centres[row, column] + 0.5 * np.stack([np.cos(turned), np.sin(turned)], axis=-1)
-        ax.add_collection(LineCollection([arc], colors="0.5", linewidths=0.8, label="_arc"))
-        if abs(turned[-1] - first) > 0.4:  # room for a head
-            ax.annotate("", arc[-1], arc[-4], arrowprops={"arrowstyle": "->", "color": "0.5", "linewidth": 0.8,
-                                                          "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7})
+    turns = np.fmod(angles, math.tau)  # whole ones left out
+    starts = np.arctan2(before[:, sines], before[:, cosines])
+    arcs = centres[..., None, :] + 0.5 * _on_circle(starts[..., None] + turns[:, None] * np.linspace(0, 1, 60))
+    ax.add_collection(LineCollection(arcs.reshape(-1, 60, 2), colors="0.5", linewidths=0.8, label="_arcs"))
+    for arc in arcs[:, np.abs(turns) > 0.4].reshape(-1, 60, 2):  # room for a head
+        ax.annotate("", arc[-1], arc[-4], arrowprops={"arrowstyle": "->", "color": "0.5", "linewidth": 0.8,
+                                                      "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7})
     for ends, name, colour, width in zip(hands, tables, _COLOURS, (1.4, 2.0), strict=False):
         segments = np.stack([centres, ends], axis=-2).reshape(-1, 2, 2)
         ax.add_collection(LineCollection(segments, colors=colour, linewidths=width, label=name, capstyle="round"))
     ax.scatter(*hands[2].reshape(-1, 2).T, s=30, facecolors="none", edgecolors="black", linewidths=1, zorder=3,
-               label=list(tables)[2])
+               label=there)
 
     texts = [(-1.4, 1.25, "right: cosine\nup: sine", "right", "bottom"),
              (-1.4, bottom, "turned by", "right", "bottom")]
@@ -474,7 +450,7 @@ def relative_shift(
                   (x, bottom, f"{angle:.3g} rad", "center", "bottom")]
     for x, y, text, ha, va in texts:
         ax.text(x, y, text, ha=ha, va=va, fontsize="small")
-    ax.set_title(f"P[pos {_signed(delta)}] = P[pos] @ R", fontsize="medium")
+    ax.set_title(f"{there} = P[pos] @ R", fontsize="medium")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False, fontsize="small",
               borderaxespad=0.2, handlelength=1.2, columnspacing=1.2)
     return ax
@@ -483,40 +459,33 @@ def relative_shift(
 # Arguments.
 
 
-def _numbers(name, x):
-    """In float64: what is drawn need not be more exact."""
+def _numbers(name, x, most_axes, expected):
+    """In float64: what is drawn need not be more exact. With two axes or more."""
     x = _as_array(name, x)
     if not (x.dtype == bool or _is_number(x.dtype)):
         raise TypeError(f"{name}: expected an array of numbers, got dtype {x.dtype}")
+    if not (2 <= x.ndim <= most_axes and x.size):
+        cure = ""
+        if x.ndim == 1 and x.size:
+            cure = f"; of one row: {name}[None]"
+        elif x.ndim > most_axes:
+            cure = f"; one of them: {name}[{', '.join('0' * (x.ndim - most_axes))}]"
+        raise ValueError(f"{name}: expected {expected}, none of them 0, got shape {x.shape}{cure}")
     return x.astype(np.float64)
 
 
-def _table(table):
-    table = _numbers("table", table)
-    if table.ndim != 2 or not table.size:
-        cure = f"; one of them: table[{', '.join('0' * (table.ndim - 2))}]" if table.ndim > 2 else ""
-        raise ValueError(f"table: expected (length, dim), none of them 0, got shape {table.shape}{cure}")
-    return table
-
-
-def _listed(name, value, example):
-    """What is in a list, a range, an array."""
+def _ints(name, value, count=None):
+    """A list of some, from 0 to count - 1 where there is a count."""
     try:
         listed = list(value)
     except TypeError:
-        raise TypeError(f"{name}: expected a list of ints such as {example}, got {_shown(value)}") from None
+        listed = []
     if not listed:
-        raise ValueError(f"{name}: expected a list of ints such as {example}, got an empty one")
+        raise TypeError(f"{name}: expected a list of ints such as [0, 3], got {_shown(value)}")
+    listed = [_check_int(name, number) for number in listed]
+    if count is not None and not 0 <= min(listed) <= max(listed) < count:
+        raise ValueError(f"{name}: expected ints from 0 to {count - 1}, got {_shown(listed)}")
     return listed
-
-
-def _chosen(name, value, count):
-    """Ints below `count`."""
-    chosen = [_check_int(name, number) for number in _listed(name, value, "[0, 1]")]
-    for number in chosen:
-        if not 0 <= number < count:
-            raise ValueError(f"{name}: expected ints from 0 to {count - 1}, got {_shown(number)}")
-    return chosen
 
 
 def _tokens(name, tokens, count, what):
@@ -545,10 +514,6 @@ def _check_axes(ax):
     return ax
 
 
-def _signed(delta):
-    return f"- {-delta}" if delta < 0 else f"+ {delta}"
-
-
 # Axes.
 
 
@@ -561,22 +526,22 @@ def _one(ax, size):
     return pyplot.subplots(figsize=size, layout="constrained")[1]
 
 
-def _given(ax, heads):
-    """The Axes that the caller gave for so many heads (None: a matrix without), as an array."""
-    axes = np.array([_check_axes(ax)] if heads is None or isinstance(ax, Axes) else ax, dtype=object).ravel()
+def _of_heads(ax, heads):
+    """The Axes that the caller gave, as an array."""
+    axes = np.array(ax, dtype=object).ravel()
     for panel in axes:
         _check_axes(panel)
-    if heads is not None and len(axes) != heads:
+    if len(axes) != heads:
         raise ValueError(f"ax: expected {heads} Axes, one for each head of w, got {len(axes)}; "
                          f"pyplot.subplots(1, {heads})[1] are as many")
     return axes
 
 
 def _grid(heads, seq_len_q, seq_len_kv, query_tokens, key_tokens):
-    """An array of that many Axes in a new figure, and which of them are (at the left, at the bottom)."""
+    """An array of that many Axes in a new figure, and how many are in a row."""
     from matplotlib import pyplot
 
-    at_least = max(math.isqrt(heads - 1) + 1, 1)
+    at_least = math.isqrt(heads - 1) + 1
     per_row = next((number for number in range(at_least, 5) if heads % number == 0), min(at_least, 4))
     rows = -(-heads // per_row)
     cell, smallest, largest, more = (0.5, 2.0, 8.0, 1.4) if heads == 1 else (0.17, 1.0, 3.0, 1.1)
@@ -588,10 +553,7 @@ def _grid(heads, seq_len_q, seq_len_kv, query_tokens, key_tokens):
         below = 0.15
     figure = pyplot.figure(figsize=(per_row * width + more + beside, rows * (height + 0.2) + 0.5 + below),
                            layout="constrained")
-    axes = np.empty(heads, dtype=object)
-    for number in range(heads):
-        axes[number] = figure.add_subplot(rows, per_row, number + 1)
-    return axes, [(number % per_row == 0, number + per_row >= heads) for number in range(heads)]
+    return np.array([figure.add_subplot(rows, per_row, number + 1) for number in range(heads)]), per_row
 
 
 def _points(ax):
@@ -607,21 +569,33 @@ def _colour_bar(image, axes, label, **options):
     axes[0].figure.colorbar(image, ax=list(axes), label=label, aspect=max(20, height / 12), **options)
 
 
-def _text_size(ax, rows, columns, characters):
-    """Points of a text of so many characters that fits in each cell."""
-    width, height = 0.85 * _points(ax) / (columns, rows)
-    return min(0.7 * height, width / (0.65 * characters), 10)
+def _on_circle(angles):
+    """The points at these angles: x and y are the last axis."""
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
 
 
-def _write(ax, image, numbers, form, size):
-    """Each number in its cell, black or white, whichever can be read on its colour."""
+def _largest(x):
+    """Of its absolute values; 1 of none but 0 and what is not finite."""
+    return np.abs(x).max(initial=0, where=np.isfinite(x)) or 1.0
+
+
+def _heat_map(ax, x, colours, lowest, highest, extent=None):
+    return ax.imshow(x, cmap=colours, vmin=lowest, vmax=highest, extent=extent, aspect="auto", origin="upper")
+
+
+def _write(ax, image, numbers, form, characters, where_they_fit=True):
+    """Each number, of so many characters, in its cell, black or white, whichever can be read on its colour."""
     left, right, bottom, top = image.get_extent()
     rows, columns = numbers.shape
-    colours = image.cmap(image.norm(numbers))[..., :3]
-    is_dark = colours @ [0.299, 0.587, 0.114] < 0.5
+    cell = np.array([(right - left) / columns, (bottom - top) / rows])
+    width, height = 0.85 * _points(ax) * cell / np.ptp([ax.get_xlim(), ax.get_ylim()], axis=1)
+    size = min(0.7 * height, width / (0.65 * characters), 10)
+    if where_they_fit and size < _SMALLEST:
+        return
+    is_dark = image.to_rgba(numbers)[..., :3] @ [0.299, 0.587, 0.114] < 0.5
     for row, column in np.ndindex(rows, columns):
-        ax.text(left + (column + 0.5) * (right - left) / columns, top + (row + 0.5) * (bottom - top) / rows,
-                form.format(numbers[row, column]), ha="center", va="center", fontsize=size,
+        x, y = (left, top) + cell * (column + 0.5, row + 0.5)
+        ax.text(x, y, form.format(numbers[row, column]), ha="center", va="center", fontsize=max(size, _SMALLEST),
                 color="white" if is_dark[row, column] else "black")
 
 
@@ -650,16 +624,6 @@ def _positions():
 def _step(count, number):
     """The power of two that cuts so many columns into `number` steps at most."""
     return 2 ** max(math.ceil(math.log2(count / number)), 0)
-
-
-def _power(exponent, count):
-    """2**exponent, of `count` in a row."""
-    return str(2**exponent) if count <= 6 else f"$2^{{{exponent}}}$"
-
-
-def _bare(ax):
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
 
 
 def _legend_above(ax, lines):
