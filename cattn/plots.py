@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import cattn
-from cattn.reference import _as_array, _check_bool, _check_int, _check_table, _columns, _is_number, _periods, _shown
+from cattn.reference import _as_array, _check_int, _check_table, _columns, _is_number, _periods, _shown
 
 try:
     import matplotlib
@@ -50,10 +50,9 @@ _SMALLEST = 5.5  # points, of a text
 
 
 def weights(
-    w: ArrayLike, query_tokens: Sequence[str] | None = None, key_tokens: Sequence[str] | None = None, *,
-    numbers: bool | None = None, ax: Any = None,
+    w: ArrayLike, query_tokens: Sequence[str] | None = None, key_tokens: Sequence[str] | None = None, *, ax: Any = None,
 ) -> Any:
-    """Attention weights as a heat map: a row for each query, a column for each key.
+    """Attention weights as a heat map: a row for each query, a column for each key. Numbers stand where they fit.
 
     Parameters
     ----------
@@ -63,8 +62,6 @@ def weights(
         None: positions.
     key_tokens : list of seq_len_kv str, optional
         None: positions. For self-attention, the same list again.
-    numbers : bool, optional
-        Whether the weights stand in their cells, with two decimals. None: where they fit.
     ax : Axes, or an array of num_heads Axes, optional
         None: a new figure.
 
@@ -98,13 +95,11 @@ def weights(
     if lowest < 0:
         raise ValueError(f"w: expected weights, none of them below 0, got {lowest}; return_weights=True of attention "
                          "gives them")
-    if numbers is not None:
-        numbers = _check_bool("numbers", numbers)
     seq_len_q, seq_len_kv = w.shape[-2:]
     query_tokens = _tokens("query_tokens", query_tokens, seq_len_q, "row")
     key_tokens = _tokens("key_tokens", key_tokens, seq_len_kv, "column")
     heads = w.reshape(-1, seq_len_q, seq_len_kv)
-    per_row = 1
+    per_row = None
     if ax is None:
         axes, per_row = _grid(len(heads), seq_len_q, seq_len_kv, query_tokens, key_tokens)
     else:
@@ -112,23 +107,22 @@ def weights(
     largest = _largest(w)
     for number, (panel, head) in enumerate(zip(axes, heads, strict=True)):
         image = _heat_map(panel, head, _SEQUENTIAL, 0, largest)
-        if numbers is not False:
-            _write(panel, image, head, "{:.2f}", len("0.00"), where_they_fit=numbers is None)
+        _write_numbers(panel, image, head, "{:.2f}", len("0.00"))
         _name_ticks(panel.xaxis, key_tokens, "key")
         _name_ticks(panel.yaxis, query_tokens, "query")
         if w.ndim == 3:
             panel.set_title(f"head {number}", fontsize="medium")
-        if ax is None and number % per_row:  # its neighbour has the same labels
+        if per_row and number % per_row:  # its neighbour has the same labels
             panel.set_ylabel("")
             panel.tick_params(labelleft=False)
-        if ax is None and number + per_row < len(heads):
+        if per_row and number + per_row < len(heads):
             panel.set_xlabel("")
             panel.tick_params(labelbottom=False)
     _colour_bar(image, axes, "weight")
     return axes if w.ndim == 3 else axes[0]
 
 
-def encoding(table: ArrayLike, *, offset: int = 0, ax: Axes | None = None) -> Axes:
+def encoding(table: ArrayLike, *, ax: Axes | None = None) -> Axes:
     """A table of positions as a heat map: a row for each position, a column for each column.
 
     Parameters
@@ -136,8 +130,6 @@ def encoding(table: ArrayLike, *, offset: int = 0, ax: Axes | None = None) -> Ax
     table : array (length, dim)
         As `cattn.sinusoidal_encoding` gives it, in any layout, or a learned one. The colours reach from minus the
         largest number to the largest; a NaN is grey.
-    offset : int
-        The position of the first row.
     ax : Axes, optional
         None: a new figure.
 
@@ -159,19 +151,17 @@ def encoding(table: ArrayLike, *, offset: int = 0, ax: Axes | None = None) -> Ax
     ('column', 'position')
     """
     table = _numbers("table", table, 2, "(length, dim)")
-    offset = _check_int("offset", offset)
     ax = _one(ax, (_WIDTH, 3.4))
-    length, dim = table.shape
     limit = _largest(table)
-    image = _heat_map(ax, table, _DIVERGING, -limit, limit, (-0.5, dim - 0.5, offset + length - 0.5, offset - 0.5))
-    ax.xaxis.set_major_locator(MultipleLocator(_step(dim, 8)))
+    image = _heat_map(ax, table, _DIVERGING, -limit, limit)
+    ax.xaxis.set_major_locator(MultipleLocator(_step(table.shape[1], 8)))
     ax.yaxis.set_major_locator(_positions())
     ax.set(xlabel="column", ylabel="position")
     _colour_bar(image, [ax], "value")
     return ax
 
 
-def columns(table: ArrayLike, columns: Sequence[int], *, offset: int = 0, ax: Axes | None = None) -> Axes:
+def columns(table: ArrayLike, columns: Sequence[int], *, ax: Axes | None = None) -> Axes:
     """Some columns of a table of positions as curves over the positions.
 
     Parameters
@@ -180,8 +170,6 @@ def columns(table: ArrayLike, columns: Sequence[int], *, offset: int = 0, ax: Ax
         As `cattn.sinusoidal_encoding` gives it, in any layout, or a learned one.
     columns : list of ints from 0 to dim - 1
         Which, in the order of the legend.
-    offset : int
-        The position of the first row.
     ax : Axes, optional
         None: a new figure.
 
@@ -208,14 +196,12 @@ def columns(table: ArrayLike, columns: Sequence[int], *, offset: int = 0, ax: Ax
     ['column 6', 'column 7', 'column 8', 'column 9']
     """
     table = _numbers("table", table, 2, "(length, dim)")
-    offset = _check_int("offset", offset)
     chosen = _ints("columns", columns, table.shape[1])
     ax = _one(ax, (_WIDTH, 2.6 + 0.19 * math.ceil(len(chosen) / 4)))  # four in a row of the legend
-    positions = offset + np.arange(len(table))
     lines = []
     for number, column in enumerate(chosen):
         style, colour = divmod(number, len(_COLOURS))
-        lines += ax.plot(positions, table[:, column], color=_COLOURS[colour], linestyle=_STYLES[style % len(_STYLES)],
+        lines += ax.plot(table[:, column], color=_COLOURS[colour], linestyle=_STYLES[style % len(_STYLES)],
                          linewidth=1.4, label=f"column {column}")
     ax.set(xlabel="position", ylabel="value")
     ax.margins(x=0.01)
@@ -294,7 +280,7 @@ def binary(
                         textcoords="offset points", ha="center", va=side, annotation_clip=False)
         left = end + 0.08 * dim
     ax.set(xlim=(0, end), ylim=(n - 0.5, -0.5), ylabel="number, position")
-    _write(ax, images[0], bits, "{:d}", 2)
+    _write_numbers(ax, images[0], bits, "{:d}", 2)
     ax.set_xticks(ticks, labels, fontsize="small")
     ax.yaxis.set_major_locator(_positions())
     ax.spines[:].set_visible(False)
@@ -479,9 +465,9 @@ def _ints(name, value, count=None):
     try:
         listed = list(value)
     except TypeError:
-        listed = []
+        raise TypeError(f"{name}: expected a list of ints, got {_shown(value)}") from None
     if not listed:
-        raise TypeError(f"{name}: expected a list of ints such as [0, 3], got {_shown(value)}")
+        raise ValueError(f"{name}: expected one int at least, got {_shown(value)}")
     listed = [_check_int(name, number) for number in listed]
     if count is not None and not 0 <= min(listed) <= max(listed) < count:
         raise ValueError(f"{name}: expected ints from 0 to {count - 1}, got {_shown(listed)}")
@@ -583,19 +569,19 @@ def _heat_map(ax, x, colours, lowest, highest, extent=None):
     return ax.imshow(x, cmap=colours, vmin=lowest, vmax=highest, extent=extent, aspect="auto", origin="upper")
 
 
-def _write(ax, image, numbers, form, characters, where_they_fit=True):
-    """Each number, of so many characters, in its cell, black or white, whichever can be read on its colour."""
+def _write_numbers(ax, image, numbers, form, characters):
+    """Each in its cell, where so many characters fit: black or white, whichever can be read on its colour."""
     left, right, bottom, top = image.get_extent()
     rows, columns = numbers.shape
     cell = np.array([(right - left) / columns, (bottom - top) / rows])
     width, height = 0.85 * _points(ax) * cell / np.ptp([ax.get_xlim(), ax.get_ylim()], axis=1)
     size = min(0.7 * height, width / (0.65 * characters), 10)
-    if where_they_fit and size < _SMALLEST:
+    if size < _SMALLEST:
         return
     is_dark = image.to_rgba(numbers)[..., :3] @ [0.299, 0.587, 0.114] < 0.5
     for row, column in np.ndindex(rows, columns):
         x, y = (left, top) + cell * (column + 0.5, row + 0.5)
-        ax.text(x, y, form.format(numbers[row, column]), ha="center", va="center", fontsize=max(size, _SMALLEST),
+        ax.text(x, y, form.format(numbers[row, column]), ha="center", va="center", fontsize=size,
                 color="white" if is_dark[row, column] else "black")
 
 
