@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import cattn
-from cattn.__main__ import Progress, seconds
+from cattn.__main__ import Progress, exit_after, seconds
 
 from . import probes, report, runner
 from .peers import PEERS
@@ -170,10 +170,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `python -m bench | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
-        code = 1
-    sys.exit(code)
+    exit_after(main)

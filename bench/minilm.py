@@ -108,7 +108,7 @@ def add_bias_and_gelu(x, bias):
     """x (rows, features; IN/OUT) = gelu(x + bias), gelu(x) = x * Phi(x) = max(x, 0) - |x| * Q(|x|).
 
     Q, the upper tail of the normal distribution, is exp of a polynomial, LOG_TAIL: fitted so that |x| * Q is off by at
-    most 4.4e-7. 15 passes over numbers that stay in the cache, `ROWS_OF_GELU` rows at a time.
+    most 4.4e-7. 16 passes over numbers that stay in the cache, `ROWS_OF_GELU` rows at a time.
     """
     sizes, tails = np.empty((2, min(ROWS_OF_GELU, len(x)), x.shape[1]), x.dtype)
     for start in range(0, len(x), ROWS_OF_GELU):

@@ -177,7 +177,8 @@ class Report:
             self.data["busy"] = (f"the machine was busy during {len(busy)} of {len(rows)} rows: probes found as little "
                                  f"as {least:.0%} of it")
             self.say(f"BUSY: {self.data['busy']},")
-            self.say("other processes or a CPU quota took the rest. These rows say little: repeat when it is quiet.")
+            self.say("other processes, other tenants of the cores or a CPU quota took the rest. These rows say little: "
+                     "repeat when it is quiet.")
 
 
 def milliseconds(seconds):
@@ -219,11 +220,16 @@ def main(argv=None):
     return status if report.right and "error" not in report.data else 1
 
 
-if __name__ == "__main__":
+def exit_after(main):
+    """With its status; with 1 where nobody reads what it prints: `python -m cattn | head`."""
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `python -m cattn | head`
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         code = 1
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    exit_after(main)

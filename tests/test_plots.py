@@ -277,9 +277,8 @@ def test_nothing_and_everything_is_masked():
 # encoding and columns.
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_encoding(layout):
-    table = cattn.sinusoidal_encoding(20, 7, layout=layout)
+def test_encoding():
+    table = cattn.sinusoidal_encoding(20, 7)
     ax = plots.encoding(table)
     (image,) = ax.get_images()
     assert np.array_equal(image.get_array(), table)
