@@ -460,15 +460,18 @@ def _numbers(name, x, most_axes, expected):
     return x.astype(np.float64)
 
 
+def _listed(name, value, what):
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a list of {what}, got {_shown(value)}") from None
+
+
 def _ints(name, value, count=None):
     """A list of some, from 0 to count - 1 where there is a count."""
-    try:
-        listed = list(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected a list of ints, got {_shown(value)}") from None
+    listed = [_check_int(name, number) for number in _listed(name, value, "ints")]
     if not listed:
         raise ValueError(f"{name}: expected one int at least, got {_shown(value)}")
-    listed = [_check_int(name, number) for number in listed]
     if count is not None and not 0 <= min(listed) <= max(listed) < count:
         raise ValueError(f"{name}: expected ints from 0 to {count - 1}, got {_shown(listed)}")
     return listed
@@ -481,10 +484,7 @@ def _tokens(name, tokens, count, what):
     if isinstance(tokens, str):
         raise TypeError(f"{name}: expected a list of str, got the str {_shown(tokens)}; .split() makes a list of its "
                         "words")
-    try:
-        tokens = list(tokens)
-    except TypeError:
-        raise TypeError(f"{name}: expected a list of str, got {_shown(tokens)}") from None
+    tokens = _listed(name, tokens, "str")
     for token in tokens:
         if not isinstance(token, str):
             raise TypeError(f"{name}: expected a list of str, got {_shown(token)} in it; "
