@@ -31,7 +31,7 @@ from itertools import repeat
 from pathlib import Path
 
 if __name__ == "__main__":
-    # NumPy's threads then sleep between two products, instead of spinning for milliseconds where cattn's compute.
+    # NumPy's threads then sleep after attention by NumPy, instead of spinning for milliseconds where others compute.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")  # read when numpy is imported
 
 import numpy as np

@@ -18,7 +18,8 @@ from .minilm import PROJECTIONS, load_model, timed_embed
 
 
 class TorchEncoder:
-    """minilm.Encoder, every operation PyTorch's; the three input projections are one product, as in cattn."""
+    """minilm.Encoder, every operation PyTorch's; the three input projections are one product, as in cattn, and padding is
+    computed in attention alone."""
 
     def __init__(self, weights, config):
         self.weights = {name: torch.from_numpy(array) for name, array in weights.items()}
@@ -32,20 +33,22 @@ class TorchEncoder:
             self.layers.append((prefix, in_proj))
 
     def __call__(self, token_ids, lengths):
-        seq_len = token_ids.shape[1]
-        is_token = torch.arange(seq_len) < torch.from_numpy(lengths)[:, None]
-        x = self.weights["embeddings.word_embeddings.weight"][torch.from_numpy(token_ids)]
-        x += self.weights["embeddings.position_embeddings.weight"][:seq_len]
+        is_token = torch.arange(token_ids.shape[1]) < torch.from_numpy(lengths)[:, None]
+        x = self.weights["embeddings.word_embeddings.weight"][torch.from_numpy(token_ids)[is_token]]
+        x += self.weights["embeddings.position_embeddings.weight"][is_token.nonzero()[:, 1]]
         x += self.weights["embeddings.token_type_embeddings.weight"][0]
         x = self._layer_norm("embeddings.LayerNorm", x)
+        padded = torch.zeros(*is_token.shape, x.shape[1])
         for prefix, in_proj in self.layers:
+            padded[is_token] = x
             start = time.perf_counter()
-            attended = self._attention(prefix, in_proj, x, is_token[:, None, None])
+            attended = self._attention(prefix, in_proj, padded, is_token[:, None, None])
             self.attention_seconds += time.perf_counter() - start
-            x = self._layer_norm(f"{prefix}attention.output.LayerNorm", x + attended)
+            x = self._layer_norm(f"{prefix}attention.output.LayerNorm", x + attended[is_token])
             hidden = functional.gelu(self._linear(f"{prefix}intermediate.dense", x))
             x = self._layer_norm(f"{prefix}output.LayerNorm", x + self._linear(f"{prefix}output.dense", hidden))
-        pooled = torch.einsum("bsd,bs->bd", x, is_token.float())
+        padded[is_token] = x
+        pooled = torch.einsum("bsd,bs->bd", padded, is_token.float())
         return functional.normalize(pooled, dim=-1).numpy()
 
     def _attention(self, prefix, in_proj, x, mask):
