@@ -18,8 +18,8 @@ from .minilm import PROJECTIONS, load_model, timed_embed
 
 
 class TorchEncoder:
-    """minilm.Encoder, every operation PyTorch's; the three input projections are one product, as in cattn, and padding is
-    computed in attention alone."""
+    """minilm.Encoder, every operation PyTorch's: padding in attention alone, and one product for the three input
+    projections, as in cattn."""
 
     def __init__(self, weights, config):
         self.weights = {name: torch.from_numpy(array) for name, array in weights.items()}
