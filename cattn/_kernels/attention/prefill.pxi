@@ -27,18 +27,8 @@
 # (but for `poll`, tasks.pxi).
 
 cdef enum:
-    # Vectors of queries in a panel, at most; simd.h says how many an instruction set takes. 4 keys x 3 vectors = 12
-    # accumulators hide the FMA latency; 6 x 2 is 1 to 2 % slower. Unrolling the loop over dimensions made AVX-512 1 %
-    # slower.
-    MAX_PANEL = 3
-    MAX_WIDTH = 48      # MAX_PANEL * LANES, at most
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
-    MAX_ROWS = 192      # query rows in a block, about; K and V pass the cache once in each. Flat from 96 to 384
-    # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower
-    # than 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
-    MAX_BLOCK = 65536
-    AHEAD_LINES = 2     # asked for every EXP_KEYS keys: 1 is 15 % slower where short sequences come from memory
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
 
 
@@ -50,15 +40,6 @@ cdef struct Tile:               # a panel of queries against some keys of a bloc
     real* scores                # [n][vectors * LANES]; probabilities once the softmax is through
     const real* v               # the keys' rows of V
     Py_ssize_t v_stride
-
-cdef struct Rows:
-    const char* row             # the first that is left
-    Py_ssize_t stride, bytes, left
-
-cdef struct Ahead:              # what is asked of memory while tiles are accumulated, a few lines at a time: in a
-    Rows rows[4]                # burst, the queue of misses would fill, and the loops' own loads wait
-    int count, current          # of rows[]
-    Py_ssize_t offset           # in the current row
 
 cdef struct Softmax:            # a tile's pass of exponentials, under way
     real* scores                # the next vector
@@ -73,30 +54,6 @@ cdef Py_ssize_t keys_per_block(Py_ssize_t head_dim, Py_ssize_t head_dim_v) noexc
     """128: 32 KB of K at head_dim 64, and 12 KB of scores. 256 keys are 1 % slower on Zen 5 (48 KB of L1) and 1 %
     faster on Zen 3, 64 keys cost 2 to 6 % in loads and stores of acc. Depends on nothing else: it decides bits."""
     return 128 if max(head_dim, head_dim_v) <= 256 else 64
-
-
-cdef inline int panel_vectors(Py_ssize_t vectors) noexcept nogil:
-    """How many of the remaining vectors the next panel takes: not 3 + 1 of 4, since a panel of one vector has too few
-    accumulators to fill the FMA pipes."""
-    return <int> vectors if vectors <= PANEL_VECTORS else 2 if vectors == 4 else PANEL_VECTORS
-
-
-cdef inline void multiply(const int ROWS, const int VECTORS, vf* acc, const real* a, Py_ssize_t a_row,
-                          Py_ssize_t a_step, const real* b, Py_ssize_t n) noexcept nogil:
-    """acc[r][v] += sum over k < n of a[r * a_row + k * a_step] * b[k][v]: the register tile of both products. Once
-    inlined with constant ROWS and VECTORS, acc lives in registers: per k, VECTORS loads, ROWS broadcasts and
-    ROWS * VECTORS FMAs."""
-    cdef vf b_k[MAX_PANEL]
-    cdef vf a_rk
-    cdef Py_ssize_t k
-    cdef int r, v
-    for k in range(n):
-        for v in range(VECTORS):
-            b_k[v] = vload(b + (k * VECTORS + v) * LANES)
-        for r in range(ROWS):
-            a_rk = vset1(a[r * a_row + k * a_step])
-            for v in range(VECTORS):
-                acc[r * VECTORS + v] = vfma(a_rk, b_k[v], acc[r * VECTORS + v])
 
 
 cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf* tile_max, const real* q,
@@ -142,23 +99,6 @@ cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const
     while j < n:
         score_keys(1, VECTORS, scores + j * VECTORS * LANES, tile_max, q, k + j * k_stride, k_stride, head_dim)
         j += 1
-
-
-cdef inline void prefetch_ahead(Ahead* a) noexcept nogil:
-    """The next lines."""
-    cdef Rows* rows
-    for _ in range(AHEAD_LINES):
-        if a.current == a.count:
-            return
-        rows = &a.rows[a.current]
-        prefetch(rows.row + a.offset)
-        a.offset += 64
-        if a.offset >= rows.bytes:
-            a.offset = 0
-            rows.row += rows.stride
-            rows.left -= 1
-            if rows.left == 0:
-                a.current += 1
 
 
 cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
@@ -350,49 +290,6 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
                 for d in range(p.head_dim):
                     vstore(packed + d * width, -vload(packed + d * width))
         first += panel
-
-
-cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t n,
-                  Py_ssize_t dim) noexcept nogil:
-    """Adds rows [first, first + n) to what is asked for, unless their numbers lie far apart: too many lines."""
-    cdef Rows* rows = &a.rows[a.count]
-    if n <= 0 or not 0 < t.stride[3] <= <Py_ssize_t> sizeof(double):
-        return
-    rows.row, rows.stride, rows.bytes, rows.left = row_of(t, batch, head, first), t.stride[2], dim * t.stride[3], n
-    if rows.stride == rows.bytes:
-        rows.bytes, rows.left = n * rows.bytes, 1   # one long row
-    a.count += 1
-
-
-cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
-                     Ahead* a) noexcept nogil:
-    """a (OUT): what is wanted when the keys up to key_end are done, and the hardware does not foresee. The next block
-    of keys, where its rows lie apart; in the last block of a split, the rows of out, and the first rows of the next
-    task."""
-    cdef Py_ssize_t n = min(high - key_end, p.block_kv)
-    cdef Task next_task
-    a.count = a.current = 0
-    a.offset = 0
-    if n > 0:
-        if p.k.stride[2] != p.head_dim * p.k.stride[3]:
-            ask_for(a, &p.k, task.batch, task.kv_head, key_end, n, p.head_dim)
-        if p.v.stride[2] != p.head_dim_v * p.v.stride[3]:
-            ask_for(a, &p.v, task.batch, task.kv_head, key_end, n, p.head_dim_v)
-        return
-    if not p.call.in_flight:  # so little work that all of it is in the caches
-        return
-    n = min(task.num_rows, p.seq_len_q - task.query)
-    ask_for(a, &p.out, task.batch, task.head, task.query, n, p.head_dim_v)
-    # Where tasks take equally long, a thread gets every num_threads-th. Of a task whose keys are cut into splits this
-    # one may be just a part; of windows only the rows know where they begin.
-    if p.num_splits > 1 or p.window_left >= 0 or task.number + p.call.num_threads >= p.call.num_tasks:
-        return
-    locate_task(p, task.number + p.call.num_threads, &next_task)
-    n = min(p.block_kv, p.seq_len_kv)
-    ask_for(a, &p.k, next_task.batch, next_task.kv_head, 0, n, p.head_dim)
-    ask_for(a, &p.v, next_task.batch, next_task.kv_head, 0, n, p.head_dim_v)
-    n = min(next_task.num_rows, p.seq_len_q - next_task.query)
-    ask_for(a, &p.q, next_task.batch, next_task.head, next_task.query, n, p.head_dim)
 
 
 cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,

@@ -48,6 +48,7 @@ cdef extern from *:
 cdef enum:
     MAX_THREADS = 1024         # scratch is allocated for each, before it is known how many can be started
     SERIAL_FLOPS = 1_000_000   # below about 10 us of work, waking a second thread costs more than it brings
+    TASKS_PER_THREAD = 4       # fewer leave threads idle at the end
     LONG_FLOPS = 100_000_000   # about 1 ms; 0.1 s where a core does 1 GFLOP/s. Shorter calls are not watched
     # A thread that runs Python all the time gives up the GIL after 5 ms: waiting for it is 5 % of the caller's time.
     POLL_MS = 100
@@ -161,3 +162,9 @@ cdef void await_others(Call* call) noexcept nogil:
     # Back early when a signal comes.
     while PyThread_acquire_lock_timed(call.finished, 1000 * POLL_MS, 1) != PY_LOCK_ACQUIRED and not poll(call):
         pass
+
+
+cdef inline char* take(char* base, size_t* used, size_t bytes) noexcept nogil:
+    cdef char* piece = base + used[0]
+    used[0] += (bytes + 63) // 64 * 64
+    return piece

@@ -7,14 +7,6 @@
 #     mask     s = s + bias[lane][key], or -inf where the bias is -inf, whatever s was (NaN behind a mask must not leak)
 #     limits   s = -inf where key is not in [low[lane], high[lane])
 
-cdef struct Lane:
-    Py_ssize_t head         # query head
-    Py_ssize_t query        # row of the query array
-    Py_ssize_t position     # query + q_offset: the key position it stands at
-    Py_ssize_t low, high    # keys [low, high) are visible: causal, window and kv_lens together
-    real slope              # ALiBi
-
-
 cdef void scale_scores(real* scores, Py_ssize_t size, real scale) noexcept nogil:
     """scores (IN/OUT) times scale, in whole vectors as cap_scores."""
     cdef Py_ssize_t i
@@ -217,3 +209,54 @@ cdef void add_mask(real* scores, real scale, Py_ssize_t width, Py_ssize_t n, Py_
             vtranspose(square)
             for i in range(LANES):
                 add_biases(scores + (done + j * LANES + i) * width + v * LANES, scale, square[i])
+
+
+cdef void mask_tile(const Problem* p, const Workspace* w, real* scores, real scale, Py_ssize_t width, Py_ssize_t batch,
+                    Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
+    """The two modifiers that can take a key away."""
+    if p.mask.data != NULL:
+        add_mask(scores, scale, width, n, key_start, &p.mask, batch, lanes, w.rows)
+    if limited:
+        limit_keys(scores, width, n, key_start, lanes)
+
+
+cdef bint modify_tile(const Problem* p, const Workspace* w, real* scores, Py_ssize_t width, Py_ssize_t batch,
+                      Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes, bint limited) noexcept nogil:
+    """All modifiers on scores (IN/OUT); False where there is none."""
+    cdef real scale = p.scale
+    if not limited and p.mask.data == NULL and scale == 1 and p.softcap == 0 and p.slopes == NULL:
+        return False
+    # A float mask, when it is the first to need it, brings the scale in itself: one FMA instead of a pass.
+    if scale != 1 and (p.softcap != 0 or p.slopes != NULL or p.mask.data == NULL or p.mask.kind == BOOL):
+        scale_scores(scores, n * width, scale)
+        scale = 1.0
+    if p.softcap != 0:
+        cap_scores(scores, n * width, p.softcap)
+    if p.slopes != NULL:
+        add_alibi(scores, width, n, key_start, lanes)
+    mask_tile(p, w, scores, scale, width, batch, key_start, n, lanes, limited)
+    return True
+
+
+cdef void drop_tile(const Problem* p, real* probs, Py_ssize_t width, Py_ssize_t batch, Py_ssize_t key_start,
+                    Py_ssize_t n, const Lane* lanes) noexcept nogil:
+    cdef Py_ssize_t i
+    if not p.dropout:
+        return
+    for i in range(width):
+        drop_weights(probs + i, width, key_start, n, p.dropout_threshold, p.keep_scale, p.seed,
+                     <uint32_t> lanes[i].query, <uint32_t> lanes[i].head, <uint32_t> (p.batch_offset + batch))
+
+
+cdef void shrink_tile(real* probs, Py_ssize_t vectors, const real* shrink, Py_ssize_t period) noexcept nogil:
+    """probs (IN/OUT), whole vectors of them: times their rows' factors, which come again after `period` vectors. What
+    was above 0 stays so where the factor is not 1: the weight of an infinite value. Finite ones do not feel it."""
+    cdef Py_ssize_t i
+    cdef vf zero = vset1(<real> 0.0), one = vset1(<real> 1.0)
+    cdef vf prob, factor, product, least
+    for i in range(vectors):
+        prob, factor = vload(probs + i * LANES), vload(shrink + i % period * LANES)
+        product = prob * factor
+        least = vselect(vless(factor, one), vset1(<real> SMALLEST), zero)
+        product = vselect(vless(zero, prob), vmax(product, least), product)
+        vstore(probs + i * LANES, product)
