@@ -15,17 +15,16 @@ cdef void clear_weights(const Problem* p, const Workspace* w, const Task* task) 
             row[j] = <real> -INFINITY
 
 
-cdef void keep_scores(const Problem* p, const real* scores, Py_ssize_t width, Py_ssize_t batch, Py_ssize_t key_start,
-                      Py_ssize_t n, const Lane* lanes) noexcept nogil:
+cdef void keep_scores(const Problem* p, const Tile* t) noexcept nogil:
     """Writes the tile of modified scores into the rows of the weights that are to come (finish_row makes them)."""
     cdef Py_ssize_t i, j
     cdef real* row
     if p.weights == NULL:
         return
-    for i in range(width):
-        row = weights_row(p, batch, lanes[i]) + key_start
-        for j in range(n):
-            row[j] = scores[j * width + i]
+    for i in range(t.width):
+        row = weights_row(p, t.batch, t.lanes[i]) + t.key_start
+        for j in range(t.n):
+            row[j] = t.scores[j * t.width + i]
 
 
 cdef inline vf weight_of(vf score, real reference, real unit, real inverse_sum) noexcept nogil:

@@ -1,4 +1,10 @@
-# Where the keys and values of a task lie, as what they are read, and which are wanted next.
+# Where the keys and values of a task lie, as what they are read, which come next, and which are wanted soon. Both
+# kernels take the blocks that next_block yields: no other place computes an address of K or V.
+#
+# Another way to store them is a case of next_block: of pages, a block ends where its page does, and its rows are found
+# by the table of pages; of 8 bits with a scale for each key, copy_rows widens (or decode's load_kv, a further kind),
+# and the scales are two more modifiers, of scores and of probabilities; keys that nobody sees are passed over in
+# key_start.
 
 cdef enum:
     AHEAD_LINES = 2     # asked for every EXP_KEYS keys: 1 is 15 % slower where short sequences come from memory
@@ -13,19 +19,58 @@ cdef struct Ahead:              # what is asked of memory while tiles are accumu
     Py_ssize_t offset           # in the current row
 
 
-cdef inline const real* load_rows(real* scratch, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first,
-                                  Py_ssize_t n, Py_ssize_t dim, bint in_place, Py_ssize_t* stride) noexcept nogil:
-    """Rows [first, first + n) of K or V as reals, `stride` (IN: of scratch, OUT: of the result) apart; what a row of
-    scratch has beyond `dim` is 0."""
+cdef void copy_rows(real* copy, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t n,
+                    Py_ssize_t dim, Py_ssize_t stride) noexcept nogil:
+    """copy (OUT)[n][stride]: rows [first, first + n) of K or V as reals; what a row has beyond `dim` is 0."""
     cdef Py_ssize_t j, d
-    if in_place:
-        stride[0] = t.stride[2] // <Py_ssize_t> sizeof(real)
-        return <const real*> row_of(t, batch, head, first)
     for j in range(n):
-        load_row(scratch + j * stride[0], row_of(t, batch, head, first + j), t.stride[3], dim, t.kind)
-        for d in range(dim, stride[0]):
-            scratch[j * stride[0] + d] = 0.0
-    return scratch
+        load_row(copy + j * stride, row_of(t, batch, head, first + j), t.stride[3], dim, t.kind)
+        for d in range(dim, stride):
+            copy[j * stride + d] = 0.0
+
+
+cdef inline void before_block(Block* b, Py_ssize_t low) noexcept nogil:
+    """b (OUT): next_block's next one starts at `low`."""
+    b.key_start, b.n = low, 0
+
+
+cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* task, Py_ssize_t high,
+                            Block* b) noexcept nogil:
+    """b (IN: the block before; OUT): the next keys below `high`, on a grid that starts at key 0, where they lie or in
+    w.k_rows and w.v_rows. False: there are none, or the call is to end."""
+    b.key_start += b.n
+    if b.key_start >= high or stopped(p.call):
+        return False
+    b.n = min(p.block_kv - b.key_start % p.block_kv, high - b.key_start)
+    b.kind, b.next_n = p.block_kind, 0
+    if p.k_in_place:
+        b.k, b.k_step = row_of(&p.k, task.batch, task.kv_head, b.key_start), p.k.stride[2]
+        b.next_k, b.next_n = b.k + b.n * b.k_step, min(p.block_kv, high - b.key_start - b.n)
+    else:
+        copy_rows(w.k_rows, &p.k, task.batch, task.kv_head, b.key_start, b.n, p.head_dim, p.q_stride)
+        b.k, b.k_step = <const char*> w.k_rows, p.q_stride * sizeof(real)
+    if p.v_in_place:
+        b.v, b.v_step = row_of(&p.v, task.batch, task.kv_head, b.key_start), p.v.stride[2]
+    else:
+        copy_rows(w.v_rows, &p.v, task.batch, task.kv_head, b.key_start, b.n, p.head_dim_v, p.v_stride)
+        b.v, b.v_step = <const char*> w.v_rows, p.v_stride * sizeof(real)
+    return True
+
+
+cdef inline bint copies_values(const Problem* p) noexcept nogil:
+    """Values behind masks are looked at, as reals."""
+    return not p.v_in_place or (p.may_mask and p.block_kind != real_kind())
+
+
+cdef inline const real* values_of(const Problem* p, const Workspace* w, const Task* task, const Block* b,
+                                  Py_ssize_t* stride) noexcept nogil:
+    """The block's rows of V as reals, `stride` (OUT) of them apart."""
+    if b.kind == real_kind():
+        stride[0] = b.v_step // <Py_ssize_t> sizeof(real)
+        return <const real*> b.v
+    copy_rows(w.v_rows, &p.v, task.batch, task.kv_head, b.key_start, b.n, p.head_dim_v, p.v_stride)
+    stride[0] = p.v_stride
+    return w.v_rows
 
 
 cdef inline void prefetch_ahead(Ahead* a) noexcept nogil:

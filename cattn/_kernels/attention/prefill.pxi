@@ -32,13 +32,11 @@ cdef enum:
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
 
 
-cdef struct Tile:               # a panel of queries against some keys of a block
-    int vectors                 # of the panel
+cdef struct Panel:              # of queries, against a block of keys
+    Tile tile
+    int vectors
     Py_ssize_t first_lane
-    Py_ssize_t key_start, n
-    bint limited                # some lane does not see some key
-    real* scores                # [n][vectors * LANES]; probabilities once the softmax is through
-    const real* v               # the keys' rows of V
+    const real* v               # the tile's keys' rows of V
     Py_ssize_t v_stride
 
 cdef struct Softmax:            # a tile's pass of exponentials, under way
@@ -178,12 +176,13 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max
 
 
 cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspace* w, const State* state,
-                             Py_ssize_t batch, Tile* t, const real* k, Py_ssize_t k_stride) noexcept nogil:
-    """t (IN: panel, keys of a block, where its scores go; OUT: the keys that the panel sees) = modified scores, and
-    row_max is what its softmax refers to. False where the panel sees none of the keys."""
+                             Panel* panel, const real* k, Py_ssize_t k_stride) noexcept nogil:
+    """panel (IN: of which queries, keys of a block, where the scores go; OUT: the keys that it sees): modified scores,
+    and row_max is what their softmax refers to. False where it sees none of the keys."""
+    cdef Tile* t = &panel.tile
     cdef Py_ssize_t width = VECTORS * LANES
     cdef Py_ssize_t key_start = t.key_start
-    cdef const Lane* lanes = w.lanes + t.first_lane
+    cdef const Lane* lanes = t.lanes
     cdef vf tile_max[MAX_PANEL]
     cdef Py_ssize_t low = lanes[0].low, high = lanes[0].high      # seen by some lane
     cdef Py_ssize_t all_low = low, all_high = high                # seen by all lanes
@@ -201,8 +200,8 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
         return False
     key_start += skipped
     k += skipped * k_stride
-    t.v += skipped * t.v_stride
-    t.vectors, t.key_start, t.n = VECTORS, key_start, n
+    panel.v += skipped * panel.v_stride
+    t.key_start, t.n = key_start, n
     t.limited = key_start < all_low or key_start + n > all_high
 
     for i in range(VECTORS):
@@ -211,57 +210,56 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     while j < n:  # a masked tile in parts, so that its mask is asked for a little at a time
         part = MASK_KEYS if p.mask.data != NULL and n - j >= 2 * MASK_KEYS else n - j
         if p.mask.data != NULL:
-            prefetch_mask(&p.mask, batch, lanes, width, key_start, j, j + part, n)
-        score_tile(VECTORS, t.scores + j * width, tile_max, w.queries + t.first_lane * p.q_stride,
+            prefetch_mask(p, t, j, j + part)
+        score_tile(VECTORS, t.scores + j * width, tile_max, w.queries + panel.first_lane * p.q_stride,
                    k + j * k_stride, k_stride, part, p.head_dim)
         j += part
-    if modify_tile(p, w, t.scores, width, batch, key_start, n, lanes, t.limited):
+    if modify_tile(p, w, t):
         for i in range(VECTORS):
             tile_max[i] = vset1(<real> -INFINITY)
         for j in range(n):
             for i in range(VECTORS):
                 tile_max[i] = vmax(vload(t.scores + (j * VECTORS + i) * LANES), tile_max[i])
-    keep_scores(p, t.scores, width, batch, key_start, n, lanes)
-    update_reference(VECTORS, tile_max, state.row_max + t.first_lane, state.row_sum + t.first_lane,
-                     state.acc + t.first_lane * p.v_stride, p.head_dim_v, p.unit)
+    keep_scores(p, t)
+    update_reference(VECTORS, tile_max, state.row_max + panel.first_lane, state.row_sum + panel.first_lane,
+                     state.acc + panel.first_lane * p.v_stride, p.head_dim_v, p.unit)
     return True
 
 
-cdef void begin_softmax(Softmax* e, const Tile* t, const State* state, real unit) noexcept nogil:
+cdef void begin_softmax(Softmax* e, const Panel* panel, const State* state, real unit) noexcept nogil:
     cdef int v
     e.unit = vset1(unit)
-    e.scores, e.left, e.vectors, e.column = t.scores, t.n * t.vectors, t.vectors, 0
-    for v in range(t.vectors):
-        e.reference[v] = vload(state.row_max + t.first_lane + v * LANES)
+    e.scores, e.left = panel.tile.scores, panel.tile.n * panel.vectors
+    e.vectors, e.column = panel.vectors, 0
+    for v in range(panel.vectors):
+        e.reference[v] = vload(state.row_max + panel.first_lane + v * LANES)
         e.total[v] = vset1(<real> 0.0)
 
 
-cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, const Tile* t, Py_ssize_t batch,
+cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, Panel* panel,
                       const State* state) noexcept nogil:
-    cdef real* row_sum = state.row_sum + t.first_lane
+    cdef real* row_sum = state.row_sum + panel.first_lane
     cdef int v
-    for v in range(t.vectors):
+    for v in range(panel.vectors):
         vstore(row_sum + v * LANES, vload(row_sum + v * LANES) + e.total[v])
-    drop_tile(p, t.scores, t.vectors * LANES, batch, t.key_start, t.n, w.lanes + t.first_lane)
-    if w.again:
-        shrink_tile(t.scores, t.n * t.vectors, w.shrink + t.first_lane, t.vectors)
+    modify_probs(p, w, &panel.tile)
 
 
-cdef void accumulate_tile(const Problem* p, const State* state, Tile* t, Softmax* e,
-                          Ahead* ahead) noexcept nogil:
-    """t's part of acc (IN/OUT) moves on, and so, to its end, does the softmax of another tile. t is done with then:
-    t.n = 0, as it may be before."""
-    cdef real* acc = state.acc + t.first_lane * p.v_stride
+cdef void accumulate_panel(const Problem* p, const State* state, Panel* panel, Softmax* e, Ahead* ahead) noexcept nogil:
+    """The panel's part of acc (IN/OUT) moves on, and so, to its end, does the softmax of another one. The panel is done
+    with then: tile.n = 0, as it may be before."""
+    cdef real* acc = state.acc + panel.first_lane * p.v_stride
+    cdef const Tile* t = &panel.tile
     if t.n == 0:
         pass
-    elif PANEL_VECTORS == 3 and t.vectors == 3:
-        accumulate(3, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
-    elif t.vectors == 2:
-        accumulate(2, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
+    elif PANEL_VECTORS == 3 and panel.vectors == 3:
+        accumulate(3, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+    elif panel.vectors == 2:
+        accumulate(2, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
     else:
-        accumulate(1, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
-    t.n = 0
-    exponentiate(e, e.left)  # what the tile had no room for
+        accumulate(1, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+    panel.tile.n = 0
+    exponentiate(e, e.left)  # what the panel had no room for
 
 
 cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
@@ -296,62 +294,60 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
                        Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
     cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
-    cdef Py_ssize_t first, n, k_stride, v_stride
-    cdef Ahead ahead
-    cdef Py_ssize_t key_start = low - low % p.block_kv
-    cdef const real* k
+    cdef Py_ssize_t first, k_stride, v_stride
     cdef const real* v
-    cdef int panel, v_is_finite
+    cdef Block b
+    cdef Ahead ahead
+    cdef int v_is_finite
     cdef bint seen
-    cdef Tile tile, pending     # pending: its probabilities wait for being accumulated; n = 0: none does
+    cdef Panel panel, pending   # pending: its probabilities wait for being accumulated; n = 0: none does
     cdef Softmax e, nothing
-    pending.n = pending.first_lane = nothing.left = 0
-    pending.scores = NULL
+    pending.tile.n = pending.first_lane = nothing.left = 0
+    pending.tile.scores = NULL
     ahead.count = ahead.current = 0
-    while key_start < high and not stopped(p.call):
-        n = min(p.block_kv, high - key_start)
-        k_stride, v_stride = p.q_stride, p.v_stride
-        if pending.n and not p.v_in_place:  # its rows of V are about to be overwritten
-            accumulate_tile(p, state, &pending, &nothing, &ahead)
-        k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, p.k_in_place,
-                      &k_stride)
-        v = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, p.v_in_place,
-                      &v_stride)
-        plan_ahead(p, task, key_start + n, high, &ahead)
+    before_block(&b, low)
+    while True:
+        if pending.tile.n and not p.v_in_place:  # its rows of V are about to be overwritten
+            accumulate_panel(p, state, &pending, &nothing, &ahead)
+        if not next_block(p, w, task, high, &b):
+            break
+        k_stride, v = b.k_step // <Py_ssize_t> sizeof(real), values_of(p, w, task, &b, &v_stride)
+        plan_ahead(p, task, b.key_start + b.n, high, &ahead)
         v_is_finite = -1    # not yet known
         first = 0
         while first < vectors:
-            panel = panel_vectors(vectors - first)
-            tile.first_lane, tile.key_start, tile.n, tile.v, tile.v_stride = first * LANES, key_start, n, v, v_stride
-            tile.scores = w.scores if pending.scores != w.scores else w.next_scores
-            first += panel
-            if pending.n and pending.first_lane == tile.first_lane:  # before row_max moves
-                accumulate_tile(p, state, &pending, &nothing, &ahead)
-            if PANEL_VECTORS == 3 and panel == 3:
-                seen = score_panel(3, p, w, state, task.batch, &tile, k, k_stride)
-            elif panel == 2:
-                seen = score_panel(2, p, w, state, task.batch, &tile, k, k_stride)
+            panel.vectors, panel.first_lane = panel_vectors(vectors - first), first * LANES
+            panel.v, panel.v_stride = v, v_stride
+            panel.tile.width, panel.tile.lanes = panel.vectors * LANES, w.lanes + panel.first_lane
+            panel.tile.batch, panel.tile.key_start, panel.tile.n = task.batch, b.key_start, b.n
+            panel.tile.scores = w.scores if pending.tile.scores != w.scores else w.next_scores
+            first += panel.vectors
+            if pending.tile.n and pending.first_lane == panel.first_lane:  # before row_max moves
+                accumulate_panel(p, state, &pending, &nothing, &ahead)
+            if PANEL_VECTORS == 3 and panel.vectors == 3:
+                seen = score_panel(3, p, w, state, &panel, <const real*> b.k, k_stride)
+            elif panel.vectors == 2:
+                seen = score_panel(2, p, w, state, &panel, <const real*> b.k, k_stride)
             else:
-                seen = score_panel(1, p, w, state, task.batch, &tile, k, k_stride)
+                seen = score_panel(1, p, w, state, &panel, <const real*> b.k, k_stride)
             if not seen:
                 continue
-            begin_softmax(&e, &tile, state, p.unit)
-            accumulate_tile(p, state, &pending, &e, &ahead)
-            end_softmax(p, w, &e, &tile, task.batch, state)
-            pending = tile
+            begin_softmax(&e, &panel, state, p.unit)
+            accumulate_panel(p, state, &pending, &e, &ahead)
+            end_softmax(p, w, &e, &panel, state)
+            pending = panel
             # Only a tile in which some lane does not see some key can leak that key's value; V is looked at once a
             # block.
-            if tile.limited or p.mask.data != NULL:
+            if panel.tile.limited or p.mask.data != NULL:
                 if v_is_finite < 0:
-                    v_is_finite = not make_finite(w.v_finite, p.v_stride, v, v_stride, n, p.head_dim_v)
+                    v_is_finite = not make_finite(w.v_finite, p.v_stride, v, v_stride, b.n, p.head_dim_v)
                 if not v_is_finite:
-                    pending.v, pending.v_stride = w.v_finite + (tile.key_start - key_start) * p.v_stride, p.v_stride
-                    accumulate_tile(p, state, &pending, &nothing, &ahead)
-                    repair_values(p, w, tile.scores, state.acc + tile.first_lane * p.v_stride, 1,
-                                  tile.vectors * LANES, tile.v, v_stride, tile.vectors * LANES, task.batch,
-                                  tile.key_start, tile.n, w.lanes + tile.first_lane, tile.limited)
-        key_start += p.block_kv
-    accumulate_tile(p, state, &pending, &nothing, &ahead)
+                    pending.v = w.v_finite + (panel.tile.key_start - b.key_start) * p.v_stride
+                    pending.v_stride = p.v_stride
+                    accumulate_panel(p, state, &pending, &nothing, &ahead)
+                    repair_values(p, w, &panel.tile, state.acc + panel.first_lane * p.v_stride, 1, panel.tile.width,
+                                  panel.v, v_stride)
+    accumulate_panel(p, state, &pending, &nothing, &ahead)
 
 
 cdef bint prefill_reads_in_place(const Tensor* v, Py_ssize_t head_dim_v, Py_ssize_t block_rows) noexcept nogil:

@@ -42,6 +42,7 @@ cdef struct Problem:
     # The plan
     int decode_width                # 0: prefill kernel; else lanes that decode gives to rows: 1, 2, 4 or 8
     bint k_in_place, v_in_place     # rows of K, V are read where they lie, in whatever block
+    Kind block_kind                 # of the numbers in blocks of K and V
     bint may_mask                   # some row may not see some key of a block
     Py_ssize_t q_stride, v_stride   # reals from one row of packed queries, of acc, to the next
     Py_ssize_t block_rows           # query rows in a block, a multiple of LANES (decode: decode_width)
@@ -66,7 +67,7 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* scores                    # [block_kv][width]
     real* next_scores               # likewise, for prefill
     real* k_rows                    # [block_kv][q_stride]; unless K is read in place
-    real* v_rows                    # [block_kv][v_stride]; likewise
+    real* v_rows                    # [block_kv][v_stride]; unless V is read in place, and always as reals
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
     real* v_finite                  # [block_kv][v_stride]; both only where a row may not see a key
     real* rows                      # query or result rows, or LANES mask rows of block_kv
@@ -80,6 +81,24 @@ cdef struct Lane:
     Py_ssize_t position     # query + q_offset: the key position it stands at
     Py_ssize_t low, high    # keys [low, high) are visible: causal, window and kv_lens together
     real slope              # ALiBi
+
+cdef struct Block:                  # some consecutive keys of a head, see next_block
+    Py_ssize_t key_start, n
+    const char* k                   # rows of adjacent numbers, k_step bytes apart
+    const char* v                   # likewise
+    Py_ssize_t k_step, v_step
+    Kind kind                       # of these numbers
+    const char* next_k              # rows of K, as far apart, that are read next
+    Py_ssize_t next_n
+
+cdef struct Tile:                   # a panel of query rows against some keys of a block
+    real* scores                    # [n][width]; probabilities once the softmax is through
+    Py_ssize_t width                # a lane for each row: whole vectors of them, or (decode) fewer than LANES
+    const Lane* lanes               # [width]
+    Py_ssize_t batch
+    Py_ssize_t key_start, n
+    bint limited                    # some lane does not see some key
+    real scale                      # what the scores are still to be multiplied by
 
 cdef struct Task:
     Py_ssize_t number
@@ -114,7 +133,7 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     w.scores = <real*> take(base, &size, keys * width * sizeof(real))
     w.next_scores = <real*> take(base, &size, keys * width * sizeof(real))
     w.k_rows = <real*> take(base, &size, 0 if p.k_in_place else keys * p.q_stride * sizeof(real))
-    w.v_rows = <real*> take(base, &size, 0 if p.v_in_place else keys * p.v_stride * sizeof(real))
+    w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real) if copies_values(p) else 0)
     w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
                           * sizeof(real))
     w.shrink = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
@@ -169,7 +188,8 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         p.num_blocks, p.block_rows = 1, p.decode_width
         # Both in place or both copied, since one loop reads one kind of rows.
         p.k_in_place = decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
-        p.v_in_place = p.k_in_place and (rows_are_real(&p.v) or not p.may_mask)  # values behind masks are looked at
+        p.v_in_place = p.k_in_place
+        p.block_kind = p.k.kind if p.k_in_place else real_kind()
     else:
         p.q_stride, p.v_stride = p.head_dim, p.head_dim_v
         # Halve the blocks until every thread has a few. Smaller blocks read K and V more often, from L2 or L3.
@@ -194,4 +214,5 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         p.block_rows = size * LANES
         p.k_in_place = rows_are_real(&p.k)
         p.v_in_place = prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
+        p.block_kind = real_kind()
     p.num_splits = (p.seq_len_kv + p.split_kv - 1) // p.split_kv

@@ -14,8 +14,7 @@ cdef bint all_finite(const real* x, Py_ssize_t n) noexcept nogil:
 
 cdef bint make_finite(real* finite, Py_ssize_t finite_stride, const real* v_rows, Py_ssize_t v_stride, Py_ssize_t n,
                       Py_ssize_t head_dim_v) noexcept nogil:
-    """True when V has a NaN or infinity in these n rows; finite (OUT) is then a copy with 0 in their place. A key that
-    some rows do not see has probability 0 there, and 0 * NaN would leak its value."""
+    """True when V has a NaN or infinity in these n rows; finite (OUT) is then a copy with 0 in their place."""
     cdef Py_ssize_t j, d
     cdef real value
     cdef bint finite_so_far = True
@@ -30,24 +29,24 @@ cdef bint make_finite(real* finite, Py_ssize_t finite_stride, const real* v_rows
     return True
 
 
-cdef void repair_values(const Problem* p, const Workspace* w, const real* probs, real* acc, Py_ssize_t acc_lane,
-                        Py_ssize_t acc_dim, const real* v_rows, Py_ssize_t v_stride, Py_ssize_t width,
-                        Py_ssize_t batch, Py_ssize_t key_start, Py_ssize_t n, const Lane* lanes,
-                        bint limited) noexcept nogil:
+cdef void repair_values(const Problem* p, const Workspace* w, const Tile* t, real* acc, Py_ssize_t acc_lane,
+                        Py_ssize_t acc_dim, const real* v_rows, Py_ssize_t v_stride) noexcept nogil:
     """The other half of make_finite: NaN and infinities of V reach those lanes of acc, acc[lane * acc_lane +
     dim * acc_dim], that see their key. Which do: the modifiers tell, on a tile of zeros."""
     cdef Py_ssize_t j, d, i
     cdef real value
-    for j in range(n * width):
+    cdef Tile visible = t[0]
+    visible.scores, visible.scale = w.visible, 1.0
+    for j in range(t.n * t.width):
         w.visible[j] = 0.0
-    mask_tile(p, w, w.visible, 1.0, width, batch, key_start, n, lanes, limited)
-    for j in range(n):
+    mask_tile(p, w, &visible)
+    for j in range(t.n):
         if stopped(p.call):
             return
         for d in range(p.head_dim_v):
             value = v_rows[j * v_stride + d]
             if value * <real> 0.0 == 0.0:
                 continue
-            for i in range(width):
-                if w.visible[j * width + i] != -INFINITY:
-                    acc[i * acc_lane + d * acc_dim] += probs[j * width + i] * value
+            for i in range(t.width):
+                if w.visible[j * t.width + i] != -INFINITY:
+                    acc[i * acc_lane + d * acc_dim] += t.scores[j * t.width + i] * value
