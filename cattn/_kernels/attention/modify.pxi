@@ -118,7 +118,8 @@ cdef void load_bias(real* bias, const Tensor* mask, Py_ssize_t batch, const Lane
             vstore(bias + i * LANES, bias_of(vload(bias + i * LANES)))
 
 
-cdef void prefetch_mask(const Problem* p, const Tile* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+cdef inline void prefetch_mask(const Problem* p, const Tile* t, const int WIDTH, Py_ssize_t first,
+                               Py_ssize_t end) noexcept nogil:
     """The lines of the tile's keys [first, end). The lanes' rows are far apart, so that each begins with misses. Asked
     for before it is needed, a dense mask in L3 slows attention to 0.88 (float32) and 0.94 (bool) of its speed without
     (AVX-512; AVX2: 0.90 both)."""
@@ -128,7 +129,7 @@ cdef void prefetch_mask(const Problem* p, const Tile* t, Py_ssize_t first, Py_ss
         return
     if end == t.n:
         end_offset += 63  # rows seldom begin with a line: the one in which the last key lies, or else the next block's
-    for i in range(t.width):
+    for i in range(WIDTH):
         for offset in range((first * mask.stride[3] + 63) // 64 * 64, end_offset, 64):
             prefetch(entry_of(mask, t.batch, t.lanes + i, t.key_start) + offset)
 
@@ -140,10 +141,10 @@ cdef Py_ssize_t add_small_mask(const Tensor* mask, const Tile* t, Py_ssize_t lan
     cdef vf square[16]
     cdef vf largest, scale = vset1(factor)
     cdef real* scores = t.scores + lane
-    cdef Py_ssize_t width = t.width, j = 0, i
+    cdef Py_ssize_t n = t.n, width = t.width, j = 0, i
     for i in range(LANES):
         rows[i] = <const real*> entry_of(mask, t.batch, t.lanes + lane + i, t.key_start)
-    while j + LANES <= t.n:
+    while j + LANES <= n:
         largest = vset1(<real> 0.0)
         for i in range(LANES):
             square[i] = vload(rows[i] + j)
@@ -162,15 +163,16 @@ cdef Py_ssize_t add_bool_mask(const Tensor* mask, const Tile* t, Py_ssize_t lane
     cdef const char* rows[16]
     cdef int8_t tile[1024]  # VECTOR_BYTES keys of LANES lanes, at most
     cdef vf masked = vset1(<real> -INFINITY)
-    cdef Py_ssize_t j = 0, i
+    cdef Py_ssize_t n = t.n, width = t.width, j = 0, i
     cdef int k
+    cdef real* scores = t.scores + lane
     cdef real* s
     for i in range(LANES):
         rows[i] = entry_of(mask, t.batch, t.lanes + lane + i, t.key_start)
-    while j + VECTOR_BYTES <= t.n:
+    while j + VECTOR_BYTES <= n:
         vfalse_tile(tile, rows, j)
         for k in range(VECTOR_BYTES):
-            s = t.scores + lane + (j + k) * t.width
+            s = scores + (j + k) * width
             vstore(s, vselect(vfalse(tile, k), masked, vload(s)))
         j += VECTOR_BYTES
     return j

@@ -210,7 +210,7 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     while j < n:  # a masked tile in parts, so that its mask is asked for a little at a time
         part = MASK_KEYS if p.mask.data != NULL and n - j >= 2 * MASK_KEYS else n - j
         if p.mask.data != NULL:
-            prefetch_mask(p, t, j, j + part)
+            prefetch_mask(p, t, VECTORS * LANES, j, j + part)
         score_tile(VECTORS, t.scores + j * width, tile_max, w.queries + panel.first_lane * p.q_stride,
                    k + j * k_stride, k_stride, part, p.head_dim)
         j += part
