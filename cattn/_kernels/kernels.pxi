@@ -22,8 +22,8 @@ Read in this order, in which they are included:
 base/simd.h has the vectors. Nothing in base knows of attention.
 
 Below an entry (plain `def`), where the GIL has been given up, everything is `noexcept nogil`: nothing allocates but
-`begin_region` in base/openmp.pxi, for as long as threads are started, and nothing raises or calls Python but
-`poll` in base/tasks.pxi, which runs the handlers of signals for the main thread of a long call.
+`start_threads` in base/openmp.pxi, for as long as threads are started, and nothing raises or calls Python but
+`run_signal_handlers` in base/tasks.pxi, which runs the handlers of signals for the main thread of a long call.
 """
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel cimport parallel, prange, threadid
@@ -48,7 +48,7 @@ cdef extern from *:
     /* What a mask entry or an ALiBi bias may be at most: its sum with a score that is no larger stays finite, also
        after * log2(e). */
     #define BIAS_LIMIT (IS_DOUBLE ? DBL_MAX / 4 : FLT_MAX / 4)
-    /* Where row_max starts: no finite score is below, and -inf - LOWEST is -inf, where -inf + inf would be NaN. */
+    /* Where a row's reference starts: no finite score is below; -inf - LOWEST is -inf, and -inf + inf would be NaN. */
     #define LOWEST (IS_DOUBLE ? -DBL_MAX : -FLT_MAX)
     /* What the probabilities of a row that overflowed are multiplied by when it is done again. */
     #define SHRINK 0x1p-40
@@ -100,6 +100,20 @@ cdef extern from "simd.h" nogil:
     uint16_t narrow_bf16(float)
     uint16_t narrow_f64_to_f16(double)
     uint16_t narrow_f64_to_bf16(double)
+
+
+cdef enum:
+    MAX_LANES = 16      # of any instruction set, in float
+
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    """a / b, rounded up, of numbers from 0 on."""
+    return (a + b - 1) // b
+
+
+cdef inline Py_ssize_t round_up(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    """The next multiple of b."""
+    return (a + b - 1) // b * b
 
 
 include "base/openmp.pxi"

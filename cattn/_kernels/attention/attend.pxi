@@ -51,7 +51,7 @@ cdef inline Py_ssize_t first_split(const Problem* p, const Task* task) noexcept 
 
 cdef inline Py_ssize_t num_splits(const Problem* p, const Task* task) noexcept nogil:
     """Of these. One where it sees no key: something has to write its rows of 0."""
-    return max(1, (task.high + p.split_kv - 1) // p.split_kv - first_split(p, task))
+    return max(1, ceil_div(task.high, p.split_kv) - first_split(p, task))
 
 
 cdef void merge(const Problem* p, const Task* task, State* total, State* lost, const State* part) noexcept nogil:
@@ -72,7 +72,7 @@ cdef bint do_splits(const Problem* p, Workspace* w, const Task* task) noexcept n
         clear_weights(p, w, task)
     do_split(p, w, task, &w.total, first)
     for split in range(first + 1, first + num_splits(p, task)):
-        if stopped(p.call):
+        if stopped_by_signal(p.call):
             return False
         if split == first + 1:
             reset(p, &w.lost)
@@ -143,7 +143,7 @@ cdef void merge_parts(const Problem* p, Parts* parts, char* scratch) noexcept no
         return
     while requests:
         part = atomic_read(&parts.merged)
-        while atomic_read(&parts.left[part % parts.slots]) == part + 1 and not stopped(p.call):
+        while atomic_read(&parts.left[part % parts.slots]) == part + 1 and not stopped_by_signal(p.call):
             merge_part(p, parts, part, scratch)
             part += 1
             atomic_set(&parts.merged, part)
@@ -158,7 +158,7 @@ cdef void do_part(const Problem* p, Parts* parts, Py_ssize_t number, char* scrat
     cdef State state
     cdef Py_ssize_t of_task = 0
     while number - atomic_read(&parts.merged) >= parts.slots:
-        if stopped(p.call):
+        if stopped_by_signal(p.call):
             return
         sched_yield()
     while number >= parts.first[of_task + 1]:
@@ -176,7 +176,7 @@ cdef void do_tasks(const void* what, char* scratch) noexcept nogil:
     cdef const Problem* p = <const Problem*> what
     cdef Py_ssize_t number = take_task(p.call)
     cdef fp_mode before = own_mode()
-    while number < p.call.num_tasks and not stopped(p.call):
+    while number < p.call.num_tasks and not stopped_by_signal(p.call):
         if p.parts == NULL:
             do_task(p, number, scratch)
             task_done(p.call)
@@ -208,15 +208,15 @@ cdef int run(Problem* p, Py_ssize_t num_threads) except -1:
     cdef Py_ssize_t num_tasks, threads, slot
     cdef size_t scratch_size, shared_size = 0
     cdef char* scratch
-    if p.batch * p.num_kv_heads * p.group_size * p.seq_len_q == 0:
+    if p.batch_size * p.num_kv_heads * p.group_size * p.seq_len_q == 0:
         return 0
     # Half the flops where causal, unknown here: what they decide is no precise thing.
-    begin_call(&call, num_threads, <double> p.batch * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv
+    begin_call(&call, num_threads, <double> p.batch_size * p.num_kv_heads * p.group_size * p.seq_len_q * p.seq_len_kv
                * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS))
     threads = call.num_threads
     p.parts = NULL
     plan(p, threads)
-    call.num_tasks = num_tasks = p.batch * p.num_kv_heads * p.num_blocks
+    call.num_tasks = num_tasks = p.batch_size * p.num_kv_heads * p.num_blocks
     if threads > 1 and num_tasks < TASKS_PER_THREAD * threads and p.num_splits > 1 and p.weights == NULL:
         p.parts = &parts
         parts.slots = SLOTS_PER_THREAD * threads

@@ -37,10 +37,10 @@ cdef inline void decode_scores(const int KIND, const int WIDTH, real* scores, co
     """scores[key][WIDTH] (OUT) for the block's keys, rounded up to whole groups by repeating the last; dims: a multiple
     of LANES. These keys' rows of V are prefetched on the way, a line at a time: in a burst they would fill the queue of
     misses."""
-    cdef vf acc[16]
+    cdef vf acc[MAX_LANES]
     cdef vf k_d
-    cdef const char* row[16]
-    cdef const char* v_ahead[16]
+    cdef const char* row[MAX_LANES]
+    cdef const char* v_ahead[MAX_LANES]
     cdef Py_ssize_t size = size_of(<Kind> KIND)
     cdef Py_ssize_t n = b.n, v_row = head_dim_v * size, j = 0, d, ahead
     cdef int key, r, step
@@ -85,7 +85,7 @@ cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS,
     """acc[WIDTH][VECTORS] (IN/OUT) at dimension d += n keys' probabilities times V. The same dimensions of the next_n
     rows at next_k are prefetched on the way."""
     cdef Py_ssize_t size = size_of(<Kind> KIND)
-    cdef int LINES = <int> ((VECTORS * LANES * size + 63) // 64)
+    cdef int LINES = <int> ceil_div(VECTORS * LANES * size, 64)
     cdef vf tile[16]
     cdef vf v_d[8]
     cdef vf prob
@@ -113,9 +113,8 @@ cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ss
                                const char* v, Py_ssize_t v_bytes, Py_ssize_t n, const char* next_k,
                                Py_ssize_t k_bytes, Py_ssize_t next_n) noexcept nogil:
     """acc[WIDTH][dims] (IN/OUT) over n keys; next_k: the next_n rows of K to prefetch."""
-    # 8 accumulators, or 16 where there are 32 registers: with 4 for one row, decoding was 15 % slower
-    # Columns of V of up to 8 vectors at a time; the block's rows of V are in cache by now, so that going over them
-    # several times costs little.
+    # 8 accumulators, or 16 for 4 and 8 rows where there are 32 registers: with 4 for one row, decoding was 15 % slower.
+    # The block's rows of V are in cache by now, so that going over them several times costs little.
     cdef int VECTORS = 8 if WIDTH == 1 else min(4, max(1, REGISTERS // 2 // WIDTH))
     cdef Py_ssize_t d = 0
     while d + VECTORS * LANES <= dims:
@@ -135,7 +134,7 @@ cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ss
 
 cdef inline vf spread_max(vf x, int width) noexcept nogil:
     """In each lane, the largest of the lanes that belong to the same row: once a block of 64 keys, so by scalars."""
-    cdef real lanes[16]
+    cdef real lanes[MAX_LANES]
     cdef int i
     vstore(lanes, x)
     for i in range(width, LANES):
@@ -149,26 +148,26 @@ cdef void decode_softmax(const Workspace* w, const State* state, real unit, int 
                          Py_ssize_t dims) noexcept nogil:
     """w.scores (IN/OUT): whole vectors of scores become probabilities; the state follows, as in update_reference."""
     cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
-    cdef vf row_max = vload(state.row_max), slack = vset1(<real> SLACK), moved, factor, prob
-    cdef real factors[16]
+    cdef vf reference = vload(state.reference), slack = vset1(<real> SLACK), moved, factor, prob
+    cdef real factors[MAX_LANES]
     cdef real* acc = state.acc
     cdef real* scores = w.scores
     cdef Py_ssize_t i, d
     for i in range(vectors):
         largest = vmax(vload(scores + i * LANES), largest)
     largest = spread_max(largest, width)
-    if vany(vless(slack, (largest - row_max) * unit)):
-        moved = vselect(vless(slack, (largest - row_max) * unit), largest, row_max)
-        factor = vexp2((row_max - moved) * unit)
-        row_max = moved
-        vstore(state.row_max, row_max)
+    if vany(vless(slack, (largest - reference) * unit)):
+        moved = vselect(vless(slack, (largest - reference) * unit), largest, reference)
+        factor = vexp2((reference - moved) * unit)
+        reference = moved
+        vstore(state.reference, reference)
         vstore(state.row_sum, vload(state.row_sum) * factor)
         vstore(factors, factor)
         for i in range(width):
             for d in range(dims):
                 acc[i * dims + d] *= factors[i]
     for i in range(vectors):
-        prob = vexp2((vload(scores + i * LANES) - row_max) * unit)
+        prob = vexp2((vload(scores + i * LANES) - reference) * unit)
         total = total + prob
         vstore(scores + i * LANES, prob)
     vstore(state.row_sum, vload(state.row_sum) + total)
@@ -257,10 +256,10 @@ cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) no
 cdef void decode_merge(const Problem* p, State* total, State* lost, const State* part) noexcept nogil:
     """total + lost (IN/OUT) = both states."""
     cdef vf factors[2]
-    cdef real total_factors[16]
-    cdef real part_factors[16]
+    cdef real total_factors[MAX_LANES]
+    cdef real part_factors[MAX_LANES]
     cdef Py_ssize_t row, v, d
-    merge_reference(total.row_max, part.row_max, p.unit, factors)
+    merge_reference(total.reference, part.reference, p.unit, factors)
     merge_vector(total.row_sum, lost.row_sum, part.row_sum, factors[0], factors[1])
     vstore(total_factors, factors[0])
     vstore(part_factors, factors[1])
@@ -284,8 +283,8 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
             row_sum += state.row_sum[lane]
             lane += p.decode_width
         # no key seen: 0 / 0 is 0 here
-        inverse = 1 / (row_sum + sink_term(p, w.lanes[i], state.row_max[i])) if row_sum != 0 else <real> 0.0
-        finish_row(p, task.batch, w.lanes[i], state.row_max[i], row_sum, inverse)
+        inverse = 1 / (row_sum + sink_term(p, w.lanes[i], state.reference[i])) if row_sum != 0 else <real> 0.0
+        finish_row(p, task.batch, w.lanes[i], state.reference[i], row_sum, inverse)
         inverse /= w.shrink[i]
         row = state.acc + i * p.v_stride
         for d in range(p.head_dim_v):

@@ -12,7 +12,7 @@ cdef int describe_inputs(Problem* p, query, key, value, Kind q_kind, Kind kv_kin
     describe(&p.q, query, q_kind)
     describe(&p.k, key, kv_kind)
     describe(&p.v, value, kv_kind)
-    p.batch, p.seq_len_q, p.head_dim = p.q.length[0], p.q.length[2], p.q.length[3]
+    p.batch_size, p.seq_len_q, p.head_dim = p.q.length[0], p.q.length[2], p.q.length[3]
     p.num_kv_heads, p.seq_len_kv, p.head_dim_v = p.k.length[1], p.k.length[2], p.v.length[3]
     p.group_size = p.q.length[1] // max(1, p.num_kv_heads)
     return 0
@@ -114,7 +114,7 @@ def attend_plain(query, key, value, out, bint is_causal, scale, q_offset, Py_ssi
     if scale is not None and not (type(scale) is float and 1e-30 < scale < 1e30):
         return None
     choose_units(&p, scale)
-    length[:] = [p.batch, p.q.length[1], p.seq_len_q, p.head_dim_v]
+    length[:] = [p.batch_size, p.q.length[1], p.seq_len_q, p.head_dim_v]
     if out is None:
         out = EMPTY((length[0], length[1], length[2], length[3]), REAL)
         describe_new(&p.out, out, length)

@@ -8,7 +8,7 @@ cdef void clear_weights(const Problem* p, const Workspace* w, const Task* task) 
     cdef Py_ssize_t i, j
     cdef real* row
     for i in range(task.num_rows):
-        if stopped(p.call):
+        if stopped_by_signal(p.call):
             return
         row = weights_row(p, task.batch, w.lanes[i])
         for j in range(p.seq_len_kv):
@@ -35,7 +35,7 @@ cdef inline vf weight_of(vf score, real reference, real unit, real inverse_sum) 
 
 cdef void finish_weights(real* row, Py_ssize_t n, real reference, real unit, real inverse_sum) noexcept nogil:
     """row[0..n) (IN/OUT): scores become weights."""
-    cdef real last[16]
+    cdef real last[MAX_LANES]
     cdef Py_ssize_t i, tail = n % LANES
     for i in range(n // LANES):
         vstore(row, weight_of(vload(row), reference, unit, inverse_sum))
@@ -71,21 +71,21 @@ cdef bint store_result(const Problem* p, Py_ssize_t batch, Lane lane, real* shri
     return again
 
 
-cdef inline real sink_term(const Problem* p, Lane lane, real row_max) noexcept nogil:
+cdef inline real sink_term(const Problem* p, Lane lane, real reference) noexcept nogil:
     """What a sink adds to row_sum."""
-    return <real> exp(p.sinks[lane.head] - row_max * p.natural) if p.sinks != NULL else <real> 0.0
+    return <real> exp(p.sinks[lane.head] - reference * p.natural) if p.sinks != NULL else <real> 0.0
 
 
-cdef void finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real row_max, real row_sum,
+cdef void finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real reference, real row_sum,
                      real inverse_sum) noexcept nogil:
     """A row's logsumexp and weights (OUT), where asked for."""
     cdef real* row
     if p.logsumexp != NULL:
         p.logsumexp[(batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query] = (
-            <real> (row_max * p.natural + log(<double> row_sum)) if row_sum != 0 else <real> -INFINITY)
-    if p.weights != NULL and not stopped(p.call):
+            <real> (reference * p.natural + log(<double> row_sum)) if row_sum != 0 else <real> -INFINITY)
+    if p.weights != NULL and not stopped_by_signal(p.call):
         row = weights_row(p, batch, lane)
-        finish_weights(row, p.seq_len_kv, row_max, p.unit, inverse_sum)
+        finish_weights(row, p.seq_len_kv, reference, p.unit, inverse_sum)
         if p.dropout:
             drop_weights(row, 1, 0, p.seq_len_kv, p.dropout_threshold, p.keep_scale, p.seed,
                          <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + batch))

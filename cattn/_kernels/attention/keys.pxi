@@ -39,7 +39,7 @@ cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* ta
     """b (IN: the block before; OUT): the next keys below `high`, on a grid that starts at key 0, where they lie or in
     w.k_rows and w.v_rows. False: there are none, or the call is to end."""
     b.key_start += b.n
-    if b.key_start >= high or stopped(p.call):
+    if b.key_start >= high or stopped_by_signal(p.call):
         return False
     b.n = min(p.block_kv - b.key_start % p.block_kv, high - b.key_start)
     b.kind, b.next_n = p.block_kind, 0

@@ -13,7 +13,7 @@ cdef void scale_scores(const Problem* p, const Workspace* w, Tile* t) noexcept n
     """In whole vectors, as cap_scores."""
     cdef Py_ssize_t i
     cdef vf scale = vset1(t.scale)
-    for i in range((t.n * t.width + LANES - 1) // LANES):
+    for i in range(ceil_div(t.n * t.width, LANES)):
         vstore(t.scores + i * LANES, vload(t.scores + i * LANES) * scale)
     t.scale = 1.0
 
@@ -30,7 +30,7 @@ cdef void cap_scores(const Problem* p, const Workspace* w, Tile* t) noexcept nog
         for i in range(size):
             scores[i] = cap * <real> tanh(scores[i] * inverse)
         return
-    for i in range((size + LANES - 1) // LANES):
+    for i in range(ceil_div(size, LANES)):
         x = vload(scores + i * LANES) * inverse
         z = x * x
         # |x| < 0.625: odd minimax polynomial (Cephes tanhf); else 1 - 2 / (exp(2|x|) + 1). Both within 3e-7 relative:
@@ -114,7 +114,7 @@ cdef void load_bias(real* bias, const Tensor* mask, Py_ssize_t batch, const Lane
     cdef Py_ssize_t i
     load_row(bias, entry_of(mask, batch, lane, key), mask.stride[3], n, mask.kind)
     if mask.kind != BOOL:
-        for i in range((n + LANES - 1) // LANES):
+        for i in range(ceil_div(n, LANES)):
             vstore(bias + i * LANES, bias_of(vload(bias + i * LANES)))
 
 
@@ -130,15 +130,15 @@ cdef inline void prefetch_mask(const Problem* p, const Tile* t, const int WIDTH,
     if end == t.n:
         end_offset += 63  # rows seldom begin with a line: the one in which the last key lies, or else the next block's
     for i in range(WIDTH):
-        for offset in range((first * mask.stride[3] + 63) // 64 * 64, end_offset, 64):
+        for offset in range(round_up(first * mask.stride[3], 64), end_offset, 64):
             prefetch(entry_of(mask, t.batch, t.lanes + i, t.key_start) + offset)
 
 
 cdef Py_ssize_t add_small_mask(const Tensor* mask, const Tile* t, Py_ssize_t lane, real factor) noexcept nogil:
     """What add_mask does, for LANES lanes from `lane` on and from the first key on, straight from a mask of aligned
     reals, as long as there is nothing to clip and no infinity. Returns how many keys are done, in whole vectors."""
-    cdef const real* rows[16]
-    cdef vf square[16]
+    cdef const real* rows[MAX_LANES]
+    cdef vf square[MAX_LANES]
     cdef vf largest, scale = vset1(factor)
     cdef real* scores = t.scores + lane
     cdef Py_ssize_t n = t.n, width = t.width, j = 0, i
@@ -160,8 +160,8 @@ cdef Py_ssize_t add_small_mask(const Tensor* mask, const Tile* t, Py_ssize_t lan
 
 cdef Py_ssize_t add_bool_mask(const Tensor* mask, const Tile* t, Py_ssize_t lane) noexcept nogil:
     """The same for a bool mask whose entries are adjacent."""
-    cdef const char* rows[16]
-    cdef int8_t tile[1024]  # VECTOR_BYTES keys of LANES lanes, at most
+    cdef const char* rows[MAX_LANES]
+    cdef int8_t tile[64 * MAX_LANES]  # VECTOR_BYTES keys of LANES lanes, at most
     cdef vf masked = vset1(<real> -INFINITY)
     cdef Py_ssize_t n = t.n, width = t.width, j = 0, i
     cdef int k
@@ -185,9 +185,9 @@ cdef void add_mask(const Problem* p, const Workspace* w, Tile* t) noexcept nogil
     cdef real* scores = t.scores
     cdef real* biases = w.rows  # LANES rows of n, rounded up to whole vectors
     cdef real scale = t.scale
-    cdef Py_ssize_t n = t.n, width = t.width, length = (n + LANES - 1) // LANES * LANES, done = 0, j, v, i
+    cdef Py_ssize_t n = t.n, width = t.width, length = round_up(n, LANES), done = 0, j, v, i
     cdef bint in_place = rows_are_real(mask), bools = mask.kind == BOOL and mask.stride[3] == 1
-    cdef vf square[16]
+    cdef vf square[MAX_LANES]
     t.scale = 1.0
     if width % LANES:  # few rows, in decode
         for i in range(width):
@@ -213,7 +213,7 @@ cdef void add_mask(const Problem* p, const Workspace* w, Tile* t) noexcept nogil
             continue
         for i in range(LANES):
             load_bias(biases + i * length, mask, t.batch, lanes + v * LANES + i, t.key_start + done, n - done)
-        for j in range((n - done + LANES - 1) // LANES):
+        for j in range(ceil_div(n - done, LANES)):
             for i in range(LANES):
                 square[i] = vload(biases + i * length + j * LANES)
             vtranspose(square)
@@ -235,7 +235,7 @@ cdef void shrink_probs(const Problem* p, const Workspace* w, Tile* t) noexcept n
     cdef Py_ssize_t i, period = max(1, t.width // LANES)  # few rows, in decode: a vector has the factor of each lane
     cdef vf zero = vset1(<real> 0.0), one = vset1(<real> 1.0)
     cdef vf prob, factor, product, least
-    for i in range((t.n * t.width + LANES - 1) // LANES):
+    for i in range(ceil_div(t.n * t.width, LANES)):
         prob, factor = vload(t.scores + i * LANES), vload(shrink + i % period * LANES)
         product = prob * factor
         least = vselect(vless(factor, one), vset1(<real> SMALLEST), zero)

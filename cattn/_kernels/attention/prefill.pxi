@@ -3,13 +3,13 @@
 #
 #     for each task: (batch, key head, block of query rows)
 #         pack q, transposed, in panels of up to 3 vectors of queries
-#         row_max = LOWEST, row_sum = 0, acc = 0
+#         reference = LOWEST, row_sum = 0, acc = 0
 #         for each block of keys, on a grid that starts at key 0
 #             load K and V rows: in place where they are reals (V: adjacent ones), else copied into scratch
 #             for each panel that sees any of these keys
 #                 scores      S^T[key][query] = K broadcast x Q^T vectors
 #                 modify      only where a mask, a limit, softcap or ALiBi touches the tile
-#                 softmax     row_max (lazily), exp2, sum: all vertical; meanwhile, of the panel before this one,
+#                 softmax     reference (lazily), exp2, sum: all vertical; meanwhile, of the panel before this,
 #                 accumulate  O^T[dim][query] += V broadcast x P^T
 #         out = O^T transposed / row_sum; logsumexp
 #
@@ -24,7 +24,7 @@
 # Exactness: sums over keys start afresh in each block of keys (one long sum costs 3 to 8 times the error at 2048 to
 # 16384 keys); probabilities are relative to a reference at most 2**8 below the maximum, so they never overflow.
 # Assumes: checked arguments; what it may touch is described by Problem. Never: allocates, raises, takes the GIL
-# (but for `poll`, tasks.pxi).
+# (but for `run_signal_handlers`, tasks.pxi).
 
 cdef enum:
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
@@ -100,7 +100,7 @@ cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const
 
 
 cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
-    """The next `count` vectors of scores become probabilities, exp2((s - row_max) * unit); total adds them up."""
+    """The next `count` vectors of scores become probabilities, exp2((s - reference) * unit); total adds them up."""
     cdef vf prob
     # One vector after the other: four in lockstep would spill, and a spill costs as much as two FMAs.
     for _ in range(count):
@@ -150,25 +150,25 @@ cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, con
         d += 1
 
 
-cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max, real* row_sum, real* acc,
+cdef inline void update_reference(const int VECTORS, vf* tile_max, real* reference, real* row_sum, real* acc,
                                   Py_ssize_t head_dim_v, real unit) noexcept nogil:
-    """row_max is a reference, not the maximum: a lane moves it only when its scores exceed it by more than SLACK, which
-    random scores never do after the first block, and then rescales what it has summed. Lanes that stay multiply by
-    an exact 1. Starting at LOWEST instead of -inf keeps -inf - row_max from being NaN."""
+    """The reference is not the maximum: a lane moves it only when its scores exceed it by more than SLACK, which random
+    scores never do after the first block, and then rescales what it has summed. Lanes that stay multiply by an exact 1.
+    Starting at LOWEST instead of -inf keeps -inf - reference from being NaN."""
     cdef vf factor[MAX_PANEL]
     cdef vf old, new, slack = vset1(<real> SLACK)
     cdef Py_ssize_t d
     cdef int v
     cdef bint grew = False
     for v in range(VECTORS):
-        grew = grew or vany(vless(slack, (tile_max[v] - vload(row_max + v * LANES)) * unit))
+        grew = grew or vany(vless(slack, (tile_max[v] - vload(reference + v * LANES)) * unit))
     if not grew:
         return
     for v in range(VECTORS):
-        old = vload(row_max + v * LANES)
+        old = vload(reference + v * LANES)
         new = vselect(vless(slack, (tile_max[v] - old) * unit), tile_max[v], old)
         factor[v] = vexp2((old - new) * unit)
-        vstore(row_max + v * LANES, new)
+        vstore(reference + v * LANES, new)
         vstore(row_sum + v * LANES, vload(row_sum + v * LANES) * factor[v])
     for d in range(head_dim_v):
         for v in range(VECTORS):
@@ -178,7 +178,7 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max
 cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspace* w, const State* state,
                              Panel* panel, const real* k, Py_ssize_t k_stride) noexcept nogil:
     """panel (IN: of which queries, keys of a block, where the scores go; OUT: the keys that it sees): modified scores,
-    and row_max is what their softmax refers to. False where it sees none of the keys."""
+    and reference is what their softmax refers to. False where it sees none of the keys."""
     cdef Tile* t = &panel.tile
     cdef Py_ssize_t width = VECTORS * LANES
     cdef Py_ssize_t key_start = t.key_start
@@ -221,7 +221,7 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
             for i in range(VECTORS):
                 tile_max[i] = vmax(vload(t.scores + (j * VECTORS + i) * LANES), tile_max[i])
     keep_scores(p, t)
-    update_reference(VECTORS, tile_max, state.row_max + panel.first_lane, state.row_sum + panel.first_lane,
+    update_reference(VECTORS, tile_max, state.reference + panel.first_lane, state.row_sum + panel.first_lane,
                      state.acc + panel.first_lane * p.v_stride, p.head_dim_v, p.unit)
     return True
 
@@ -232,7 +232,7 @@ cdef void begin_softmax(Softmax* e, const Panel* panel, const State* state, real
     e.scores, e.left = panel.tile.scores, panel.tile.n * panel.vectors
     e.vectors, e.column = panel.vectors, 0
     for v in range(panel.vectors):
-        e.reference[v] = vload(state.row_max + panel.first_lane + v * LANES)
+        e.reference[v] = vload(state.reference + panel.first_lane + v * LANES)
         e.total[v] = vset1(<real> 0.0)
 
 
@@ -264,7 +264,7 @@ cdef void accumulate_panel(const Problem* p, const State* state, Panel* panel, S
 
 cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
     """w.queries (OUT)[panel][dim][width] = sign * q."""
-    cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
+    cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
     cdef Py_ssize_t first = 0, v, i, d, width
     cdef bint in_place = rows_are_real(&p.q)
     cdef const Lane* lanes
@@ -293,7 +293,7 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
 cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
                        Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
-    cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
+    cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
     cdef Py_ssize_t first, k_stride, v_stride
     cdef const real* v
     cdef Block b
@@ -322,7 +322,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
             panel.tile.batch, panel.tile.key_start, panel.tile.n = task.batch, b.key_start, b.n
             panel.tile.scores = w.scores if pending.tile.scores != w.scores else w.next_scores
             first += panel.vectors
-            if pending.tile.n and pending.first_lane == panel.first_lane:  # before row_max moves
+            if pending.tile.n and pending.first_lane == panel.first_lane:  # before reference moves
                 accumulate_panel(p, state, &pending, &nothing, &ahead)
             if PANEL_VECTORS == 3 and panel.vectors == 3:
                 seen = score_panel(3, p, w, state, &panel, <const real*> b.k, k_stride)
@@ -360,7 +360,7 @@ cdef bint prefill_reads_in_place(const Tensor* v, Py_ssize_t head_dim_v, Py_ssiz
 cdef void prefill_merge(const Problem* p, const Task* task, State* total, State* lost,
                         const State* part) noexcept nogil:
     """total + lost (IN/OUT) = both states."""
-    cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
+    cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
     cdef Py_ssize_t first = 0, v, d, i
     cdef vf factors[2]
     cdef int panel
@@ -368,7 +368,7 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, State*
         panel = panel_vectors(vectors - first)
         for v in range(panel):
             i = (first + v) * LANES
-            merge_reference(total.row_max + i, part.row_max + i, p.unit, factors)
+            merge_reference(total.reference + i, part.reference + i, p.unit, factors)
             merge_vector(total.row_sum + i, lost.row_sum + i, part.row_sum + i, factors[0], factors[1])
             for d in range(p.head_dim_v):
                 i = first * LANES * p.v_stride + (d * panel + v) * LANES
@@ -378,7 +378,7 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, State*
 
 cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
     """out (OUT), logsumexp and weights: acc / row_sum, transposed, panel by panel. True: to be done again."""
-    cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
+    cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
     cdef Py_ssize_t first = 0, i, v, d, width, num_rows
     cdef bint out_in_place = rows_are_real(&p.out)
     cdef bint again = False, all_right
@@ -398,7 +398,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         shrink = w.shrink + first * LANES
         acc = state.acc + first * LANES * p.v_stride
         for i in range(width):
-            inverse_sum[i] = sink_term(p, lanes[i], state.row_max[first * LANES + i])
+            inverse_sum[i] = sink_term(p, lanes[i], state.reference[first * LANES + i])
         for v in range(panel):
             row_sum = vload(state.row_sum + (first + v) * LANES)
             result = vset1(<real> 1.0) / (row_sum + vload(inverse_sum + v * LANES))
@@ -418,7 +418,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
             all_right = all_right and not vany(vdiffer(check[v], vset1(<real> 0.0)))
         if p.logsumexp != NULL or p.weights != NULL:
             for i in range(num_rows):
-                finish_row(p, task.batch, lanes[i], state.row_max[first * LANES + i],
+                finish_row(p, task.batch, lanes[i], state.reference[first * LANES + i],
                            state.row_sum[first * LANES + i], inverse_sum[i])
         # Straight into out where the panel's rows lie there as reals, one after the other; through scratch otherwise.
         if all_right and out_in_place and lanes[width - 1].query == lanes[0].query + width - 1:

@@ -26,7 +26,7 @@ cdef struct Problem:
     const int64_t* q_offsets        # IN (batch,); or NULL: q_offset for all
     const int64_t* kv_lens          # IN (batch,); or NULL: all seq_len_kv
     Py_ssize_t q_offset
-    Py_ssize_t batch, num_kv_heads, group_size, seq_len_q, head_dim, head_dim_v, seq_len_kv
+    Py_ssize_t batch_size, num_kv_heads, group_size, seq_len_q, head_dim, head_dim_v, seq_len_kv
     Py_ssize_t window_left, window_right   # -1: unbounded; is_causal is window_right = 0
     # Of a score, see choose_units
     real sign                       # the scale's: queries are packed times it
@@ -56,13 +56,13 @@ cdef struct Problem:
 cdef struct State:                  # of the softmax of a block of rows, over the keys done so far
     # In the unit of what leaves the modifiers. [block_rows], decode: [LANES], row r in each lane l with
     # l % decode_width == r
-    real* row_max
+    real* reference
     real* row_sum                   # likewise; decode: the lanes of a row hold parts of its sum
     real* acc                       # [panel][head_dim_v][width], decode: [row][v_stride]
 
 cdef struct Workspace:              # one per thread, SCRATCH
     State total, part
-    State lost                      # what rounding has taken from the sums of total, see merge_vector; no row_max
+    State lost                      # what rounding has taken from the sums of total, see merge_vector; no reference
     real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; times p.sign
     real* scores                    # [block_kv][width]
     real* next_scores               # likewise, for prefill
@@ -116,14 +116,14 @@ cdef inline Py_ssize_t state_size(const Problem* p) noexcept nogil:
 cdef inline void place_state(State* s, char* base, const Problem* p) noexcept nogil:
     cdef Py_ssize_t lanes = max(p.block_rows, LANES)
     s.acc = <real*> base
-    s.row_max = s.acc + p.block_rows * p.v_stride
-    s.row_sum = s.row_max + lanes
+    s.reference = s.acc + p.block_rows * p.v_stride
+    s.row_sum = s.reference + lanes
 
 
 cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     """Lays the workspace out from `base` on, 64-byte aligned pieces; returns its size in bytes."""
     cdef Py_ssize_t width = min(p.block_rows, <Py_ssize_t> PANEL_VECTORS * LANES)
-    cdef Py_ssize_t keys = (min(p.block_kv, p.seq_len_kv) + LANES - 1) // LANES * LANES
+    cdef Py_ssize_t keys = round_up(min(p.block_kv, p.seq_len_kv), LANES)
     cdef size_t size = 0
     cdef Py_ssize_t state = state_size(p)
     place_state(&w.total, take(base, &size, state), p)
@@ -143,16 +143,11 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     return size
 
 
-# Splits are merged in order. Their sums are kept with what rounding takes from them, so that the error of the whole
-# does not grow with the number of splits; and the reference is moved only past SLACK, as within a split, or the errors
-# of many factors near 1 would add up.
-
-
 cdef int choose_units(Problem* p, scale) except -1:
     """sign, scale, unit and natural (OUT), from the scale, None for 1 / sqrt(head_dim), and the modifiers. The query is
     never multiplied by the scale: that would round what plain NumPy does not, and could leave the range. As long as
     scores are only compared, with each other or with -inf, they stay products of query and key, and exp2 takes
-    (s - row_max) * unit, with unit = |scale| log2(e): where s is near the maximum, the difference is exact and small.
+    (s - reference) * unit, with unit = |scale| log2(e): where s is near the maximum, the difference is exact and small.
     Where something is calculated with them, the first modifier multiplies by |scale|, as NumPy does; and where |scale|
     is so small that -inf, times it, were lost in it. The sign goes into the query, so that the largest s belongs to the
     largest score."""
@@ -175,15 +170,15 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
     shape of one batch row alone. The query rows of a key head are cut into blocks: large, so that K and V are read
     seldom, but enough of them for all threads; which block a row is in decides no bit of its result."""
     cdef Py_ssize_t rows = p.group_size * p.seq_len_q
-    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES
+    cdef Py_ssize_t vectors = ceil_div(rows, LANES)
     cdef Py_ssize_t size = MAX_ROWS // LANES, wide, fewer_blocks     # size, wide: vectors in a block
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
     p.decode_width = 0
     p.may_mask = p.mask.data != NULL or p.window_left >= 0 or p.window_right >= 0 or p.kv_lens != NULL
     if rows <= min(MAX_DECODE_ROWS, LANES):
         p.decode_width = 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
-        p.q_stride = (p.head_dim + LANES - 1) // LANES * LANES
-        p.v_stride = (p.head_dim_v + LANES - 1) // LANES * LANES
+        p.q_stride = round_up(p.head_dim, LANES)
+        p.v_stride = round_up(p.head_dim_v, LANES)
         p.block_kv, p.split_kv = DECODE_KEYS, DECODE_SPLIT
         p.num_blocks, p.block_rows = 1, p.decode_width
         # Both in place or both copied, since one loop reads one kind of rows.
@@ -197,22 +192,22 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         if size * LANES * widest > MAX_BLOCK:
             size = max(1, MAX_BLOCK // (LANES * widest) // PANEL_VECTORS) * PANEL_VECTORS
         while (num_threads > 1 and size // 2 >= MIN_BLOCK
-               and p.batch * p.num_kv_heads * ((vectors + size - 1) // size) < TASKS_PER_THREAD * num_threads):
+               and p.batch_size * p.num_kv_heads * ceil_div(vectors, size) < TASKS_PER_THREAD * num_threads):
             size //= 2
-        p.num_blocks = (vectors + size - 1) // size
+        p.num_blocks = ceil_div(vectors, size)
         # Where threads have tasks enough, a third more than a block is one block still, and several are whole panels:
         # 197 rows take 5 % longer in two blocks.
         fewer_blocks = max(1, (vectors + size * 2 // 3) // size)
-        wide = (vectors + fewer_blocks - 1) // fewer_blocks
+        wide = ceil_div(vectors, fewer_blocks)
         if wide < vectors:
-            wide = (wide + PANEL_VECTORS - 1) // PANEL_VECTORS * PANEL_VECTORS
-        size = (vectors + p.num_blocks - 1) // p.num_blocks
-        if (num_threads == 1 or p.batch * p.num_kv_heads * ((vectors + wide - 1) // wide)
+            wide = round_up(wide, PANEL_VECTORS)
+        size = ceil_div(vectors, p.num_blocks)
+        if (num_threads == 1 or p.batch_size * p.num_kv_heads * ceil_div(vectors, wide)
                 >= TASKS_PER_THREAD * num_threads):
             size = wide
-        p.num_blocks = (vectors + size - 1) // size
+        p.num_blocks = ceil_div(vectors, size)
         p.block_rows = size * LANES
         p.k_in_place = rows_are_real(&p.k)
         p.v_in_place = prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
         p.block_kind = real_kind()
-    p.num_splits = (p.seq_len_kv + p.split_kv - 1) // p.split_kv
+    p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)

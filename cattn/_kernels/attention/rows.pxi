@@ -50,10 +50,14 @@ cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* l
 cdef void reset(const Problem* p, State* s) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(max(p.block_rows, LANES)):
-        s.row_max[i] = <real> LOWEST
+        s.reference[i] = <real> LOWEST
         s.row_sum[i] = 0.0
     memset(s.acc, 0, p.block_rows * p.v_stride * sizeof(real))
 
+
+# Splits are merged in order. Their sums are kept with what rounding takes from them, so that the error of the whole
+# does not grow with the number of splits; and the reference is moved only past SLACK, as within a split, or the errors
+# of many factors near 1 would add up.
 
 cdef inline void merge_reference(real* total_max, const real* part_max, real unit, vf* factors) noexcept nogil:
     """total_max (IN/OUT), one vector; factors (OUT)[2]: what the sums of total and part are multiplied by."""

@@ -41,7 +41,7 @@ cdef void repair_values(const Problem* p, const Workspace* w, const Tile* t, rea
         w.visible[j] = 0.0
     mask_tile(p, w, &visible)
     for j in range(t.n):
-        if stopped(p.call):
+        if stopped_by_signal(p.call):
             return
         for d in range(p.head_dim_v):
             value = v_rows[j * v_stride + d]

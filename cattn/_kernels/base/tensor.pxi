@@ -95,7 +95,7 @@ cdef void transpose(real* out, Py_ssize_t out_stride, const real* a, Py_ssize_t 
                     Py_ssize_t columns) noexcept nogil:
     """out[c * out_stride + r] (OUT) = a[r * a_stride + c] for r < rows, c < columns: by LANES x LANES squares through
     registers, the edges one by one."""
-    cdef vf square[16]
+    cdef vf square[MAX_LANES]
     cdef Py_ssize_t r = 0, c, i
     # Plain loops would be bound by their scattered stores, one a number: 8 to 16 times as many as here.
     while r + LANES <= rows:
