@@ -105,8 +105,8 @@ def extension(name, flags, macros=()):
     return Extension(
         f"cattn._kernels.{name}",
         [str(KERNELS / f"{name}.pyx")],
-        include_dirs=[str(KERNELS)],
-        depends=[str(KERNELS / "simd.h")],
+        include_dirs=[str(KERNELS / "base")],
+        depends=[str(KERNELS / "base/simd.h")],
         define_macros=[*macros, *LIMITED_API],
         py_limited_api=bool(LIMITED_API),
         extra_compile_args=[*FLAGS, *flags, *SANITIZE],

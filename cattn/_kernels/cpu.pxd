@@ -21,7 +21,7 @@ cdef char* take_scratch(size_t size) noexcept nogil     # from the start of a ca
 cdef void give_scratch(char* scratch) noexcept nogil    # back, for the next call; not NULL
 
 # Threads and forks: cpu.pyx keeps them for all modules, since OpenMP has one pool of threads for each calling thread,
-# whichever module it calls in. begin_region and region_started (openmp.pxi) are what uses them.
+# whichever module it calls in. start_threads and threads_started (openmp.pxi) are what uses them.
 cdef int* pool_of_this_thread() noexcept nogil  # the threads that OpenMP keeps for this one, and itself
 cdef void hold_starts() noexcept nogil          # until release_starts, no other thread's pool grows
 cdef void release_starts() noexcept nogil       # if this thread holds them

@@ -1,22 +1,29 @@
 """The kernels of one instruction set and one precision (`real`: float, or double in the _f64 modules).
 
-Read in this order:
-    tasks.pxi      a call's threads: how many, how they share its tasks, how Ctrl-C ends them
-    tensor.pxi     arrays of any stride and dtype; a row of one is loaded into reals, or stored from them
-    dropout.pxi    the counter-based generator
-    modify.pxi     what changes a tile of scores: softcap, ALiBi, masks, the causal / window / length limits
-    problem.pxi    one attention problem, the scratch of a thread, and what both kernels share
-    prefill.pxi    the kernel for many query rows: queries in the SIMD lanes
-    decode.pxi     the kernel for few query rows: dimensions in the SIMD lanes
-    attend.pxi     their entry from Python: typed memoryviews in, OpenMP loops over tasks
-    linear.pxi     the layer's projections
-    sinusoid.pxi   the table of positional encodings
-    openmp.pxi     the OpenMP runtime: how a parallel region is entered; what show_config tells of it
-    measure.pxi    the machine's limits, for the benchmark and for the test that the build flags are in force
+Read in this order, in which they are included:
+    base/openmp.pxi         the OpenMP runtime: how a parallel region is entered; what show_config tells of it
+    base/tasks.pxi          a call's threads: how many, how they share its tasks, how Ctrl-C ends them; their scratch
+    base/tensor.pxi         arrays of any stride and dtype; a row of one is loaded into reals, or stored from them
+    base/tile.pxi           the register tile, the inner loop of all products
+    base/dropout.pxi        the counter-based generator
+    attention/problem.pxi   one attention problem, how it is cut into tasks, and the scratch of a thread
+    attention/rows.pxi      the query rows of a task: which keys they see, and their softmax so far
+    attention/keys.pxi      where keys and values lie, and which come next
+    attention/modify.pxi    what changes a tile of scores: softcap, ALiBi, masks, the causal / window / length limits
+    attention/values.pxi    NaN and infinities of V behind a mask
+    attention/finish.pxi    how a row ends: result, logsumexp, weights
+    attention/prefill.pxi   the kernel for many query rows: queries in the SIMD lanes
+    attention/decode.pxi    the kernel for few query rows: dimensions in the SIMD lanes
+    attention/attend.pxi    who does which task or split, and who merges them
+    attention/entry.pxi     the entries from Python
+    linear.pxi              the layer's projections
+    sinusoid.pxi            the table of positional encodings
+    measure.pxi             the machine's limits, for the benchmark and for the test that the build flags are in force
+base/simd.h has the vectors. Nothing in base knows of attention.
 
 Below an entry (plain `def`), where the GIL has been given up, everything is `noexcept nogil`: nothing allocates but
-`begin_region` in openmp.pxi, for as long as threads are started, and nothing raises or calls Python but
-`poll` in tasks.pxi, which runs the handlers of signals for the main thread of a long call.
+`start_threads` in base/openmp.pxi, for as long as threads are started, and nothing raises or calls Python but
+`run_signal_handlers` in base/tasks.pxi, which runs the handlers of signals for the main thread of a long call.
 """
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel cimport parallel, prange, threadid
@@ -41,7 +48,7 @@ cdef extern from *:
     /* What a mask entry or an ALiBi bias may be at most: its sum with a score that is no larger stays finite, also
        after * log2(e). */
     #define BIAS_LIMIT (IS_DOUBLE ? DBL_MAX / 4 : FLT_MAX / 4)
-    /* Where row_max starts: no finite score is below, and -inf - LOWEST is -inf, where -inf + inf would be NaN. */
+    /* Where a row's reference starts: no finite score is below; -inf - LOWEST is -inf, and -inf + inf would be NaN. */
     #define LOWEST (IS_DOUBLE ? -DBL_MAX : -FLT_MAX)
     /* What the probabilities of a row that overflowed are multiplied by when it is done again. */
     #define SHRINK 0x1p-40
@@ -95,15 +102,35 @@ cdef extern from "simd.h" nogil:
     uint16_t narrow_f64_to_bf16(double)
 
 
-include "openmp.pxi"
-include "tasks.pxi"
-include "tensor.pxi"
-include "dropout.pxi"
-include "modify.pxi"
-include "problem.pxi"
-include "prefill.pxi"
-include "decode.pxi"
-include "attend.pxi"
+cdef enum:
+    MAX_LANES = 16      # of any instruction set, in float
+
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    """a / b, rounded up, of numbers from 0 on."""
+    return (a + b - 1) // b
+
+
+cdef inline Py_ssize_t round_up(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    """The next multiple of b."""
+    return (a + b - 1) // b * b
+
+
+include "base/openmp.pxi"
+include "base/tasks.pxi"
+include "base/tensor.pxi"
+include "base/tile.pxi"
+include "base/dropout.pxi"
+include "attention/problem.pxi"
+include "attention/rows.pxi"
+include "attention/keys.pxi"
+include "attention/modify.pxi"
+include "attention/values.pxi"
+include "attention/finish.pxi"
+include "attention/prefill.pxi"
+include "attention/decode.pxi"
+include "attention/attend.pxi"
+include "attention/entry.pxi"
 include "linear.pxi"
 include "sinusoid.pxi"
 include "measure.pxi"

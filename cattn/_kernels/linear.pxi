@@ -77,8 +77,8 @@ cdef inline void linear_columns(const int ROWS, real* tile, const real* x, Py_ss
     """tile[ROWS][LANES] (IN/OUT): `dims` dimensions of LANES features. As many at `ahead`, of ahead_item bytes each,
     are prefetched on the way; 0: none."""
     cdef vf acc[8]
-    cdef vf columns[16]
-    cdef real lanes[16]
+    cdef vf columns[MAX_LANES]
+    cdef real lanes[MAX_LANES]
     cdef Py_ssize_t d = 0
     cdef int i, r
     for r in range(ROWS):
@@ -150,7 +150,7 @@ cdef void pack_dims(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssi
                     Py_ssize_t first) noexcept nogil:
     """BLOCK_DIMS dimensions of l.packed (OUT), from `first` on; lanes past the last row are 0."""
     cdef Py_ssize_t dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
-    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, width, n, r
+    cdef Py_ssize_t vectors = ceil_div(rows, LANES), width, n, r
     cdef real* packed = l.packed
     cdef LinearWorkspace b
     carve_linear(&b, scratch, l)
@@ -202,7 +202,7 @@ cdef void few_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t fir
     for r in range(padded):
         vstore(tile + r * LANES, vload(b.rows))
     while first < l.in_features:
-        if stopped(l.call):
+        if stopped_by_signal(l.call):
             return
         dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
         # Asked for: the next dimensions, in the end the first ones of the next features.
@@ -247,7 +247,7 @@ cdef void multiply_in_place(const Linear* l, const LinearWorkspace* b, Py_ssize_
     """b.tile (IN/OUT): n features. All dimensions of a panel after the other, so that its sums stay in L1: block of W
     after block of W takes 6 % longer for a batch (width 768, Intel). With the first panel, memory is asked for the next
     dimensions of W, or for the first of the next FEATURES."""
-    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, first, width, dims, ahead
+    cdef Py_ssize_t vectors = ceil_div(rows, LANES), first, width, dims, ahead
     cdef Py_ssize_t w_stride = l.weight.stride[2] // <Py_ssize_t> sizeof(real)
     cdef const real* w = <const real*> row_of(&l.weight, 0, 0, feature)
     cdef const real* x = l.packed
@@ -258,7 +258,7 @@ cdef void multiply_in_place(const Linear* l, const LinearWorkspace* b, Py_ssize_
         width = panel * LANES
         first = 0
         while first < l.in_features:
-            if stopped(l.call):
+            if stopped_by_signal(l.call):
                 return
             dims = ahead = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
             if tile != b.tile:
@@ -281,7 +281,7 @@ cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t 
     cdef real* tile
     cdef int panel
     while first < l.in_features:
-        if stopped(l.call):
+        if stopped_by_signal(l.call):
             return
         dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
         ahead = (dims if first + dims < l.in_features else 0) * l.weight.stride[3]
@@ -291,7 +291,7 @@ cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t 
                     prefetch(weight + r * l.weight.stride[2] + ahead + line)
             load_row(b.weight + r * W_STRIDE, weight + r * l.weight.stride[2], l.weight.stride[3], dims,
                      l.weight.kind)
-        tile, x, left = b.tile, l.packed, (rows + LANES - 1) // LANES
+        tile, x, left = b.tile, l.packed, ceil_div(rows, LANES)
         while left > 0:
             panel = panel_vectors(left)
             width = panel * LANES
@@ -306,7 +306,7 @@ cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t 
 cdef void many_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t first_row, Py_ssize_t rows,
                         Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
     """out[first_row : + rows][feature : + n] (OUT): many rows, at most FEATURES features."""
-    cdef Py_ssize_t vectors = (rows + LANES - 1) // LANES, width, o, r
+    cdef Py_ssize_t vectors = ceil_div(rows, LANES), width, o, r
     cdef real* tile = b.tile
     load_linear_bias(l, b.rows, feature, n)
     while vectors > 0:
@@ -322,7 +322,7 @@ cdef void many_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t fi
         multiply_copied(l, b, rows, feature, n)
     tile = b.tile
     while rows > 0:
-        width = panel_vectors((rows + LANES - 1) // LANES) * LANES
+        width = panel_vectors(ceil_div(rows, LANES)) * LANES
         if rows_are_even(l, &l.out, first_row, min(width, rows)):
             transpose(<real*> row_number(l, &l.out, first_row) + feature, l.out.stride[2] // <Py_ssize_t> sizeof(real),
                       tile, width, n, min(width, rows))
@@ -357,15 +357,15 @@ cdef void do_rows(const void* what, char* scratch) noexcept nogil:
     cdef const Linear* problem = <const Linear*> what
     cdef Py_ssize_t first_row = problem.first_row, rows = min(problem.block, problem.rows - first_row)
     cdef Py_ssize_t number = take_task(problem.call)
-    cdef Py_ssize_t num_blocks = (problem.in_features + BLOCK_DIMS - 1) // BLOCK_DIMS
-    cdef Py_ssize_t num_tasks = (problem.out_features + FEATURES - 1) // FEATURES
+    cdef Py_ssize_t num_blocks = ceil_div(problem.in_features, BLOCK_DIMS)
+    cdef Py_ssize_t num_tasks = ceil_div(problem.out_features, FEATURES)
     cdef fp_mode before = own_mode()
-    while number < num_blocks and not stopped(problem.call):
+    while number < num_blocks and not stopped_by_signal(problem.call):
         pack_dims(problem, scratch, first_row, rows, number * BLOCK_DIMS)
         number = take_task(problem.call)
     if problem.call.num_threads > 1:
         await_team()
-    while number < num_blocks + num_tasks and not stopped(problem.call):
+    while number < num_blocks + num_tasks and not stopped_by_signal(problem.call):
         do_features(problem, scratch, first_row, rows, (number - num_blocks) * FEATURES)
         number = take_task(problem.call)
     set_mode(before)
@@ -407,9 +407,9 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     l.w_in_place = rows_are_real(&l.weight)
     begin_call(&call, num_threads, 2.0 * l.rows * l.in_features * l.out_features)
     l.call = &call
-    call.num_threads = min(call.num_threads, (l.out_features + FEATURES - 1) // FEATURES)
-    rows = padded_rows(l.block) if few_rows(l.block) else (l.block + LANES - 1) // LANES * LANES
-    packed_size = (rows * l.in_features * sizeof(real) + 63) // 64 * 64
+    call.num_threads = min(call.num_threads, ceil_div(l.out_features, FEATURES))
+    rows = padded_rows(l.block) if few_rows(l.block) else round_up(l.block, LANES)
+    packed_size = round_up(rows * l.in_features * sizeof(real), 64)
     workspace_size = carve_linear(&b, NULL, &l)
     scratch = take_scratch(packed_size + call.num_threads * workspace_size)
     if scratch == NULL:
@@ -418,7 +418,7 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     l.packed, workspaces = <real*> scratch, scratch + packed_size
     with nogil:
         l.first_row = 0
-        while l.first_row < l.rows and not stopped(&call):
+        while l.first_row < l.rows and not stopped_by_signal(&call):
             call.next_task = 0
             in_threads(&call, do_rows, &l, workspaces, workspace_size)
             l.first_row += l.block

@@ -7,7 +7,7 @@ cdef real spin_fma(Py_ssize_t iterations) noexcept nogil:
     copies. They grow, which never makes a subnormal number or NaN."""
     cdef vf acc[12]
     cdef vf a = vset1(<real> 1e-6)
-    cdef real lanes[16]
+    cdef real lanes[MAX_LANES]
     cdef Py_ssize_t i
     cdef int r
     for r in range(12):
@@ -27,13 +27,13 @@ def fma_flops(Py_ssize_t iterations, int num_threads=1):
     cdef int thread, threads
     cdef real total = 0.0
     with nogil:
-        threads = begin_region(num_threads)
+        threads = start_threads(num_threads)
         if threads == 1:
             for thread in range(num_threads):
                 total += spin_fma(iterations)
         else:
             with parallel(num_threads=threads):
-                region_started()
+                threads_started()
                 for thread in prange(num_threads, schedule="static"):
                     total += spin_fma(iterations)
     return 0.0 if total != total else 24.0 * LANES * iterations * num_threads
@@ -42,7 +42,7 @@ def fma_flops(Py_ssize_t iterations, int num_threads=1):
 cdef real sum_chunk(const real* a, Py_ssize_t n) noexcept nogil:
     """The sum of whole runs of four vectors, with a prefetch a page ahead."""
     cdef vf total[4]
-    cdef real lanes[16]
+    cdef real lanes[MAX_LANES]
     cdef Py_ssize_t i
     cdef int r
     for r in range(4):
@@ -65,13 +65,13 @@ def read_bytes(const real[::1] a, int num_threads=1):
     cdef int thread, threads
     cdef real total = 0.0
     with nogil:
-        threads = begin_region(num_threads)
+        threads = start_threads(num_threads)
         if threads == 1:
             for thread in range(num_threads):
                 total += sum_chunk(&a[0] + thread * part, part)
         else:
             with parallel(num_threads=threads):
-                region_started()
+                threads_started()
                 for thread in prange(num_threads, schedule="static"):
                     total += sum_chunk(&a[0] + thread * part, part)
     return 0 if total != total else num_threads * part * sizeof(real)

@@ -247,12 +247,12 @@ cdef void fill_ranges(const void* what, char* scratch) noexcept nogil:
     cdef fp_mode before = own_mode()
     place_rotations(&t, <double*> scratch, e)
     number = take_task(e.call)
-    while number < e.call.num_tasks and not stopped(e.call):
+    while number < e.call.num_tasks and not stopped_by_signal(e.call):
         strip, first = number // e.num_ranges, number % e.num_ranges * e.range_blocks
         if strip != t.strip:
             enter_strip(&t, e, strip)
         for block in range(first, min(first + e.range_blocks, e.num_blocks)):
-            if stopped(e.call):
+            if stopped_by_signal(e.call):
                 break
             fill_block(e, &t, block)
         task_done(e.call)
@@ -284,10 +284,10 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
     e.strip = min(e.pairs, STRIP)
     e.columns = 2 * e.strip + SKEW
     e.block_rows = STEPS if positions is None else 1
-    e.num_blocks = (e.length + e.block_rows - 1) // e.block_rows
+    e.num_blocks = ceil_div(e.length, e.block_rows)
     e.num_offsets = min(e.block_rows, e.length)
     e.num_starts = min(STEPS, e.num_blocks) if positions is None else 0
-    num_strips = (e.pairs + e.strip - 1) // e.strip
+    num_strips = ceil_div(e.pairs, e.strip)
     flops = <double> e.dim * SINE_FLOPS * (e.length if positions is not None else min(e.length, 16) + e.length // 4096)
     if positions is None:
         flops += <double> e.dim * NUMBER_FLOPS * e.length
@@ -299,7 +299,7 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
         e.range_blocks = max(e.num_blocks * num_strips // (TASKS_PER_THREAD * call.num_threads),
                              <Py_ssize_t> (SERIAL_FLOPS * e.num_blocks * num_strips / flops))
         e.range_blocks = max(1, min(e.range_blocks, e.num_blocks))
-    e.num_ranges = (e.num_blocks + e.range_blocks - 1) // e.range_blocks
+    e.num_ranges = ceil_div(e.num_blocks, e.range_blocks)
     call.num_tasks = call.unfinished = num_strips * e.num_ranges
     call.num_threads = min(call.num_threads, call.num_tasks)
     doubles = scratch_size(&e)

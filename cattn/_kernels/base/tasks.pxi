@@ -5,13 +5,13 @@
 #
 # Python runs the handlers of signals (Ctrl-C: KeyboardInterrupt) in its main thread alone, between two bytecodes. A
 # call of minutes would hold them back that long; so in a long call the main thread lets them run every POLL_MS. When a
-# handler raises, all threads leave at the next block of keys, and the entry raises.
+# handler raises, all threads leave where they ask next, and the entry raises.
 #
-#     each thread: take a task, do it, again, until none is left           take_task, stopped, task_done
+#     each thread: take a task, do it, again, until none is left           take_task, stopped_by_signal, task_done
 #     the caller, when none is left for it: wait for the others' last      await_others
 #
-# `poll` is the one place below an entry where a thread has the GIL and Python code runs. A handler may call cattn
-# again: from within the threads of a call, with one.
+# `run_signal_handlers` is the one place below an entry where a thread has the GIL and Python code runs. A handler may
+# call cattn again: from within the threads of a call, with one.
 
 cdef extern from "Python.h" nogil:
     ctypedef int PyGILState_STATE
@@ -48,6 +48,7 @@ cdef extern from *:
 cdef enum:
     MAX_THREADS = 1024         # scratch is allocated for each, before it is known how many can be started
     SERIAL_FLOPS = 1_000_000   # below about 10 us of work, waking a second thread costs more than it brings
+    TASKS_PER_THREAD = 4       # fewer leave threads idle at the end
     LONG_FLOPS = 100_000_000   # about 1 ms; 0.1 s where a core does 1 GFLOP/s. Shorter calls are not watched
     # A thread that runs Python all the time gives up the GIL after 5 ms: waiting for it is 5 % of the caller's time.
     POLL_MS = 100
@@ -102,7 +103,7 @@ cdef int end_call(Call* call) except -1:
     return -1 if call.stop else 0
 
 
-cdef bint poll(Call* call) noexcept nogil:
+cdef bint run_signal_handlers(Call* call) noexcept nogil:
     """Lets Python run the handlers of signals that have come. True when one raised."""
     cdef PyGILState_STATE gil
     cdef Py_ssize_t forks_before = forks
@@ -119,11 +120,14 @@ cdef bint poll(Call* call) noexcept nogil:
     return atomic_read(&call.stop)
 
 
-cdef inline bint stopped(Call* call) noexcept nogil:
-    """True when a call is to end early. Every thread asks once a block of keys; the caller polls then."""
+cdef inline bint stopped_by_signal(Call* call) noexcept nogil:
+    """True when a call is to end early. Every thread asks between pieces of work of some 10 us, a block of keys or of
+    dimensions, say; the caller runs handlers then, when it is time."""
     if call.finished == NULL:
         return False
-    return atomic_read(&call.stop) or (threadid() == 0 and milliseconds() >= call.next_poll and poll(call))
+    if atomic_read(&call.stop):
+        return True
+    return threadid() == 0 and milliseconds() >= call.next_poll and run_signal_handlers(call)
 
 
 ctypedef void (*Work)(const void* what, char* scratch) noexcept nogil
@@ -131,12 +135,12 @@ ctypedef void (*Work)(const void* what, char* scratch) noexcept nogil
 
 cdef void in_threads(Call* call, Work work, const void* what, char* scratch, size_t size) noexcept nogil:
     """work(what, scratch) in each of at most call.num_threads threads (IN/OUT), each with `size` bytes of scratch."""
-    call.num_threads = begin_region(call.num_threads)
+    call.num_threads = start_threads(call.num_threads)
     if call.num_threads == 1:
         work(what, scratch)
         return
     with parallel(num_threads=call.num_threads):
-        region_started()
+        threads_started()
         work(what, scratch + threadid() * size)
 
 
@@ -155,9 +159,16 @@ cdef void await_others(Call* call) noexcept nogil:
     if threadid() != 0:
         return
     for i in range(YIELDS):
-        if call.finished == NULL or atomic_read(&call.unfinished) == 0 or stopped(call):
+        if call.finished == NULL or atomic_read(&call.unfinished) == 0 or stopped_by_signal(call):
             return
         sched_yield()
     # Back early when a signal comes.
-    while PyThread_acquire_lock_timed(call.finished, 1000 * POLL_MS, 1) != PY_LOCK_ACQUIRED and not poll(call):
-        pass
+    while PyThread_acquire_lock_timed(call.finished, 1000 * POLL_MS, 1) != PY_LOCK_ACQUIRED:
+        if run_signal_handlers(call):
+            return
+
+
+cdef inline char* take(char* base, size_t* used, size_t bytes) noexcept nogil:
+    cdef char* piece = base + used[0]
+    used[0] += round_up(bytes, 64)
+    return piece

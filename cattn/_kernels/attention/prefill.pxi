@@ -3,13 +3,13 @@
 #
 #     for each task: (batch, key head, block of query rows)
 #         pack q, transposed, in panels of up to 3 vectors of queries
-#         row_max = LOWEST, row_sum = 0, acc = 0
+#         reference = LOWEST, row_sum = 0, acc = 0
 #         for each block of keys, on a grid that starts at key 0
 #             load K and V rows: in place where they are reals (V: adjacent ones), else copied into scratch
 #             for each panel that sees any of these keys
 #                 scores      S^T[key][query] = K broadcast x Q^T vectors
 #                 modify      only where a mask, a limit, softcap or ALiBi touches the tile
-#                 softmax     row_max (lazily), exp2, sum: all vertical; meanwhile, of the panel before this one,
+#                 softmax     reference (lazily), exp2, sum: all vertical; meanwhile, of the panel before this,
 #                 accumulate  O^T[dim][query] += V broadcast x P^T
 #         out = O^T transposed / row_sum; logsumexp
 #
@@ -24,41 +24,20 @@
 # Exactness: sums over keys start afresh in each block of keys (one long sum costs 3 to 8 times the error at 2048 to
 # 16384 keys); probabilities are relative to a reference at most 2**8 below the maximum, so they never overflow.
 # Assumes: checked arguments; what it may touch is described by Problem. Never: allocates, raises, takes the GIL
-# (but for `poll`, tasks.pxi).
+# (but for `run_signal_handlers`, tasks.pxi).
 
 cdef enum:
-    # Vectors of queries in a panel, at most; simd.h says how many an instruction set takes. 4 keys x 3 vectors = 12
-    # accumulators hide the FMA latency; 6 x 2 is 1 to 2 % slower. Unrolling the loop over dimensions made AVX-512 1 %
-    # slower.
-    MAX_PANEL = 3
-    MAX_WIDTH = 48      # MAX_PANEL * LANES, at most
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
-    MAX_ROWS = 192      # query rows in a block, about; K and V pass the cache once in each. Flat from 96 to 384
-    # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower
-    # than 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
-    MAX_BLOCK = 65536
-    AHEAD_LINES = 2     # asked for every EXP_KEYS keys: 1 is 15 % slower where short sequences come from memory
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
 
 
-cdef struct Tile:               # a panel of queries against some keys of a block
-    int vectors                 # of the panel
+cdef struct Panel:              # of queries, against a block of keys
+    Tile tile
+    int vectors
     Py_ssize_t first_lane
-    Py_ssize_t key_start, n
-    bint limited                # some lane does not see some key
-    real* scores                # [n][vectors * LANES]; probabilities once the softmax is through
-    const real* v               # the keys' rows of V
+    const real* v               # the tile's keys' rows of V
     Py_ssize_t v_stride
-
-cdef struct Rows:
-    const char* row             # the first that is left
-    Py_ssize_t stride, bytes, left
-
-cdef struct Ahead:              # what is asked of memory while tiles are accumulated, a few lines at a time: in a
-    Rows rows[4]                # burst, the queue of misses would fill, and the loops' own loads wait
-    int count, current          # of rows[]
-    Py_ssize_t offset           # in the current row
 
 cdef struct Softmax:            # a tile's pass of exponentials, under way
     real* scores                # the next vector
@@ -73,30 +52,6 @@ cdef Py_ssize_t keys_per_block(Py_ssize_t head_dim, Py_ssize_t head_dim_v) noexc
     """128: 32 KB of K at head_dim 64, and 12 KB of scores. 256 keys are 1 % slower on Zen 5 (48 KB of L1) and 1 %
     faster on Zen 3, 64 keys cost 2 to 6 % in loads and stores of acc. Depends on nothing else: it decides bits."""
     return 128 if max(head_dim, head_dim_v) <= 256 else 64
-
-
-cdef inline int panel_vectors(Py_ssize_t vectors) noexcept nogil:
-    """How many of the remaining vectors the next panel takes: not 3 + 1 of 4, since a panel of one vector has too few
-    accumulators to fill the FMA pipes."""
-    return <int> vectors if vectors <= PANEL_VECTORS else 2 if vectors == 4 else PANEL_VECTORS
-
-
-cdef inline void multiply(const int ROWS, const int VECTORS, vf* acc, const real* a, Py_ssize_t a_row,
-                          Py_ssize_t a_step, const real* b, Py_ssize_t n) noexcept nogil:
-    """acc[r][v] += sum over k < n of a[r * a_row + k * a_step] * b[k][v]: the register tile of both products. Once
-    inlined with constant ROWS and VECTORS, acc lives in registers: per k, VECTORS loads, ROWS broadcasts and
-    ROWS * VECTORS FMAs."""
-    cdef vf b_k[MAX_PANEL]
-    cdef vf a_rk
-    cdef Py_ssize_t k
-    cdef int r, v
-    for k in range(n):
-        for v in range(VECTORS):
-            b_k[v] = vload(b + (k * VECTORS + v) * LANES)
-        for r in range(ROWS):
-            a_rk = vset1(a[r * a_row + k * a_step])
-            for v in range(VECTORS):
-                acc[r * VECTORS + v] = vfma(a_rk, b_k[v], acc[r * VECTORS + v])
 
 
 cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf* tile_max, const real* q,
@@ -144,25 +99,8 @@ cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const
         j += 1
 
 
-cdef inline void prefetch_ahead(Ahead* a) noexcept nogil:
-    """The next lines."""
-    cdef Rows* rows
-    for _ in range(AHEAD_LINES):
-        if a.current == a.count:
-            return
-        rows = &a.rows[a.current]
-        prefetch(rows.row + a.offset)
-        a.offset += 64
-        if a.offset >= rows.bytes:
-            a.offset = 0
-            rows.row += rows.stride
-            rows.left -= 1
-            if rows.left == 0:
-                a.current += 1
-
-
 cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
-    """The next `count` vectors of scores become probabilities, exp2((s - row_max) * unit); total adds them up."""
+    """The next `count` vectors of scores become probabilities, exp2((s - reference) * unit); total adds them up."""
     cdef vf prob
     # One vector after the other: four in lockstep would spill, and a spill costs as much as two FMAs.
     for _ in range(count):
@@ -212,25 +150,25 @@ cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, con
         d += 1
 
 
-cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max, real* row_sum, real* acc,
+cdef inline void update_reference(const int VECTORS, vf* tile_max, real* reference, real* row_sum, real* acc,
                                   Py_ssize_t head_dim_v, real unit) noexcept nogil:
-    """row_max is a reference, not the maximum: a lane moves it only when its scores exceed it by more than SLACK, which
-    random scores never do after the first block, and then rescales what it has summed. Lanes that stay multiply by
-    an exact 1. Starting at LOWEST instead of -inf keeps -inf - row_max from being NaN."""
+    """The reference is not the maximum: a lane moves it only when its scores exceed it by more than SLACK, which random
+    scores never do after the first block, and then rescales what it has summed. Lanes that stay multiply by an exact 1.
+    Starting at LOWEST instead of -inf keeps -inf - reference from being NaN."""
     cdef vf factor[MAX_PANEL]
     cdef vf old, new, slack = vset1(<real> SLACK)
     cdef Py_ssize_t d
     cdef int v
     cdef bint grew = False
     for v in range(VECTORS):
-        grew = grew or vany(vless(slack, (tile_max[v] - vload(row_max + v * LANES)) * unit))
+        grew = grew or vany(vless(slack, (tile_max[v] - vload(reference + v * LANES)) * unit))
     if not grew:
         return
     for v in range(VECTORS):
-        old = vload(row_max + v * LANES)
+        old = vload(reference + v * LANES)
         new = vselect(vless(slack, (tile_max[v] - old) * unit), tile_max[v], old)
         factor[v] = vexp2((old - new) * unit)
-        vstore(row_max + v * LANES, new)
+        vstore(reference + v * LANES, new)
         vstore(row_sum + v * LANES, vload(row_sum + v * LANES) * factor[v])
     for d in range(head_dim_v):
         for v in range(VECTORS):
@@ -238,12 +176,13 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, real* row_max
 
 
 cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspace* w, const State* state,
-                             Py_ssize_t batch, Tile* t, const real* k, Py_ssize_t k_stride) noexcept nogil:
-    """t (IN: panel, keys of a block, where its scores go; OUT: the keys that the panel sees) = modified scores, and
-    row_max is what its softmax refers to. False where the panel sees none of the keys."""
+                             Panel* panel, const real* k, Py_ssize_t k_stride) noexcept nogil:
+    """panel (IN: of which queries, keys of a block, where the scores go; OUT: the keys that it sees): modified scores,
+    and reference is what their softmax refers to. False where it sees none of the keys."""
+    cdef Tile* t = &panel.tile
     cdef Py_ssize_t width = VECTORS * LANES
     cdef Py_ssize_t key_start = t.key_start
-    cdef const Lane* lanes = w.lanes + t.first_lane
+    cdef const Lane* lanes = t.lanes
     cdef vf tile_max[MAX_PANEL]
     cdef Py_ssize_t low = lanes[0].low, high = lanes[0].high      # seen by some lane
     cdef Py_ssize_t all_low = low, all_high = high                # seen by all lanes
@@ -261,8 +200,8 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
         return False
     key_start += skipped
     k += skipped * k_stride
-    t.v += skipped * t.v_stride
-    t.vectors, t.key_start, t.n = VECTORS, key_start, n
+    panel.v += skipped * panel.v_stride
+    t.key_start, t.n = key_start, n
     t.limited = key_start < all_low or key_start + n > all_high
 
     for i in range(VECTORS):
@@ -271,62 +210,61 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     while j < n:  # a masked tile in parts, so that its mask is asked for a little at a time
         part = MASK_KEYS if p.mask.data != NULL and n - j >= 2 * MASK_KEYS else n - j
         if p.mask.data != NULL:
-            prefetch_mask(&p.mask, batch, lanes, width, key_start, j, j + part, n)
-        score_tile(VECTORS, t.scores + j * width, tile_max, w.queries + t.first_lane * p.q_stride,
+            prefetch_mask(p, t, VECTORS * LANES, j, j + part)
+        score_tile(VECTORS, t.scores + j * width, tile_max, w.queries + panel.first_lane * p.q_stride,
                    k + j * k_stride, k_stride, part, p.head_dim)
         j += part
-    if modify_tile(p, w, t.scores, width, batch, key_start, n, lanes, t.limited):
+    if modify_tile(p, w, t):
         for i in range(VECTORS):
             tile_max[i] = vset1(<real> -INFINITY)
         for j in range(n):
             for i in range(VECTORS):
                 tile_max[i] = vmax(vload(t.scores + (j * VECTORS + i) * LANES), tile_max[i])
-    keep_scores(p, t.scores, width, batch, key_start, n, lanes)
-    update_reference(VECTORS, tile_max, state.row_max + t.first_lane, state.row_sum + t.first_lane,
-                     state.acc + t.first_lane * p.v_stride, p.head_dim_v, p.unit)
+    keep_scores(p, t)
+    update_reference(VECTORS, tile_max, state.reference + panel.first_lane, state.row_sum + panel.first_lane,
+                     state.acc + panel.first_lane * p.v_stride, p.head_dim_v, p.unit)
     return True
 
 
-cdef void begin_softmax(Softmax* e, const Tile* t, const State* state, real unit) noexcept nogil:
+cdef void begin_softmax(Softmax* e, const Panel* panel, const State* state, real unit) noexcept nogil:
     cdef int v
     e.unit = vset1(unit)
-    e.scores, e.left, e.vectors, e.column = t.scores, t.n * t.vectors, t.vectors, 0
-    for v in range(t.vectors):
-        e.reference[v] = vload(state.row_max + t.first_lane + v * LANES)
+    e.scores, e.left = panel.tile.scores, panel.tile.n * panel.vectors
+    e.vectors, e.column = panel.vectors, 0
+    for v in range(panel.vectors):
+        e.reference[v] = vload(state.reference + panel.first_lane + v * LANES)
         e.total[v] = vset1(<real> 0.0)
 
 
-cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, const Tile* t, Py_ssize_t batch,
+cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, Panel* panel,
                       const State* state) noexcept nogil:
-    cdef real* row_sum = state.row_sum + t.first_lane
+    cdef real* row_sum = state.row_sum + panel.first_lane
     cdef int v
-    for v in range(t.vectors):
+    for v in range(panel.vectors):
         vstore(row_sum + v * LANES, vload(row_sum + v * LANES) + e.total[v])
-    drop_tile(p, t.scores, t.vectors * LANES, batch, t.key_start, t.n, w.lanes + t.first_lane)
-    if w.again:
-        shrink_tile(t.scores, t.n * t.vectors, w.shrink + t.first_lane, t.vectors)
+    modify_probs(p, w, &panel.tile)
 
 
-cdef void accumulate_tile(const Problem* p, const State* state, Tile* t, Softmax* e,
-                          Ahead* ahead) noexcept nogil:
-    """t's part of acc (IN/OUT) moves on, and so, to its end, does the softmax of another tile. t is done with then:
-    t.n = 0, as it may be before."""
-    cdef real* acc = state.acc + t.first_lane * p.v_stride
+cdef void accumulate_panel(const Problem* p, const State* state, Panel* panel, Softmax* e, Ahead* ahead) noexcept nogil:
+    """The panel's part of acc (IN/OUT) moves on, and so, to its end, does the softmax of another one. The panel is done
+    with then: tile.n = 0, as it may be before."""
+    cdef real* acc = state.acc + panel.first_lane * p.v_stride
+    cdef const Tile* t = &panel.tile
     if t.n == 0:
         pass
-    elif PANEL_VECTORS == 3 and t.vectors == 3:
-        accumulate(3, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
-    elif t.vectors == 2:
-        accumulate(2, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
+    elif PANEL_VECTORS == 3 and panel.vectors == 3:
+        accumulate(3, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+    elif panel.vectors == 2:
+        accumulate(2, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
     else:
-        accumulate(1, acc, t.scores, t.v, t.v_stride, t.n, p.head_dim_v, e, ahead)
-    t.n = 0
-    exponentiate(e, e.left)  # what the tile had no room for
+        accumulate(1, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+    panel.tile.n = 0
+    exponentiate(e, e.left)  # what the panel had no room for
 
 
 cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
     """w.queries (OUT)[panel][dim][width] = sign * q."""
-    cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
+    cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
     cdef Py_ssize_t first = 0, v, i, d, width
     cdef bint in_place = rows_are_real(&p.q)
     cdef const Lane* lanes
@@ -352,109 +290,64 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
         first += panel
 
 
-cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t n,
-                  Py_ssize_t dim) noexcept nogil:
-    """Adds rows [first, first + n) to what is asked for, unless their numbers lie far apart: too many lines."""
-    cdef Rows* rows = &a.rows[a.count]
-    if n <= 0 or not 0 < t.stride[3] <= <Py_ssize_t> sizeof(double):
-        return
-    rows.row, rows.stride, rows.bytes, rows.left = row_of(t, batch, head, first), t.stride[2], dim * t.stride[3], n
-    if rows.stride == rows.bytes:
-        rows.bytes, rows.left = n * rows.bytes, 1   # one long row
-    a.count += 1
-
-
-cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
-                     Ahead* a) noexcept nogil:
-    """a (OUT): what is wanted when the keys up to key_end are done, and the hardware does not foresee. The next block
-    of keys, where its rows lie apart; in the last block of a split, the rows of out, and the first rows of the next
-    task."""
-    cdef Py_ssize_t n = min(high - key_end, p.block_kv)
-    cdef Task next_task
-    a.count = a.current = 0
-    a.offset = 0
-    if n > 0:
-        if p.k.stride[2] != p.head_dim * p.k.stride[3]:
-            ask_for(a, &p.k, task.batch, task.kv_head, key_end, n, p.head_dim)
-        if p.v.stride[2] != p.head_dim_v * p.v.stride[3]:
-            ask_for(a, &p.v, task.batch, task.kv_head, key_end, n, p.head_dim_v)
-        return
-    if not p.call.in_flight:  # so little work that all of it is in the caches
-        return
-    n = min(task.num_rows, p.seq_len_q - task.query)
-    ask_for(a, &p.out, task.batch, task.head, task.query, n, p.head_dim_v)
-    # Where tasks take equally long, a thread gets every num_threads-th. Of a task whose keys are cut into splits this
-    # one may be just a part; of windows only the rows know where they begin.
-    if p.num_splits > 1 or p.window_left >= 0 or task.number + p.call.num_threads >= p.call.num_tasks:
-        return
-    locate_task(p, task.number + p.call.num_threads, &next_task)
-    n = min(p.block_kv, p.seq_len_kv)
-    ask_for(a, &p.k, next_task.batch, next_task.kv_head, 0, n, p.head_dim)
-    ask_for(a, &p.v, next_task.batch, next_task.kv_head, 0, n, p.head_dim_v)
-    n = min(next_task.num_rows, p.seq_len_q - next_task.query)
-    ask_for(a, &p.q, next_task.batch, next_task.head, next_task.query, n, p.head_dim)
-
-
 cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
                        Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
-    cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
-    cdef Py_ssize_t first, n, k_stride, v_stride
-    cdef Ahead ahead
-    cdef Py_ssize_t key_start = low - low % p.block_kv
-    cdef const real* k
+    cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
+    cdef Py_ssize_t first, k_stride, v_stride
     cdef const real* v
-    cdef int panel, v_is_finite
+    cdef Block b
+    cdef Ahead ahead
+    cdef int v_is_finite
     cdef bint seen
-    cdef Tile tile, pending     # pending: its probabilities wait for being accumulated; n = 0: none does
+    cdef Panel panel, pending   # pending: its probabilities wait for being accumulated; n = 0: none does
     cdef Softmax e, nothing
-    pending.n = pending.first_lane = nothing.left = 0
-    pending.scores = NULL
+    pending.tile.n = pending.first_lane = nothing.left = 0
+    pending.tile.scores = NULL
     ahead.count = ahead.current = 0
-    while key_start < high and not stopped(p.call):
-        n = min(p.block_kv, high - key_start)
-        k_stride, v_stride = p.q_stride, p.v_stride
-        if pending.n and not p.v_in_place:  # its rows of V are about to be overwritten
-            accumulate_tile(p, state, &pending, &nothing, &ahead)
-        k = load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, p.k_in_place,
-                      &k_stride)
-        v = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, p.v_in_place,
-                      &v_stride)
-        plan_ahead(p, task, key_start + n, high, &ahead)
+    before_block(&b, low)
+    while True:
+        if pending.tile.n and not p.v_in_place:  # its rows of V are about to be overwritten
+            accumulate_panel(p, state, &pending, &nothing, &ahead)
+        if not next_block(p, w, task, high, &b):
+            break
+        k_stride, v = b.k_step // <Py_ssize_t> sizeof(real), values_of(p, w, task, &b, &v_stride)
+        plan_ahead(p, task, b.key_start + b.n, high, &ahead)
         v_is_finite = -1    # not yet known
         first = 0
         while first < vectors:
-            panel = panel_vectors(vectors - first)
-            tile.first_lane, tile.key_start, tile.n, tile.v, tile.v_stride = first * LANES, key_start, n, v, v_stride
-            tile.scores = w.scores if pending.scores != w.scores else w.next_scores
-            first += panel
-            if pending.n and pending.first_lane == tile.first_lane:  # before row_max moves
-                accumulate_tile(p, state, &pending, &nothing, &ahead)
-            if PANEL_VECTORS == 3 and panel == 3:
-                seen = score_panel(3, p, w, state, task.batch, &tile, k, k_stride)
-            elif panel == 2:
-                seen = score_panel(2, p, w, state, task.batch, &tile, k, k_stride)
+            panel.vectors, panel.first_lane = panel_vectors(vectors - first), first * LANES
+            panel.v, panel.v_stride = v, v_stride
+            panel.tile.width, panel.tile.lanes = panel.vectors * LANES, w.lanes + panel.first_lane
+            panel.tile.batch, panel.tile.key_start, panel.tile.n = task.batch, b.key_start, b.n
+            panel.tile.scores = w.scores if pending.tile.scores != w.scores else w.next_scores
+            first += panel.vectors
+            if pending.tile.n and pending.first_lane == panel.first_lane:  # before reference moves
+                accumulate_panel(p, state, &pending, &nothing, &ahead)
+            if PANEL_VECTORS == 3 and panel.vectors == 3:
+                seen = score_panel(3, p, w, state, &panel, <const real*> b.k, k_stride)
+            elif panel.vectors == 2:
+                seen = score_panel(2, p, w, state, &panel, <const real*> b.k, k_stride)
             else:
-                seen = score_panel(1, p, w, state, task.batch, &tile, k, k_stride)
+                seen = score_panel(1, p, w, state, &panel, <const real*> b.k, k_stride)
             if not seen:
                 continue
-            begin_softmax(&e, &tile, state, p.unit)
-            accumulate_tile(p, state, &pending, &e, &ahead)
-            end_softmax(p, w, &e, &tile, task.batch, state)
-            pending = tile
+            begin_softmax(&e, &panel, state, p.unit)
+            accumulate_panel(p, state, &pending, &e, &ahead)
+            end_softmax(p, w, &e, &panel, state)
+            pending = panel
             # Only a tile in which some lane does not see some key can leak that key's value; V is looked at once a
             # block.
-            if tile.limited or p.mask.data != NULL:
+            if panel.tile.limited or p.mask.data != NULL:
                 if v_is_finite < 0:
-                    v_is_finite = not make_finite(w.v_finite, p.v_stride, v, v_stride, n, p.head_dim_v)
+                    v_is_finite = not make_finite(w.v_finite, p.v_stride, v, v_stride, b.n, p.head_dim_v)
                 if not v_is_finite:
-                    pending.v, pending.v_stride = w.v_finite + (tile.key_start - key_start) * p.v_stride, p.v_stride
-                    accumulate_tile(p, state, &pending, &nothing, &ahead)
-                    repair_values(p, w, tile.scores, state.acc + tile.first_lane * p.v_stride, 1,
-                                  tile.vectors * LANES, tile.v, v_stride, tile.vectors * LANES, task.batch,
-                                  tile.key_start, tile.n, w.lanes + tile.first_lane, tile.limited)
-        key_start += p.block_kv
-    accumulate_tile(p, state, &pending, &nothing, &ahead)
+                    pending.v = w.v_finite + (panel.tile.key_start - b.key_start) * p.v_stride
+                    pending.v_stride = p.v_stride
+                    accumulate_panel(p, state, &pending, &nothing, &ahead)
+                    repair_values(p, w, &panel.tile, state.acc + panel.first_lane * p.v_stride, 1, panel.tile.width,
+                                  panel.v, v_stride)
+    accumulate_panel(p, state, &pending, &nothing, &ahead)
 
 
 cdef bint prefill_reads_in_place(const Tensor* v, Py_ssize_t head_dim_v, Py_ssize_t block_rows) noexcept nogil:
@@ -467,7 +360,7 @@ cdef bint prefill_reads_in_place(const Tensor* v, Py_ssize_t head_dim_v, Py_ssiz
 cdef void prefill_merge(const Problem* p, const Task* task, State* total, State* lost,
                         const State* part) noexcept nogil:
     """total + lost (IN/OUT) = both states."""
-    cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
+    cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
     cdef Py_ssize_t first = 0, v, d, i
     cdef vf factors[2]
     cdef int panel
@@ -475,7 +368,7 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, State*
         panel = panel_vectors(vectors - first)
         for v in range(panel):
             i = (first + v) * LANES
-            merge_reference(total.row_max + i, part.row_max + i, p.unit, factors)
+            merge_reference(total.reference + i, part.reference + i, p.unit, factors)
             merge_vector(total.row_sum + i, lost.row_sum + i, part.row_sum + i, factors[0], factors[1])
             for d in range(p.head_dim_v):
                 i = first * LANES * p.v_stride + (d * panel + v) * LANES
@@ -485,7 +378,7 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, State*
 
 cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
     """out (OUT), logsumexp and weights: acc / row_sum, transposed, panel by panel. True: to be done again."""
-    cdef Py_ssize_t vectors = (task.num_rows + LANES - 1) // LANES
+    cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
     cdef Py_ssize_t first = 0, i, v, d, width, num_rows
     cdef bint out_in_place = rows_are_real(&p.out)
     cdef bint again = False, all_right
@@ -505,7 +398,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         shrink = w.shrink + first * LANES
         acc = state.acc + first * LANES * p.v_stride
         for i in range(width):
-            inverse_sum[i] = sink_term(p, lanes[i], state.row_max[first * LANES + i])
+            inverse_sum[i] = sink_term(p, lanes[i], state.reference[first * LANES + i])
         for v in range(panel):
             row_sum = vload(state.row_sum + (first + v) * LANES)
             result = vset1(<real> 1.0) / (row_sum + vload(inverse_sum + v * LANES))
@@ -525,7 +418,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
             all_right = all_right and not vany(vdiffer(check[v], vset1(<real> 0.0)))
         if p.logsumexp != NULL or p.weights != NULL:
             for i in range(num_rows):
-                finish_row(p, task.batch, lanes[i], state.row_max[first * LANES + i],
+                finish_row(p, task.batch, lanes[i], state.reference[first * LANES + i],
                            state.row_sum[first * LANES + i], inverse_sum[i])
         # Straight into out where the panel's rows lie there as reals, one after the other; through scratch otherwise.
         if all_right and out_in_place and lanes[width - 1].query == lanes[0].query + width - 1:

@@ -7,15 +7,15 @@
 #
 # in_threads (tasks.pxi) enters a region so, and measure.pxi:
 #
-#     threads = begin_region(threads)             at most as many; nothing comes between this and the region
+#     threads = start_threads(threads)             at most as many; nothing comes between this and the region
 #     if threads == 1:
 #         do it
 #     else:
 #         with parallel(num_threads=threads):
-#             region_started()
+#             threads_started()
 #             do it
 #
-# Starts in other Python threads wait from begin_region until region_started: else two would find the same room. What
+# Starts in other Python threads wait from start_threads until threads_started: else two would find the same room. What
 # is not cattn's may take it still, or make the pool smaller: other processes of the user, threads of other packages,
 # their parallel regions in the same thread.
 
@@ -163,9 +163,9 @@ if dissolve_pool == NULL and CATTN_OPENMP_DATE:
     dissolve_pool = cattn_dissolve_pool
 
 
-cdef int begin_region(Py_ssize_t wanted) noexcept nogil:
+cdef int start_threads(Py_ssize_t wanted) noexcept nogil:
     """The threads, at most `wanted`, that the next region can have, its caller included. 1: no region can be entered.
-    More: it has to follow, since no other thread starts any until region_started."""
+    More: it has to follow, since no other thread starts any until threads_started."""
     cdef int* pool
     cdef int threads
     cdef size_t reserved
@@ -190,7 +190,7 @@ cdef int begin_region(Py_ssize_t wanted) noexcept nogil:
     return threads
 
 
-cdef void region_started() noexcept nogil:
+cdef void threads_started() noexcept nogil:
     """Each thread of a region says so, first of all. OpenMP has started all of them then, and may have given fewer than
     it was asked for (OMP_DYNAMIC)."""
     if threadid() == 0:

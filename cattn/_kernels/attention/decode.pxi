@@ -33,17 +33,16 @@ cdef inline vf load_kv(const int KIND, const char* row, Py_ssize_t d) noexcept n
 
 
 cdef inline void decode_scores(const int KIND, const int WIDTH, real* scores, const real* q, Py_ssize_t dims,
-                               const char* k, Py_ssize_t k_bytes, const char* v, Py_ssize_t v_bytes,
-                               Py_ssize_t v_row, Py_ssize_t n) noexcept nogil:
-    """scores[key][WIDTH] (OUT) for n keys, rounded up to whole groups by repeating the last; dims: a multiple of
-    LANES. The v_row bytes of each of these keys' rows of V are prefetched on the way, a line at a time: in a burst
-    they would fill the queue of misses."""
-    cdef vf acc[16]
+                               const Block* b, Py_ssize_t head_dim_v) noexcept nogil:
+    """scores[key][WIDTH] (OUT) for the block's keys, rounded up to whole groups by repeating the last; dims: a multiple
+    of LANES. These keys' rows of V are prefetched on the way, a line at a time: in a burst they would fill the queue of
+    misses."""
+    cdef vf acc[MAX_LANES]
     cdef vf k_d
-    cdef const char* row[16]
-    cdef const char* v_ahead[16]
-    cdef Py_ssize_t j = 0, d, ahead
+    cdef const char* row[MAX_LANES]
+    cdef const char* v_ahead[MAX_LANES]
     cdef Py_ssize_t size = size_of(<Kind> KIND)
+    cdef Py_ssize_t n = b.n, v_row = head_dim_v * size, j = 0, d, ahead
     cdef int key, r, step
     cdef int KEYS = LANES // WIDTH
     # KEYS * WIDTH accumulators, one a (key, row), that add up dimensions in their lanes. q comes from L1 each time:
@@ -52,8 +51,8 @@ cdef inline void decode_scores(const int KIND, const int WIDTH, real* scores, co
         for r in range(LANES):
             acc[r] = vset1(<real> 0.0)
         for key in range(KEYS):
-            row[key] = k + min(j + key, n - 1) * k_bytes
-            v_ahead[key] = v + min(j + key, n - 1) * v_bytes
+            row[key] = b.k + min(j + key, n - 1) * b.k_step
+            v_ahead[key] = b.v + min(j + key, n - 1) * b.v_step
         d = 0
         while d < dims:
             ahead = d * size
@@ -86,7 +85,7 @@ cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS,
     """acc[WIDTH][VECTORS] (IN/OUT) at dimension d += n keys' probabilities times V. The same dimensions of the next_n
     rows at next_k are prefetched on the way."""
     cdef Py_ssize_t size = size_of(<Kind> KIND)
-    cdef int LINES = <int> ((VECTORS * LANES * size + 63) // 64)
+    cdef int LINES = <int> ceil_div(VECTORS * LANES * size, 64)
     cdef vf tile[16]
     cdef vf v_d[8]
     cdef vf prob
@@ -114,9 +113,8 @@ cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ss
                                const char* v, Py_ssize_t v_bytes, Py_ssize_t n, const char* next_k,
                                Py_ssize_t k_bytes, Py_ssize_t next_n) noexcept nogil:
     """acc[WIDTH][dims] (IN/OUT) over n keys; next_k: the next_n rows of K to prefetch."""
-    # 8 accumulators, or 16 where there are 32 registers: with 4 for one row, decoding was 15 % slower
-    # Columns of V of up to 8 vectors at a time; the block's rows of V are in cache by now, so that going over them
-    # several times costs little.
+    # 8 accumulators, or 16 for 4 and 8 rows where there are 32 registers: with 4 for one row, decoding was 15 % slower.
+    # The block's rows of V are in cache by now, so that going over them several times costs little.
     cdef int VECTORS = 8 if WIDTH == 1 else min(4, max(1, REGISTERS // 2 // WIDTH))
     cdef Py_ssize_t d = 0
     while d + VECTORS * LANES <= dims:
@@ -136,7 +134,7 @@ cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ss
 
 cdef inline vf spread_max(vf x, int width) noexcept nogil:
     """In each lane, the largest of the lanes that belong to the same row: once a block of 64 keys, so by scalars."""
-    cdef real lanes[16]
+    cdef real lanes[MAX_LANES]
     cdef int i
     vstore(lanes, x)
     for i in range(width, LANES):
@@ -150,26 +148,26 @@ cdef void decode_softmax(const Workspace* w, const State* state, real unit, int 
                          Py_ssize_t dims) noexcept nogil:
     """w.scores (IN/OUT): whole vectors of scores become probabilities; the state follows, as in update_reference."""
     cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
-    cdef vf row_max = vload(state.row_max), slack = vset1(<real> SLACK), moved, factor, prob
-    cdef real factors[16]
+    cdef vf reference = vload(state.reference), slack = vset1(<real> SLACK), moved, factor, prob
+    cdef real factors[MAX_LANES]
     cdef real* acc = state.acc
     cdef real* scores = w.scores
     cdef Py_ssize_t i, d
     for i in range(vectors):
         largest = vmax(vload(scores + i * LANES), largest)
     largest = spread_max(largest, width)
-    if vany(vless(slack, (largest - row_max) * unit)):
-        moved = vselect(vless(slack, (largest - row_max) * unit), largest, row_max)
-        factor = vexp2((row_max - moved) * unit)
-        row_max = moved
-        vstore(state.row_max, row_max)
+    if vany(vless(slack, (largest - reference) * unit)):
+        moved = vselect(vless(slack, (largest - reference) * unit), largest, reference)
+        factor = vexp2((reference - moved) * unit)
+        reference = moved
+        vstore(state.reference, reference)
         vstore(state.row_sum, vload(state.row_sum) * factor)
         vstore(factors, factor)
         for i in range(width):
             for d in range(dims):
                 acc[i * dims + d] *= factors[i]
     for i in range(vectors):
-        prob = vexp2((vload(scores + i * LANES) - row_max) * unit)
+        prob = vexp2((vload(scores + i * LANES) - reference) * unit)
         total = total + prob
         vstore(scores + i * LANES, prob)
     vstore(state.row_sum, vload(state.row_sum) + total)
@@ -177,63 +175,39 @@ cdef void decode_softmax(const Workspace* w, const State* state, real unit, int 
 
 cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p, const Workspace* w, const Task* task,
                                const State* state, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
-    """KIND: of the rows that the loops read, the arrays' own where they are read in place."""
-    cdef Py_ssize_t key_start = low, n, next_n, i, k_stride, v_stride, all_low = 0, all_high = p.seq_len_kv
-    cdef const char* k
-    cdef const char* v
-    cdef const char* next_k
-    cdef const real* v_real
-    cdef Py_ssize_t k_bytes, v_bytes
-    cdef Py_ssize_t size = size_of(<Kind> KIND)
-    cdef bint limited, masked
+    """KIND: of the numbers in blocks."""
+    cdef Py_ssize_t i, v_stride, all_low = 0, all_high = p.seq_len_kv
+    cdef const real* v_rows
+    cdef Block b
+    cdef Tile t
+    t.scores, t.width, t.lanes, t.batch = w.scores, WIDTH, w.lanes, task.batch
     # Keys [all_low, all_high) are seen by all rows. Outside, a tile is limited: some row must not see some key.
     for i in range(WIDTH):
         all_low = max(all_low, w.lanes[i].low)
         all_high = min(all_high, w.lanes[i].high)
-    while key_start < high and not stopped(p.call):
-        n = min(p.block_kv - key_start % p.block_kv, high - key_start)
-        next_n = min(p.block_kv, high - key_start - n)
-        k_bytes, v_bytes = p.k.stride[2], p.v.stride[2]
-        k = row_of(&p.k, task.batch, task.kv_head, key_start)
-        v = row_of(&p.v, task.batch, task.kv_head, key_start)
-        next_k = k + n * k_bytes
-        if not p.k_in_place:
-            k_stride, v_stride = p.q_stride, p.v_stride
-            k = <const char*> load_rows(w.k_rows, &p.k, task.batch, task.kv_head, key_start, n, p.head_dim, False,
-                                        &k_stride)
-            v = <const char*> load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, False,
-                                        &v_stride)
-            k_bytes, v_bytes, next_n = k_stride * sizeof(real), v_stride * sizeof(real), 0
-        decode_scores(KIND, WIDTH, w.scores, w.queries, p.q_stride, k, k_bytes, v, v_bytes, p.head_dim_v * size, n)
-        limited = key_start < all_low or key_start + n > all_high
-        masked = limited or p.mask.data != NULL
-        modify_tile(p, w, w.scores, WIDTH, task.batch, key_start, n, w.lanes, limited)
-        keep_scores(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
+    before_block(&b, low)
+    while next_block(p, w, task, high, &b):
+        decode_scores(KIND, WIDTH, w.scores, w.queries, p.q_stride, &b, p.head_dim_v)
+        t.key_start, t.n = b.key_start, b.n
+        t.limited = b.key_start < all_low or b.key_start + b.n > all_high
+        modify_tile(p, w, &t)
+        keep_scores(p, &t)
         # What fills the last vector are keys that do not exist.
-        i = n * WIDTH
+        i = b.n * WIDTH
         while i % LANES:
             w.scores[i] = <real> -INFINITY
             i += 1
         decode_softmax(w, state, p.unit, WIDTH, i // LANES, p.v_stride)
-        drop_tile(p, w.scores, WIDTH, task.batch, key_start, n, w.lanes)
-        if w.again:
-            shrink_tile(w.scores, i // LANES, w.shrink, 1)
-        if masked:
+        modify_probs(p, w, &t)
+        if t.limited or p.mask.data != NULL:
             # NaN and infinities behind a mask must not leak: see make_finite
-            v_stride = p.v_stride
-            v_real = <const real*> v
-            if p.k_in_place:
-                v_real = load_rows(w.v_rows, &p.v, task.batch, task.kv_head, key_start, n, p.head_dim_v, p.v_in_place,
-                                   &v_stride)
-            if make_finite(w.v_finite, p.v_stride, v_real, v_stride, n, p.head_dim_v):
+            v_rows = values_of(p, w, task, &b, &v_stride)
+            if make_finite(w.v_finite, p.v_stride, v_rows, v_stride, b.n, p.head_dim_v):
                 decode_values(F64 if IS_DOUBLE else F32, WIDTH, state.acc, p.v_stride, w.scores,
-                              <const char*> w.v_finite, p.v_stride * sizeof(real), n, NULL, 0, 0)
-                repair_values(p, w, w.scores, state.acc, p.v_stride, 1, v_real, v_stride, WIDTH, task.batch, key_start,
-                              n, w.lanes, limited)
-                key_start += n
+                              <const char*> w.v_finite, p.v_stride * sizeof(real), b.n, NULL, 0, 0)
+                repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride)
                 continue
-        decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, v, v_bytes, n, next_k, k_bytes, next_n)
-        key_start += n
+        decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, b.v, b.v_step, b.n, b.next_k, b.k_step, b.next_n)
 
 
 cdef bint decode_reads_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
@@ -246,9 +220,9 @@ cdef bint decode_reads_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
 cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
                       Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
-    if p.k_in_place and p.k.kind == F16:
+    if p.block_kind == F16:
         decode_kind(F16, p, w, task, state, low, high)
-    elif p.k_in_place and p.k.kind == BF16:
+    elif p.block_kind == BF16:
         decode_kind(BF16, p, w, task, state, low, high)
     else:
         decode_kind(F64 if IS_DOUBLE else F32, p, w, task, state, low, high)
@@ -282,10 +256,10 @@ cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) no
 cdef void decode_merge(const Problem* p, State* total, State* lost, const State* part) noexcept nogil:
     """total + lost (IN/OUT) = both states."""
     cdef vf factors[2]
-    cdef real total_factors[16]
-    cdef real part_factors[16]
+    cdef real total_factors[MAX_LANES]
+    cdef real part_factors[MAX_LANES]
     cdef Py_ssize_t row, v, d
-    merge_reference(total.row_max, part.row_max, p.unit, factors)
+    merge_reference(total.reference, part.reference, p.unit, factors)
     merge_vector(total.row_sum, lost.row_sum, part.row_sum, factors[0], factors[1])
     vstore(total_factors, factors[0])
     vstore(part_factors, factors[1])
@@ -309,8 +283,8 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
             row_sum += state.row_sum[lane]
             lane += p.decode_width
         # no key seen: 0 / 0 is 0 here
-        inverse = 1 / (row_sum + sink_term(p, w.lanes[i], state.row_max[i])) if row_sum != 0 else <real> 0.0
-        finish_row(p, task.batch, w.lanes[i], state.row_max[i], row_sum, inverse)
+        inverse = 1 / (row_sum + sink_term(p, w.lanes[i], state.reference[i])) if row_sum != 0 else <real> 0.0
+        finish_row(p, task.batch, w.lanes[i], state.reference[i], row_sum, inverse)
         inverse /= w.shrink[i]
         row = state.acc + i * p.v_stride
         for d in range(p.head_dim_v):

@@ -1,0 +1,133 @@
+# Where the keys and values of a task lie, as what they are read, which come next, and which are wanted soon. Both
+# kernels take the blocks that next_block yields: no other place computes an address of K or V.
+#
+# Another way to store them is a case of next_block: of pages, a block ends where its page does, and its rows are found
+# by the table of pages; of 8 bits with a scale for each key, copy_rows widens (or decode's load_kv, a further kind),
+# and the scales are two more modifiers, of scores and of probabilities; keys that nobody sees are passed over in
+# key_start.
+
+cdef enum:
+    AHEAD_LINES = 2     # asked for every EXP_KEYS keys: 1 is 15 % slower where short sequences come from memory
+
+cdef struct Rows:
+    const char* row             # the first that is left
+    Py_ssize_t stride, bytes, left
+
+cdef struct Ahead:              # what is asked of memory while tiles are accumulated, a few lines at a time: in a
+    Rows rows[4]                # burst, the queue of misses would fill, and the loops' own loads wait
+    int count, current          # of rows[]
+    Py_ssize_t offset           # in the current row
+
+
+cdef void copy_rows(real* copy, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t n,
+                    Py_ssize_t dim, Py_ssize_t stride) noexcept nogil:
+    """copy (OUT)[n][stride]: rows [first, first + n) of K or V as reals; what a row has beyond `dim` is 0."""
+    cdef Py_ssize_t j, d
+    for j in range(n):
+        load_row(copy + j * stride, row_of(t, batch, head, first + j), t.stride[3], dim, t.kind)
+        for d in range(dim, stride):
+            copy[j * stride + d] = 0.0
+
+
+cdef inline void before_block(Block* b, Py_ssize_t low) noexcept nogil:
+    """b (OUT): next_block's next one starts at `low`."""
+    b.key_start, b.n = low, 0
+
+
+cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* task, Py_ssize_t high,
+                            Block* b) noexcept nogil:
+    """b (IN: the block before; OUT): the next keys below `high`, on a grid that starts at key 0, where they lie or in
+    w.k_rows and w.v_rows. False: there are none, or the call is to end."""
+    b.key_start += b.n
+    if b.key_start >= high or stopped_by_signal(p.call):
+        return False
+    b.n = min(p.block_kv - b.key_start % p.block_kv, high - b.key_start)
+    b.kind, b.next_n = p.block_kind, 0
+    if p.k_in_place:
+        b.k, b.k_step = row_of(&p.k, task.batch, task.kv_head, b.key_start), p.k.stride[2]
+        b.next_k, b.next_n = b.k + b.n * b.k_step, min(p.block_kv, high - b.key_start - b.n)
+    else:
+        copy_rows(w.k_rows, &p.k, task.batch, task.kv_head, b.key_start, b.n, p.head_dim, p.q_stride)
+        b.k, b.k_step = <const char*> w.k_rows, p.q_stride * sizeof(real)
+    if p.v_in_place:
+        b.v, b.v_step = row_of(&p.v, task.batch, task.kv_head, b.key_start), p.v.stride[2]
+    else:
+        copy_rows(w.v_rows, &p.v, task.batch, task.kv_head, b.key_start, b.n, p.head_dim_v, p.v_stride)
+        b.v, b.v_step = <const char*> w.v_rows, p.v_stride * sizeof(real)
+    return True
+
+
+cdef inline bint copies_values(const Problem* p) noexcept nogil:
+    """Values behind masks are looked at, as reals."""
+    return not p.v_in_place or (p.may_mask and p.block_kind != real_kind())
+
+
+cdef inline const real* values_of(const Problem* p, const Workspace* w, const Task* task, const Block* b,
+                                  Py_ssize_t* stride) noexcept nogil:
+    """The block's rows of V as reals, `stride` (OUT) of them apart."""
+    if b.kind == real_kind():
+        stride[0] = b.v_step // <Py_ssize_t> sizeof(real)
+        return <const real*> b.v
+    copy_rows(w.v_rows, &p.v, task.batch, task.kv_head, b.key_start, b.n, p.head_dim_v, p.v_stride)
+    stride[0] = p.v_stride
+    return w.v_rows
+
+
+cdef inline void prefetch_ahead(Ahead* a) noexcept nogil:
+    """The next lines."""
+    cdef Rows* rows
+    for _ in range(AHEAD_LINES):
+        if a.current == a.count:
+            return
+        rows = &a.rows[a.current]
+        prefetch(rows.row + a.offset)
+        a.offset += 64
+        if a.offset >= rows.bytes:
+            a.offset = 0
+            rows.row += rows.stride
+            rows.left -= 1
+            if rows.left == 0:
+                a.current += 1
+
+
+cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t first, Py_ssize_t n,
+                  Py_ssize_t dim) noexcept nogil:
+    """Adds rows [first, first + n) to what is asked for, unless their numbers lie far apart: too many lines."""
+    cdef Rows* rows = &a.rows[a.count]
+    if n <= 0 or not 0 < t.stride[3] <= <Py_ssize_t> sizeof(double):
+        return
+    rows.row, rows.stride, rows.bytes, rows.left = row_of(t, batch, head, first), t.stride[2], dim * t.stride[3], n
+    if rows.stride == rows.bytes:
+        rows.bytes, rows.left = n * rows.bytes, 1   # one long row
+    a.count += 1
+
+
+cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
+                     Ahead* a) noexcept nogil:
+    """a (OUT): what is wanted when the keys up to key_end are done, and the hardware does not foresee. The next block
+    of keys, where its rows lie apart; in the last block of a split, the rows of out, and the first rows of the next
+    task."""
+    cdef Py_ssize_t n = min(high - key_end, p.block_kv)
+    cdef Task next_task
+    a.count = a.current = 0
+    a.offset = 0
+    if n > 0:
+        if p.k.stride[2] != p.head_dim * p.k.stride[3]:
+            ask_for(a, &p.k, task.batch, task.kv_head, key_end, n, p.head_dim)
+        if p.v.stride[2] != p.head_dim_v * p.v.stride[3]:
+            ask_for(a, &p.v, task.batch, task.kv_head, key_end, n, p.head_dim_v)
+        return
+    if not p.call.in_flight:  # so little work that all of it is in the caches
+        return
+    n = min(task.num_rows, p.seq_len_q - task.query)
+    ask_for(a, &p.out, task.batch, task.head, task.query, n, p.head_dim_v)
+    # Where tasks take equally long, a thread gets every num_threads-th. Of a task whose keys are cut into splits this
+    # one may be just a part; of windows only the rows know where they begin.
+    if p.num_splits > 1 or p.window_left >= 0 or task.number + p.call.num_threads >= p.call.num_tasks:
+        return
+    locate_task(p, task.number + p.call.num_threads, &next_task)
+    n = min(p.block_kv, p.seq_len_kv)
+    ask_for(a, &p.k, next_task.batch, next_task.kv_head, 0, n, p.head_dim)
+    ask_for(a, &p.v, next_task.batch, next_task.kv_head, 0, n, p.head_dim_v)
+    n = min(next_task.num_rows, p.seq_len_q - next_task.query)
+    ask_for(a, &p.q, next_task.batch, next_task.head, next_task.query, n, p.head_dim)

@@ -1,0 +1,213 @@
+# One attention problem, how it is cut into tasks, and the scratch that a thread needs for it.
+#
+# A task is (batch, key head, block of query rows). The query rows of all heads that share a key head stand one after
+# the other, so grouped queries use each load of K and V together. The keys are cut into splits of a fixed length, each
+# with a softmax of its own, merged in order: a thread does the splits of its task one after the other, or, where there
+# are too few tasks, different threads do them. Who does what changes no bit.
+
+cdef enum:
+    MIN_BLOCK = 6              # vectors of query rows: two or three panels, so that K and V are still used twice
+    # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower
+    # than 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
+    MAX_BLOCK = 65536
+    DECODE_SPLIT = 1024        # keys: 512 to 4096 measured within 4 %
+    PREFILL_SPLIT = 4096       # keys: a merge is one more pass over acc
+
+cdef struct Parts   # attend.pxi
+
+cdef struct Problem:
+    Tensor q, k, v, out, mask       # IN, IN, IN, OUT, IN
+    real* weights                   # OUT (batch, num_heads, seq_len_q, seq_len_kv), contiguous; or NULL
+    uint16_t* narrow_weights        # OUT, the same in the kind of out, where that has 16 bits; or NULL
+    real* logsumexp                 # OUT (batch, num_heads, seq_len_q), contiguous; or NULL
+    const real* sinks               # IN (num_heads,); or NULL
+    const real* slopes              # IN (batch or 1, num_heads); or NULL
+    Py_ssize_t slopes_stride        # from one batch row of slopes to the next: num_heads or 0
+    const int64_t* q_offsets        # IN (batch,); or NULL: q_offset for all
+    const int64_t* kv_lens          # IN (batch,); or NULL: all seq_len_kv
+    Py_ssize_t q_offset
+    Py_ssize_t batch_size, num_kv_heads, group_size, seq_len_q, head_dim, head_dim_v, seq_len_kv
+    Py_ssize_t window_left, window_right   # -1: unbounded; is_causal is window_right = 0
+    # Of a score, see choose_units
+    real sign                       # the scale's: queries are packed times it
+    real scale                      # what the modifiers multiply by first; 1: nothing
+    real unit                       # exp(score) is exp2(s * unit), for a score s as it leaves the modifiers
+    double natural                  # s * natural is the score
+    real softcap                    # 0: none
+    bint dropout
+    uint32_t dropout_threshold
+    real keep_scale
+    uint64_t seed
+    Py_ssize_t batch_offset         # of this call's first batch row, for dropout
+    # The plan
+    int decode_width                # 0: prefill kernel; else lanes that decode gives to rows: 1, 2, 4 or 8
+    bint k_in_place, v_in_place     # rows of K, V are read where they lie, in whatever block
+    Kind block_kind                 # of the numbers in blocks of K and V
+    bint may_mask                   # some row may not see some key of a block
+    Py_ssize_t q_stride, v_stride   # reals from one row of packed queries, of acc, to the next
+    Py_ssize_t block_rows           # query rows in a block, a multiple of LANES (decode: decode_width)
+    Py_ssize_t num_blocks           # blocks of query rows per (batch, key head)
+    Py_ssize_t block_kv             # keys in a block: what one pass of the kernel's loops takes
+    Py_ssize_t split_kv             # keys in a split, a multiple of block_kv
+    Py_ssize_t num_splits
+    Parts* parts                    # splits that different threads do; NULL: each does whole tasks
+    Call* call
+
+cdef struct State:                  # of the softmax of a block of rows, over the keys done so far
+    # In the unit of what leaves the modifiers. [block_rows], decode: [LANES], row r in each lane l with
+    # l % decode_width == r
+    real* reference
+    real* row_sum                   # likewise; decode: the lanes of a row hold parts of its sum
+    real* acc                       # [panel][head_dim_v][width], decode: [row][v_stride]
+
+cdef struct Workspace:              # one per thread, SCRATCH
+    State total, part
+    State lost                      # what rounding has taken from the sums of total, see merge_vector; no reference
+    real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; times p.sign
+    real* scores                    # [block_kv][width]
+    real* next_scores               # likewise, for prefill
+    real* k_rows                    # [block_kv][q_stride]; unless K is read in place
+    real* v_rows                    # [block_kv][v_stride]; unless V is read in place, and always as reals
+    real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
+    real* v_finite                  # [block_kv][v_stride]; both only where a row may not see a key
+    real* rows                      # query or result rows, or LANES mask rows of block_kv
+    real* shrink                    # [block_rows], decode: [LANES]; factors of probabilities, see store_result
+    bint again                      # some of them are not 1
+    Lane* lanes                     # [block_rows]
+
+cdef struct Lane:
+    Py_ssize_t head         # query head
+    Py_ssize_t query        # row of the query array
+    Py_ssize_t position     # query + q_offset: the key position it stands at
+    Py_ssize_t low, high    # keys [low, high) are visible: causal, window and kv_lens together
+    real slope              # ALiBi
+
+cdef struct Block:                  # some consecutive keys of a head, see next_block
+    Py_ssize_t key_start, n
+    const char* k                   # rows of adjacent numbers, k_step bytes apart
+    const char* v                   # likewise
+    Py_ssize_t k_step, v_step
+    Kind kind                       # of these numbers
+    const char* next_k              # rows of K, as far apart, that are read next
+    Py_ssize_t next_n
+
+cdef struct Tile:                   # a panel of query rows against some keys of a block
+    real* scores                    # [n][width]; probabilities once the softmax is through
+    Py_ssize_t width                # a lane for each row: whole vectors of them, or (decode) fewer than LANES
+    const Lane* lanes               # [width]
+    Py_ssize_t batch
+    Py_ssize_t key_start, n
+    bint limited                    # some lane does not see some key
+    real scale                      # what the scores are still to be multiplied by
+
+cdef struct Task:
+    Py_ssize_t number
+    Py_ssize_t batch, kv_head
+    Py_ssize_t head, query          # of the first row
+    Py_ssize_t num_rows             # query rows in this block
+    Py_ssize_t low, high            # keys [low, high) are seen by some row
+
+
+cdef inline Py_ssize_t state_size(const Problem* p) noexcept nogil:
+    """In bytes, a multiple of 64."""
+    return (2 * max(p.block_rows, LANES) + p.block_rows * p.v_stride) * <Py_ssize_t> sizeof(real) // 64 * 64 + 64
+
+
+cdef inline void place_state(State* s, char* base, const Problem* p) noexcept nogil:
+    cdef Py_ssize_t lanes = max(p.block_rows, LANES)
+    s.acc = <real*> base
+    s.reference = s.acc + p.block_rows * p.v_stride
+    s.row_sum = s.reference + lanes
+
+
+cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
+    """Lays the workspace out from `base` on, 64-byte aligned pieces; returns its size in bytes."""
+    cdef Py_ssize_t width = min(p.block_rows, <Py_ssize_t> PANEL_VECTORS * LANES)
+    cdef Py_ssize_t keys = round_up(min(p.block_kv, p.seq_len_kv), LANES)
+    cdef size_t size = 0
+    cdef Py_ssize_t state = state_size(p)
+    place_state(&w.total, take(base, &size, state), p)
+    place_state(&w.part, take(base, &size, state if p.num_splits > 1 else 0), p)
+    place_state(&w.lost, take(base, &size, state if p.num_splits > 1 else 0), p)
+    w.queries = <real*> take(base, &size, p.block_rows * p.q_stride * sizeof(real))
+    w.scores = <real*> take(base, &size, keys * width * sizeof(real))
+    w.next_scores = <real*> take(base, &size, keys * width * sizeof(real))
+    w.k_rows = <real*> take(base, &size, 0 if p.k_in_place else keys * p.q_stride * sizeof(real))
+    w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real) if copies_values(p) else 0)
+    w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
+                          * sizeof(real))
+    w.shrink = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
+    w.lanes = <Lane*> take(base, &size, p.block_rows * sizeof(Lane))
+    w.visible = <real*> take(base, &size, keys * width * sizeof(real) if p.may_mask else 0)
+    w.v_finite = <real*> take(base, &size, keys * p.v_stride * sizeof(real) if p.may_mask else 0)
+    return size
+
+
+cdef int choose_units(Problem* p, scale) except -1:
+    """sign, scale, unit and natural (OUT), from the scale, None for 1 / sqrt(head_dim), and the modifiers. The query is
+    never multiplied by the scale: that would round what plain NumPy does not, and could leave the range. As long as
+    scores are only compared, with each other or with -inf, they stay products of query and key, and exp2 takes
+    (s - reference) * unit, with unit = |scale| log2(e): where s is near the maximum, the difference is exact and small.
+    Where something is calculated with them, the first modifier multiplies by |scale|, as NumPy does; and where |scale|
+    is so small that -inf, times it, were lost in it. The sign goes into the query, so that the largest s belongs to the
+    largest score."""
+    cdef double given = 0.0 if scale is None else scale, size
+    cdef fp_mode callers = own_mode()
+    size = fabs(given) if scale is not None else 1 / sqrt(opaque(<double> p.head_dim))
+    p.sign = -1.0 if given < 0 else 1.0
+    p.scale = 1.0
+    p.natural = size
+    if (size < SMALLEST_UNIT or p.softcap != 0 or p.slopes != NULL or (p.mask.data != NULL and p.mask.kind != BOOL)):
+        p.scale = <real> size
+        p.natural = 1.0
+    p.unit = <real> (p.natural * LOG2_E)
+    set_mode(callers)
+    return 0
+
+
+cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
+    """Which kernel, and how the work is cut. What decides bits (decode_width, block_kv, split_kv) follows from the
+    shape of one batch row alone. The query rows of a key head are cut into blocks: large, so that K and V are read
+    seldom, but enough of them for all threads; which block a row is in decides no bit of its result."""
+    cdef Py_ssize_t rows = p.group_size * p.seq_len_q
+    cdef Py_ssize_t vectors = ceil_div(rows, LANES)
+    cdef Py_ssize_t size = MAX_ROWS // LANES, wide, fewer_blocks     # size, wide: vectors in a block
+    cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
+    p.decode_width = 0
+    p.may_mask = p.mask.data != NULL or p.window_left >= 0 or p.window_right >= 0 or p.kv_lens != NULL
+    if rows <= min(MAX_DECODE_ROWS, LANES):
+        p.decode_width = 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
+        p.q_stride = round_up(p.head_dim, LANES)
+        p.v_stride = round_up(p.head_dim_v, LANES)
+        p.block_kv, p.split_kv = DECODE_KEYS, DECODE_SPLIT
+        p.num_blocks, p.block_rows = 1, p.decode_width
+        # Both in place or both copied, since one loop reads one kind of rows.
+        p.k_in_place = decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
+        p.v_in_place = p.k_in_place
+        p.block_kind = p.k.kind if p.k_in_place else real_kind()
+    else:
+        p.q_stride, p.v_stride = p.head_dim, p.head_dim_v
+        # Halve the blocks until every thread has a few. Smaller blocks read K and V more often, from L2 or L3.
+        p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), PREFILL_SPLIT
+        if size * LANES * widest > MAX_BLOCK:
+            size = max(1, MAX_BLOCK // (LANES * widest) // PANEL_VECTORS) * PANEL_VECTORS
+        while (num_threads > 1 and size // 2 >= MIN_BLOCK
+               and p.batch_size * p.num_kv_heads * ceil_div(vectors, size) < TASKS_PER_THREAD * num_threads):
+            size //= 2
+        p.num_blocks = ceil_div(vectors, size)
+        # Where threads have tasks enough, a third more than a block is one block still, and several are whole panels:
+        # 197 rows take 5 % longer in two blocks.
+        fewer_blocks = max(1, (vectors + size * 2 // 3) // size)
+        wide = ceil_div(vectors, fewer_blocks)
+        if wide < vectors:
+            wide = round_up(wide, PANEL_VECTORS)
+        size = ceil_div(vectors, p.num_blocks)
+        if (num_threads == 1 or p.batch_size * p.num_kv_heads * ceil_div(vectors, wide)
+                >= TASKS_PER_THREAD * num_threads):
+            size = wide
+        p.num_blocks = ceil_div(vectors, size)
+        p.block_rows = size * LANES
+        p.k_in_place = rows_are_real(&p.k)
+        p.v_in_place = prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
+        p.block_kind = real_kind()
+    p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)
