@@ -11,8 +11,11 @@ from pathlib import Path
 def replaced(path):
     """Where to write what `path` then is: at no time is there half a file."""
     part = path.with_name(f"{path.name}.part")
-    yield part
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def new_file(text):

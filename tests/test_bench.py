@@ -16,6 +16,7 @@ import pytest
 
 from bench import peers, probes, readme, report, runner, worker
 from bench.__main__ import main
+from bench.files import replaced
 from bench.workloads import WORKLOADS
 
 
@@ -653,6 +654,15 @@ def test_argument_errors(arguments, message, capsys, monkeypatch):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_half_a_file_is_none(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replaced(path) as part:
+        part.write_text("ne")
+        raise KeyboardInterrupt
+    assert [child.read_text() for child in tmp_path.iterdir()] == ["old"]
 
 
 def test_list(capsys):
