@@ -1,25 +1,27 @@
 """Measure cattn against its peers: `python -m bench`.
 
 Every result is checked before it is timed. The table grows row by row; stderr says what is left. Exit status 1 when a
-result is wrong or an implementation fails, 130 after Ctrl-C, which keeps the rows that are finished.
+result is wrong or an implementation fails, 130 after Ctrl-C, which keeps the rows that are finished and draws them:
+a second one leaves the picture out.
 """
 
 import argparse
 import importlib.util
 import json
-import os
 import sys
 import time
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 
 import cattn
 from cattn.__main__ import Progress, exit_after, seconds
 
 from . import probes, report, runner
+from .files import new_file, picture, replaced
 from .peers import PEERS
 from .workloads import WORKLOADS
+
+MOST_THREADS = 1024  # more is a typing error, which would start as many
 
 
 def some_of(choices, text):
@@ -33,20 +35,13 @@ def some_of(choices, text):
 
 def thread_counts(text):
     """N,N,... as a sorted list."""
-    counts = sorted({int(count) for count in text.split(",")})
-    if counts[0] < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, got {text!r}")
+    try:
+        counts = sorted({int(count) for count in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if not 1 <= counts[0] <= counts[-1] <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected numbers from 1 to {MOST_THREADS}, as in 1,2, got {text!r}")
     return counts
-
-
-def new_file(text):
-    """A path in a directory that exists: known before the measuring, not after."""
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no directory {str(path.parent)!r}")
-    if path.exists() and not path.is_file():  # it is replaced
-        raise argparse.ArgumentTypeError(f"expected a new file or one to replace, got {text!r}")
-    return path.resolve()
 
 
 def argument_parser():
@@ -68,7 +63,7 @@ def argument_parser():
     add("--all", action="store_true", help="the slow workloads as well")
     add("--seconds", type=seconds, default=0.3, help="for each implementation of a workload (%(default)s)")
     add("--json", type=new_file, metavar="FILE", help="write the results, after each row")
-    add("--plot", type=new_file, metavar="FILE.png", help="draw them (needs matplotlib)")
+    add("--plot", type=picture, metavar="FILE.png", help="draw them (needs matplotlib)")
     add("--list", action="store_true", help="print the workloads and why each is there")
     return parser
 
@@ -107,18 +102,16 @@ class Show:
         print(text, flush=True)
 
     def save(self, data):
-        """At no time is there half a file."""
         if self.json_file:
-            part = self.json_file.with_name(f"{self.json_file.name}.part")
-            part.write_text(json.dumps(data, indent=1) + "\n")
-            os.replace(part, self.json_file)
+            with replaced(self.json_file) as part:
+                part.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def main(argv=None):
     parser = argument_parser()
     args = parser.parse_args(argv)
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot: needs matplotlib, which is not installed")
+    if args.plot and args.plot == args.json:
+        parser.error(f"--json and --plot: expected two files, got {args.plot} twice")
     works = [work for work in WORKLOADS if is_chosen(work, args)]
     if args.list:
         for work in works:
@@ -128,6 +121,8 @@ def main(argv=None):
     counts = args.threads or sorted({1, cattn.get_num_threads()})
     missing = [peer for peer in args.peers if not runner.installed(peer)]
     peers = ["cattn", *(peer for peer in args.peers if peer not in missing)]
+    if args.plot and len(peers) == 1:
+        parser.error(f"--plot: no peer to draw, not installed: {', '.join(missing)}")
     left_out = [f"{peer} (not installed)" for peer in missing]
     if importlib.util.find_spec("ml_dtypes") is None:
         left_out += [f"{work.name} (ml_dtypes is not installed)" for work in works if work.dtype == "bfloat16"]
@@ -160,11 +155,13 @@ def main(argv=None):
         return status
     if status:
         show.save(data | end)
-    if args.plot and data["rows"]:
-        report.plot(data, args.plot)
     show.write(report.footer(data))
     if status == 130:
         show.write("\nInterrupted: what stands above was measured, the rest was not.")
+    if args.plot and any(map(report.best_peer, data["rows"])):
+        report.plot(data, args.plot)
+    elif args.plot:
+        show.say(f"not drawn, since no peer has a time: {args.plot}")
     is_right = all(report.is_right(result) for row in data["rows"] for result in row["results"].values())
     return status or int(not is_right)
 

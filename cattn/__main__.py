@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
+from contextlib import suppress
 
 SECTIONS = {
     "config": "versions, instruction sets, threads, NumPy's BLAS",
@@ -220,13 +222,34 @@ def main(argv=None):
     return status if report.right and "error" not in report.data else 1
 
 
+def write_nowhere(descriptor):
+    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+    os.set_inheritable(descriptor, True)  # where it was closed, open() has given it this very number
+
+
 def exit_after(main):
-    """With its status; with 1 where nobody reads what it prints: `python -m cattn | head`."""
+    """With its status; 130 after Ctrl-C, 143 after SIGTERM, 1 where nobody reads what it prints, as in
+    `python -m cattn | head`, or it cannot be written. No traceback in any of these; what is open is closed."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed before Python began
+            write_nowhere(descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        code = main()
+        try:
+            code = main()
+        except KeyboardInterrupt:
+            code = 130
+        except SystemExit as end:
+            code = end.code
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to interrupt
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            with suppress(OSError):
+                print(f"error: {error}", file=sys.stderr)
+        write_nowhere(1)  # Python flushes both once more
+        write_nowhere(2)
         code = 1
     sys.exit(code)
 

@@ -45,8 +45,9 @@ _DIVERGING = ListedColormap(matplotlib.colormaps["RdBu_r"](np.linspace(0.1, 0.9,
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _STYLES = ("-", "--", ":", "-.")
 _WIDTH = 4.2  # inches: in a column of 3.4, text of 10 points is still of 8
-_MOST_TICKS = 64  # tokens along an axis; of more, some are named
 _SMALLEST = 5.5  # points, of a text
+_LONGEST = 30  # characters of a token
+_LARGEST = 1e250  # of what is drawn: limits and ticks beyond it overflow in matplotlib
 
 
 def weights(
@@ -57,12 +58,12 @@ def weights(
     Parameters
     ----------
     w : array (seq_len_q, seq_len_kv) or (num_heads, seq_len_q, seq_len_kv)
-        What return_weights=True gives, for one sequence. No number is below 0; a NaN is grey.
+        What return_weights=True gives, for one sequence. No number is below 0 or beyond 1e250; a NaN is grey.
     query_tokens : list of seq_len_q str, optional
-        None: positions.
+        None: positions. Long ones are shortened; of many, those are named for which there is room.
     key_tokens : list of seq_len_kv str, optional
         None: positions. For self-attention, the same list again.
-    ax : Axes, or an array of num_heads Axes, optional
+    ax : Axes, or an array of num_heads Axes of one figure, optional
         None: a new figure.
 
     Returns
@@ -107,9 +108,9 @@ def weights(
     largest = _largest(w)
     for number, (panel, head) in enumerate(zip(axes, heads, strict=True)):
         image = _heat_map(panel, head, _SEQUENTIAL, 0, largest)
-        _write_numbers(panel, image, head, "{:.2f}", len("0.00"))
-        _name_ticks(panel.xaxis, key_tokens, "key")
-        _name_ticks(panel.yaxis, query_tokens, "query")
+        _write_numbers(panel, image, head, "{:.2f}", len(f"{largest:.2f}"))
+        _name_ticks(panel.xaxis, key_tokens, seq_len_kv, "key")
+        _name_ticks(panel.yaxis, query_tokens, seq_len_q, "query")
         if w.ndim == 3:
             panel.set_title(f"head {number}", fontsize="medium")
         if per_row and number % per_row:  # its neighbour has the same labels
@@ -129,7 +130,7 @@ def encoding(table: ArrayLike, *, ax: Axes | None = None) -> Axes:
     ----------
     table : array (length, dim)
         As `cattn.sinusoidal_encoding` gives it, in any layout, or a learned one. The colours reach from minus the
-        largest number to the largest; a NaN is grey.
+        largest number to the largest, 1e250 at most; a NaN is grey.
     ax : Axes, optional
         None: a new figure.
 
@@ -154,8 +155,8 @@ def encoding(table: ArrayLike, *, ax: Axes | None = None) -> Axes:
     ax = _one(ax, (_WIDTH, 3.4))
     limit = _largest(table)
     image = _heat_map(ax, table, _DIVERGING, -limit, limit)
-    ax.xaxis.set_major_locator(MultipleLocator(_step(table.shape[1], 8)))
-    ax.yaxis.set_major_locator(_positions())
+    _name_columns(ax.xaxis, table.shape[1])
+    _name_positions(ax.yaxis, len(table))
     ax.set(xlabel="column", ylabel="position")
     _colour_bar(image, [ax], "value")
     return ax
@@ -167,7 +168,8 @@ def columns(table: ArrayLike, columns: Sequence[int], *, ax: Axes | None = None)
     Parameters
     ----------
     table : array (length, dim)
-        As `cattn.sinusoidal_encoding` gives it, in any layout, or a learned one.
+        As `cattn.sinusoidal_encoding` gives it, in any layout, or a learned one. No number is beyond +-1e250; a NaN is
+        a gap.
     columns : list of ints from 0 to dim - 1
         Which, in the order of the legend.
     ax : Axes, optional
@@ -205,7 +207,7 @@ def columns(table: ArrayLike, columns: Sequence[int], *, ax: Axes | None = None)
                          linewidth=1.4, label=f"column {column}")
     ax.set(xlabel="position", ylabel="value")
     ax.margins(x=0.01)
-    ax.xaxis.set_major_locator(_positions())
+    _name_positions(ax.xaxis, len(table))
     ax.spines[["top", "right"]].set_visible(False)
     _legend_above(ax, lines)
     return ax
@@ -254,17 +256,17 @@ def binary(
     >>> [label.get_text() for label in ax.get_xticklabels()][:4]
     ['1', '2', '4', '8']
     """
-    n = _check_int("n", n, 2)
+    n, dim = _check_int("n", n, 2), _check_int("dim", dim, 1)
+    _check_size("n", n, dim)
     table = cattn.sinusoidal_encoding(n, dim, base=base, layout=layout, endpoint=endpoint, dtype=np.float64)
-    dim = table.shape[1]
     num_bits = (n - 1).bit_length()
     bits = np.arange(n)[:, None] >> np.arange(num_bits) & 1
-    powers = [2**bit if num_bits <= 6 else f"$2^{{{bit}}}$" for bit in range(num_bits)]
+    powers = [2**bit if num_bits <= 5 else f"$2^{{{bit}}}$" for bit in range(num_bits)]
     ax = _one(ax, (_WIDTH, min(max(0.14 * n, 2.2), 8) + 1))
 
     # In units of a column of the table. Bits take a third of the width, and are paler than -1 and 1 in the table, so
     # that the digits can be read.
-    parts = [("binary", "bit", bits, 0.55 * dim / num_bits, (-0.7, 1.7), powers, 6 if num_bits <= 6 else 4)]
+    parts = [("binary", "bit", bits, 0.55 * dim / num_bits, (-0.7, 1.7), powers, 5 if num_bits <= 5 else 4)]
     for name, places in zip(("sines", "cosines"), _columns(dim, layout), strict=True):
         if len(places):
             parts.append((name, "column", table[:, places], 1, (-1, 1), places, max(6 - len(str(dim - 1)), 1)))
@@ -273,8 +275,9 @@ def binary(
         end = left + width * len(names)
         images.append(_heat_map(ax, values, _DIVERGING, *limits, (left, end, n - 0.5, -0.5)))
         step = _step(len(names), most)
-        ticks += [left + width * (number + 0.5) for number in range(0, len(names), step)]
-        labels.extend(map(str, names[::step]))
+        named = range(0, len(names) - step // 4, step)  # at its end, a label would reach into the next part
+        ticks += [left + width * (number + 0.5) for number in named]
+        labels += [str(names[number]) for number in named]
         for text, height, points, side in [(name, 1, 4, "bottom"), (below, 0, -20, "top")]:
             ax.annotate(text, ((left + end) / 2, height), (0, points), xycoords=ax.get_xaxis_transform(),
                         textcoords="offset points", ha="center", va=side, annotation_clip=False)
@@ -282,7 +285,7 @@ def binary(
     ax.set(xlim=(0, end), ylim=(n - 0.5, -0.5), ylabel="number, position")
     _write_numbers(ax, images[0], bits, "{:d}", 2)
     ax.set_xticks(ticks, labels, fontsize="small")
-    ax.yaxis.set_major_locator(_positions())
+    _name_positions(ax.yaxis, n)
     ax.spines[:].set_visible(False)
     _colour_bar(images[1], [ax], "sine, cosine (bits: 0 blue, 1 red)", ticks=[-1, 0, 1])
     return ax
@@ -298,7 +301,7 @@ def frequencies(
     dim : int >= 1
         Number of columns.
     base, layout, endpoint
-        As in `cattn.sinusoidal_encoding`.
+        As in `cattn.sinusoidal_encoding`, but that base is 1e250 at most.
     ax : Axes, optional
         None: a new figure.
 
@@ -320,7 +323,11 @@ def frequencies(
     >>> cosines.get_ydata()[:2].round(3)  # of columns 1 and 3: 1 and 10000^(-2 / 32)
     array([1.   , 0.562])
     """
-    _, dim, base, _, endpoint, _ = _check_table(0, dim, base, 0, layout, endpoint)
+    dim = _check_int("dim", dim, 1)
+    _check_size("dim", 1, dim)
+    _, _, base, _, endpoint, _ = _check_table(0, dim, base, 0, layout, endpoint)
+    if base > _LARGEST:
+        raise ValueError(f"base: expected {_LARGEST:g} at most in a picture, got {_shown(base)}")
     frequency = 1 / _periods(dim, base, endpoint, np.dtype(np.float64))
     ax = _one(ax, (_WIDTH, 3.1))
     ax.set_yscale("log")
@@ -332,7 +339,7 @@ def frequencies(
         lines += ax.plot(places, frequency[: len(places)], marker, color=colour, markersize=size, label=name,
                          markerfacecolor=colour if name == "sine" else "none")
     ax.set(xlabel="column", ylabel="frequency (radians per position)", xlim=(-0.7, dim - 0.3))
-    ax.xaxis.set_major_locator(MultipleLocator(_step(dim, 8)))
+    _name_columns(ax.xaxis, dim)
     ax.spines["top"].set_visible(False)
     right = ax.secondary_yaxis("right", functions=(_turn, _turn))
     right.set_ylabel("wavelength (positions)")
@@ -358,7 +365,7 @@ def relative_shift(
     dim : int >= 2, even
         Number of columns.
     positions : list of ints
-        A row of clocks for each.
+        A row of clocks for each. Within +-2**53, also when delta is added.
     pairs : list of ints from 0 to dim / 2 - 1, optional
         A column of clocks for each. None: the first four.
     base, layout, endpoint
@@ -391,6 +398,10 @@ def relative_shift(
     delta = _check_int("delta", delta)
     pairs = _ints("pairs", range(min(4, dim // 2)) if pairs is None else pairs, dim // 2)
     positions = _ints("positions", positions)
+    for position in positions:
+        if max(abs(position), abs(position + delta)) > 2**53:
+            raise ValueError(f"positions: expected ints within +-2**53, also with delta={delta} added, got "
+                             f"{_shown(position)}")
 
     def rows(delta):
         return cattn.sinusoidal_encoding(
@@ -457,7 +468,18 @@ def _numbers(name, x, most_axes, expected):
         elif x.ndim > most_axes:
             cure = f"; one of them: {name}[{', '.join('0' * (x.ndim - most_axes))}]"
         raise ValueError(f"{name}: expected {expected}, none of them 0, got shape {x.shape}{cure}")
-    return x.astype(np.float64)
+    with np.errstate(over="ignore"):  # a long double may become infinite
+        x = x.astype(np.float64)
+    beyond = x[np.abs(x) > _LARGEST]
+    if beyond.size:
+        raise ValueError(f"{name}: expected numbers within +-{_LARGEST:g} or NaN, got {beyond[0]}")
+    return x
+
+
+def _check_size(name, count, dim):
+    """`name` is what makes a table of these sizes too large."""
+    if count * dim > 2**53:
+        raise ValueError(f"{name}: expected at most 2**53 numbers in the table, got {_shown(count)} * {_shown(dim)}")
 
 
 def _listed(name, value, what):
@@ -478,7 +500,7 @@ def _ints(name, value, count=None):
 
 
 def _tokens(name, tokens, count, what):
-    """None, or a list of str that can be printed."""
+    """None, or a list of str that can be printed and are not long."""
     if tokens is None:
         return None
     if isinstance(tokens, str):
@@ -491,12 +513,17 @@ def _tokens(name, tokens, count, what):
                             f"[str(token) for token in {name}] is one")
     if len(tokens) != count:
         raise ValueError(f"{name}: expected {count}, one for each {what} of w, got {len(tokens)}")
-    return [token if token.isprintable() else repr(token)[1:-1] for token in tokens]
+    tokens = [token if token.isprintable() else repr(token)[1:-1] for token in tokens]
+    return [token if len(token) <= _LONGEST else f"{token[: _LONGEST - 11]}…{token[-10:]}" for token in tokens]
 
 
 def _check_axes(ax):
     if not isinstance(ax, Axes):
         raise TypeError(f"ax: expected an Axes of matplotlib, got {_shown(ax)}")
+    if ax.name != "rectilinear":
+        raise ValueError(f"ax: expected Axes with two straight axes, got {type(ax).__name__}")
+    if ax.figure is None:
+        raise ValueError("ax: expected Axes of a figure, got some that were removed from theirs")
     return ax
 
 
@@ -520,6 +547,8 @@ def _of_heads(ax, heads):
     if len(axes) != heads:
         raise ValueError(f"ax: expected {heads} Axes, one for each head of w, got {len(axes)}; "
                          f"pyplot.subplots(1, {heads})[1] are as many")
+    if len({panel.figure for panel in axes}) > 1:
+        raise ValueError("ax: expected Axes of one figure, or of one subfigure, got Axes of several")
     return axes
 
 
@@ -561,8 +590,8 @@ def _on_circle(angles):
 
 
 def _largest(x):
-    """Of its absolute values; 1 of none but 0 and what is not finite."""
-    return np.abs(x).max(initial=0, where=np.isfinite(x)) or 1.0
+    """Of its absolute values; 1 of none but 0 and NaN."""
+    return np.abs(x).max(initial=0, where=~np.isnan(x)) or 1.0
 
 
 def _heat_map(ax, x, colours, lowest, highest, extent=None):
@@ -585,16 +614,16 @@ def _write_numbers(ax, image, numbers, form, characters):
                 color="white" if is_dark[row, column] else "black")
 
 
-def _name_ticks(axis, tokens, what):
+def _name_ticks(axis, tokens, count, what):
     if tokens is None:
-        axis.set_major_locator(_positions())
+        _name_positions(axis, count)
         axis.set_label_text(f"{what} (position)")
         return
     axis.set_label_text(f"{what} (token)")
     is_x = axis.axis_name == "x"
-    step = math.ceil(len(tokens) / _MOST_TICKS)
-    places = range(0, len(tokens), step)
-    cell = _points(axis.axes)[0 if is_x else 1] / len(places)
+    length = _points(axis.axes)[0 if is_x else 1]
+    places = range(0, count, math.ceil(count * _SMALLEST / (0.75 * length)))  # each has room for the smallest text
+    cell = length / len(places)
     size = min(10, max(0.75 * cell, _SMALLEST))
     rotation = {}
     if is_x and max(len(token) for token in tokens) * 0.65 * size > cell:
@@ -603,8 +632,18 @@ def _name_ticks(axis, tokens, what):
     axis.set_tick_params(length=0)
 
 
-def _positions():
-    return MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True)
+def _name_positions(axis, count):
+    axis.set_major_locator(MaxNLocator(nbins=_room(axis, count), steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+
+
+def _name_columns(axis, count):
+    axis.set_major_locator(MultipleLocator(_step(count, _room(axis, count))))
+
+
+def _room(axis, count):
+    """For how many numbers below `count` an axis has room, in 10 points; 8 are enough."""
+    width, height = 0.8 * _points(axis.axes)
+    return max(min(8, int(width / (6.5 * (len(str(count - 1)) + 0.5)) if axis.axis_name == "x" else height / 12)), 1)
 
 
 def _step(count, number):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from bench import peers, probes, readme, report, runner, worker
 from bench.__main__ import main
+from bench.files import replaced
 from bench.workloads import WORKLOADS
 
 
@@ -398,6 +400,30 @@ def test_pages_without_markers_are_left_alone(root, capsys, page, text):
     assert err.count("\n") == 1 and page in err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: 3, "no dictionary"),
+        (lambda data: [data], "no dictionary"),
+        (lambda data: {}, "no machine,"),
+        (lambda data: data | {"rows": 3}, "no rows,"),
+        (lambda data: data | {"rows": [[]]}, "no rows[0],"),
+        (lambda data: data | {"rows": [data["rows"][0] | {"threads": "2"}]}, "no rows[0].threads,"),
+        (lambda data: data | {"rows": [data["rows"][0] | {"results": {}}]}, "no rows[0].results.cattn,"),
+        (lambda data: data | {"limits": {"1": {"fma": 1}}}, "no limits.1.read,"),
+        (lambda data: data | {"limits": {}}, "IndexError: "),
+        (lambda data: data | {"interrupted": True}, "a run that ended early"),
+        (lambda data: data | {"error": "cattn: status -9"}, "a run that ended early"),
+    ],
+)
+def test_readme_of_something_else(root, data, capsys, change, message):
+    (root / "bench.json").write_text(json.dumps(change(data)))
+    assert write_pages(root) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert "old" in (root / "README.md").read_text()
+
+
 def test_readme_of_a_run_without_its_rows(root, data, capsys):
     data["rows"] = data["rows"][:-2]
     (root / "bench.json").write_text(json.dumps(data))
@@ -503,6 +529,37 @@ def test_rows_are_kept_when_a_run_ends_early(data, fake_run, tmp_path, capsys, e
         assert err.splitlines()[-1] == found["error"]
 
 
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt], ids=["whole", "interrupted"])
+def test_the_picture_comes_last(data, fake_run, tmp_path, capsys, monkeypatch, end):
+    """Everything is said when a second Ctrl-C leaves it out."""
+    pytest.importorskip("matplotlib")
+
+    def meanwhile(count):
+        if count and end:
+            raise end
+
+    def plot(data, path):
+        seen.append(capsys.readouterr().out.splitlines()[-1])
+        raise KeyboardInterrupt
+
+    fake_run(meanwhile)
+    seen = []
+    monkeypatch.setattr(report, "plot", plot)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--plot", str(tmp_path / "bench.png")])
+    assert seen[0].startswith("Interrupted: " if end else "2 threads, geometric mean ")
+
+
+def test_nothing_to_draw(data, fake_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for line in data["rows"]:
+        del line["results"]["numpy"]
+    fake_run(lambda count: None)
+    assert main(["--plot", str(tmp_path / "bench.png")]) == 0
+    assert "not drawn, since no peer has a time: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_right_results_are_exit_status_0(data, fake_run):
     data["rows"] = data["rows"][:2]
     fake_run(lambda count: None)
@@ -519,9 +576,11 @@ def test_interrupted_before_anything_is_known(data, fake_run, capsys):
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs POSIX signals")
-def test_ctrl_c(tmp_path):
-    """Of a run as it is, in the middle of a row: its processes end with it."""
-    path = tmp_path / "bench.json"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c(tmp_path, number):
+    """Of a run as it is, in the middle of a row: its processes end with it, and no temporary file stays."""
+    path, scratch = tmp_path / "bench.json", tmp_path / "scratch"
+    scratch.mkdir()
     arguments = ["--workloads", "tiny-3x2,table-5000x512", "--threads", "1", "--seconds", "0.5", "--json", str(path)]
     # As `python -m bench`, but that a shell's background jobs are born ignoring SIGINT.
     code = (
@@ -529,14 +588,19 @@ def test_ctrl_c(tmp_path):
         "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=runner.ROOT, **pipes)
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=runner.ROOT, env=environment, **pipes)
     for line in process.stdout:
         if line.startswith("tiny-3x2 "):
             break
-    process.send_signal(signal.SIGINT)
+    assert list(scratch.iterdir())
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)  # their ends of stderr are closed as well
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in err
+    assert not list(scratch.iterdir())
+    if number == signal.SIGTERM:
+        return
     assert "1 thread: FMA peak " in out and out.splitlines()[-1].startswith("Interrupted: ")
     data = json.loads(path.read_text())
     assert data["interrupted"] is True and [line["workload"] for line in data["rows"]] == ["tiny-3x2"]
@@ -559,21 +623,46 @@ def test_a_probe_that_fails_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--threads", "0"], "expected numbers from 1 on, got '0'"),
-        (["--threads", "many"], "invalid thread_counts value: 'many'"),
+        *(
+            (["--threads", text], f"expected numbers from 1 to 1024, as in 1,2, got '{text}'")
+            for text in ("0", "many", "1,", "1,1025", "9" * 5000)
+        ),
         (["--peers", "tensorflow"], "got 'tensorflow'"),
         (["--peers", "cattn"], "got 'cattn'"),
         (["--workloads", "prefill-513"], "got 'prefill-513'"),
         (["--seconds", "0"], "expected seconds above 0"),
         (["--json", "no/such/directory/bench.json"], "no directory 'no/such/directory'"),
         (["--json", "/dev/null"], "expected a new file or one to replace, got '/dev/null'"),
+        (["--json", "x" * 253], "cannot be written: [Errno"),
+        (["--json", "x" * 300], "cannot be written: [Errno"),
+        (["--plot", "x.txt"], "got 'x.txt'"),
+        (["--plot", "x"], "got 'x'"),
+        (["--plot", ""], "got ''"),
+        (["--plot", "no/such/directory/x.png"], "no directory 'no/such/directory'"),
+        (["--plot", "x.svg", "--json", "./x.svg"], "expected two files, got "),
+        (["--plot", "x.png", "--peers", "no-such-peer"], "no peer to draw, not installed: no-such-peer"),
     ],
 )
-def test_argument_errors(arguments, message, capsys):
+def test_argument_errors(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "run", None)  # an argument that passes starts nothing
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    if "no-such-peer" in arguments:
+        no_such_peer = type("NoSuchPeer", (), {"modules": ["no_such_module"]})
+        monkeypatch.setitem(peers.PEERS, "no-such-peer", no_such_peer)
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_half_a_file_is_none(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replaced(path) as part:
+        part.write_text("ne")
+        raise KeyboardInterrupt
+    assert [child.read_text() for child in tmp_path.iterdir()] == ["old"]
 
 
 def test_list(capsys):

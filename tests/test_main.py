@@ -172,6 +172,39 @@ def test_interrupted_checks(small, monkeypatch, capsys):
     assert _kernels.f32 is before
 
 
+@pytest.mark.parametrize(("redirection", "status", "out", "err"), [
+    (">&-", 0, "", "progress\nchild\n"),
+    ("2>&-", 0, "result\n", ""),
+    ("<&- >&- 2>&-", 0, "", ""),
+    (">/dev/full", 1, "", "progress\nchild\nerror: [Errno 28] No space left on device\n"),
+    ("2>/dev/full", 1, "", ""),
+    (">/dev/full 2>&1", 1, "", ""),
+])
+def test_streams_that_cannot_be_written(redirection, status, out, err):
+    """No traceback, and a child may write to them."""
+    if "full" in redirection and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    code = ("import subprocess\nfrom cattn.__main__ import *\n"
+            "def main():\n"
+            "    Progress(json_only=True).show('progress', at_once=True)\n"
+            "    subprocess.run(['sh', '-c', 'echo child >&2'], check=True)\n"
+            "    print('result')\n"
+            "    return 0\n"
+            "exit_after(main)")
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, code], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
+@pytest.mark.parametrize(("raised", "status"), [
+    ("KeyboardInterrupt", 130), ("SystemExit(2)", 2), ("BrokenPipeError", 1), ("OSError('text')", 1),
+])
+def test_exit_status(raised, status):
+    code = f"from cattn.__main__ import exit_after\ndef main():\n    raise {raised}\nexit_after(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "error: text\n" if "text" in raised else "")
+
+
 def test_a_reader_that_goes_away():
     process = start("config", "check")
     process.stdout.readline()

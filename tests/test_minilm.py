@@ -1,8 +1,11 @@
 """The demo: its corpus on this Python, its model code, its error lines, and all of it with the real model."""
 
 import importlib.util
+import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,12 @@ import pytest
 import cattn
 from bench import minilm
 
+ROOT = Path(minilm.__file__).parents[1]
 CONFIG = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "vocab_size": 50,
+    "max_position_embeddings": 20,
     "hidden_size": 24,
     "num_attention_heads": 3,
     "num_hidden_layers": 2,
@@ -30,8 +38,8 @@ def weights():
     rng = np.random.default_rng(0)
     dim, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
     shapes = {
-        "embeddings.word_embeddings.weight": (50, dim),
-        "embeddings.position_embeddings.weight": (20, dim),
+        "embeddings.word_embeddings.weight": (CONFIG["vocab_size"], dim),
+        "embeddings.position_embeddings.weight": (CONFIG["max_position_embeddings"], dim),
         "embeddings.token_type_embeddings.weight": (2, dim),
     }
     linear = {"embeddings.LayerNorm": (dim,)}
@@ -182,6 +190,11 @@ def error_line(capsys, arguments):
     return err
 
 
+def test_arguments_that_are_no_text(capsys):
+    message = r"expected arguments in UTF-8, got ['how', '\udcff']"
+    assert message in error_line(capsys, ["how", "\udcff"])
+
+
 @pytest.mark.parametrize("question", ["", "  "])
 def test_an_empty_question(capsys, question):
     assert "question: expected some words" in error_line(capsys, [question])
@@ -199,30 +212,86 @@ def demo_packages():
 
 def test_a_directory_without_the_model(capsys, tmp_path):
     demo_packages()
-    assert "model.safetensors: cannot be read" in error_line(capsys, ["question", "--model", str(tmp_path)])
+    for directory in (str(tmp_path), ""):
+        assert "model.safetensors: cannot be read" in error_line(capsys, ["question", "--model", directory])
+
+
+def save_model(directory, weights, config, last_token=49):
+    demo_packages()
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    save_file(weights, directory / "model.safetensors")
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "last": last_token}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ("no JSON", "config.json: cannot be read"),
-        ('{"model_type": "gpt2"}', "expected a BERT model"),
-        (
-            '{"model_type": "bert", "hidden_act": "gelu", "num_hidden_layers": 1}',
-            "not the files of a whole BERT",
+        ([], "expected a BERT model with gelu, got []"),
+        (3, "expected a BERT model with gelu, got 3"),
+        (CONFIG | {"model_type": "gpt2"}, "expected a BERT model with gelu, got {"),
+        *(
+            (CONFIG | {name: value}, f"{name}: expected an int >= 1, got {value!r}")
+            for name in minilm.SIZES
+            for value in (None, 0, -1, 2.0, "2", True, [2])
         ),
+        *(
+            (CONFIG | {"layer_norm_eps": value}, f"layer_norm_eps: expected a number in [0, 1), got {value!r}")
+            for value in (None, "1e-12", -1, math.nan, [])
+        ),
+        *((CONFIG | {name: 999}, "expected embeddings.") for name in ("vocab_size", "max_position_embeddings")),
+        (CONFIG | {"hidden_size": 10**6}, "expected embeddings.word_embeddings.weight of shape (50, 1000000)"),
+        (CONFIG | {"intermediate_size": 10**20}, "expected encoder.layer.0.intermediate.dense.weight of shape "),
+        (CONFIG | {"num_attention_heads": 5}, "not the files of a whole BERT model: "),
+        (CONFIG | {"num_hidden_layers": 3}, "not the files of a whole BERT model: 'encoder.layer.2."),
     ],
 )
-def test_another_model(capsys, tmp_path, config, message):
-    demo_packages()
-    from safetensors.numpy import save_file
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
-    Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(config)
+def test_another_model(capsys, tmp_path, weights, config, message):
+    save_model(tmp_path, weights, config)
     assert message in error_line(capsys, ["question", "--model", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["embeddings.LayerNorm.weight", "encoder.layer.1.output.dense.bias"])
+@pytest.mark.parametrize("shape", [None, (7,)])
+def test_weights_that_are_missing_or_do_not_fit(capsys, tmp_path, weights, name, shape):
+    damaged = {key: weight for key, weight in weights.items() if key != name}
+    save_model(tmp_path, damaged if shape is None else damaged | {name: np.ones(shape, np.float32)}, CONFIG)
+    assert "not the files of a whole BERT model: " in error_line(capsys, ["question", "--model", str(tmp_path)])
+
+
+def test_tokens_beyond_the_vocabulary(capsys, tmp_path, weights):
+    save_model(tmp_path, weights, CONFIG, last_token=50)
+    message = "tokenizer.json: expected tokens below vocab_size, 50"
+    assert message in error_line(capsys, ["question", "--model", str(tmp_path)])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_small_model(capsys, tmp_path, weights, corpus, monkeypatch, dtype):
+    """Stored in any precision; a question that is longer than it was trained for is cut, and that is said."""
+    save_model(tmp_path, {name: weight.astype(dtype) for name, weight in weights.items()}, CONFIG)
+    monkeypatch.setattr(minilm, "stdlib_corpus", lambda progress: dict(list(corpus.items())[:40]))
+    message = "bench.minilm: question: cut to its first 20 tokens\n"
+    for length in (20, 21):
+        assert minilm.main(["--fast", "--model", str(tmp_path), *["last"] * length]) == 0
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == minilm.NEAREST + 3
+        assert (message in err) == (length > 20)
+
+
+def test_a_reader_that_goes_away():
+    model_packages()
+    command = [sys.executable, "-m", "bench.minilm", "--fast", "how"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Error" not in err
 
 
 def test_command_line_options_are_parsed_by_a_module_that_parses_them(capsys, corpus, monkeypatch):
@@ -272,7 +341,6 @@ def test_attention_of_a_sentence_is_drawn(capsys, tmp_path):
     assert "--layer: expected 0 to 5, got 6" in error_line(
         capsys, ["--attention", "dog", "--plot", str(picture), "--layer", "6"]
     )
-    assert "--plot: " in error_line(capsys, ["--attention", "dog", "--plot", str(tmp_path / "no" / "a.png")])
 
 
 def test_weights_of_a_layer(weights):
@@ -293,9 +361,21 @@ def test_weights_of_a_layer(weights):
         (["words", "--attention", "words", "--plot", "a.png"], "expected a question, or --attention"),
         (["--attention", "words"], "belong together"),
         (["words", "--plot", "a.png"], "belong together"),
+        *(
+            (["--attention", "words", "--plot", name], f"argument --plot: {text}")
+            for name, text in {
+                "a": "expected a name that ends in .",
+                "a.xyz": "expected a name that ends in .",
+                "": "expected a name that ends in .",
+                "no/such/a.png": "no directory 'no/such'",
+                str(ROOT): "expected a name that ends in .",
+            }.items()
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together(capsys, arguments, message):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as error:
         minilm.main(arguments)
     assert error.value.code == 2

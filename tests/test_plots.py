@@ -121,6 +121,19 @@ def test_what_is_no_ax(name, ax):
 
 
 @every_function
+@pytest.mark.parametrize("kind", ["polar", "3d", "removed"])
+def test_axes_that_cannot_be_drawn_on(name, kind):
+    figure = Figure()
+    ax = figure.add_subplot(projection=None if kind == "removed" else kind)
+    if kind == "removed":
+        ax.remove()
+    before = ax.get_children()
+    with pytest.raises(ValueError, match=r"^ax: expected Axes (with two straight axes|of a figure), got "):
+        CALLS[name](ax=ax)
+    assert ax.get_children() == before
+
+
+@every_function
 def test_documented(name):
     function = getattr(plots, name)
     parameters = inspect.signature(function).parameters
@@ -142,22 +155,28 @@ SIZES = {
     **{f"{heads} heads": lambda heads=heads: plots.weights(softmax_of(heads, 4, 4), WORDS, WORDS)[0]
        for heads in (1, 2, 3, 5, 8, 12)},
     "heads of many": lambda: plots.weights(softmax_of(4, 30, 30), [f"tok{i}" for i in range(30)], ["longer"] * 30)[0],
+    "6 heads of 64": lambda: plots.weights(softmax_of(6, 64, 64), ["query"] * 64, ["key"] * 64)[3],
+    "longest words": lambda: plots.weights(softmax_of(2, 2), ["x" * 9999, "x"], ["日本" * 9999, "x"]),
     "encoding": lambda: plots.encoding(cattn.sinusoidal_encoding(60, 32)),
+    "wide encoding": lambda: plots.encoding(np.ones((2, 100_000))),
     "large encoding": lambda: plots.encoding(cattn.sinusoidal_encoding(3000, 512, offset=10**6)),
     "small encoding": lambda: plots.encoding([[1.0]]),
     "columns": lambda: plots.columns(cattn.sinusoidal_encoding(60, 32), [6, 7, 8, 9]),
     "many columns": lambda: plots.columns(cattn.sinusoidal_encoding(60, 32), range(30)),
     "one position": lambda: plots.columns(TABLE[:1], [0]),
     **{f"binary {n}, {dim}": lambda n=n, dim=dim: plots.binary(n, dim)
-       for n, dim in [(2, 1), (3, 2), (8, 7), (16, 16), (32, 32), (60, 32), (200, 100), (5000, 512)]},
-    **{f"frequencies {dim}": lambda dim=dim: plots.frequencies(dim) for dim in (1, 2, 7, 32, 512)},
+       for n, dim in [(2, 1), (3, 2), (8, 7), (16, 16), (16, 513), (32, 32), (60, 32), (64, 8), (200, 100),
+                      (5000, 512)]},
+    **{f"frequencies {dim}": lambda dim=dim: plots.frequencies(dim) for dim in (1, 2, 7, 32, 512, 100_000)},
     "base 1": lambda: plots.frequencies(8, base=1),
+    "base 1e250": lambda: plots.frequencies(8, base=1e250),
     "clocks": lambda: plots.relative_shift(5, 32),
     "one clock": lambda: plots.relative_shift(-3, 2, positions=[1]),
     "many clocks": lambda: plots.relative_shift(12345678, 64, positions=range(8), pairs=range(10)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 @pytest.mark.parametrize("size", SIZES)
 def test_in_full_view(size):
     """Nothing is cut off by the figure's edge, and no two labels of an axis overlap."""
@@ -204,6 +223,27 @@ def test_numbers_are_written_where_they_fit():
     assert not plots.weights(softmax_of(50, 50)).texts
 
 
+def test_numbers_that_are_long_are_not_written():
+    """1e250 is 251 digits, and all there is."""
+    assert plots.weights([[1.0]]).texts and not plots.weights([[1e250]]).texts
+
+
+@pytest.mark.parametrize("axis", [
+    lambda: plots.weights(softmax_of(1, 9)).yaxis,
+    lambda: plots.weights(softmax_of(9, 1)).xaxis,
+    lambda: plots.encoding(TABLE[:1]).yaxis,
+    lambda: plots.encoding(TABLE[:, :1]).xaxis,
+    lambda: plots.columns(TABLE[:1], [0]).xaxis,
+    lambda: plots.frequencies(1).xaxis,
+])
+def test_what_there_is_one_of_is_number_0(axis):
+    axis = axis()
+    axis.axes.figure.draw_without_rendering()
+    low, high = sorted(axis.get_view_interval())
+    shown = {place: label.get_text() for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)}
+    assert [text for place, text in shown.items() if low <= place <= high] == ["0"]
+
+
 def test_numbers_can_be_read_on_their_colours():
     ax = plots.weights([[0.0, 1.0]])
     assert [text.get_color() for text in ax.texts] == ["black", "white"]
@@ -231,11 +271,19 @@ def test_tokens_are_shown_as_they_are():
     ax.figure.canvas.draw()
 
 
-def test_many_tokens_are_named_in_part():
-    tokens = [f"t{i}" for i in range(200)]
-    ax = plots.weights(softmax_of(200, 200), tokens, tokens)
-    assert ax.get_xticks().tolist() == list(range(0, 200, 4))
-    assert ticks(ax.xaxis) == tokens[::4]
+@pytest.mark.parametrize(("shape", "step"), [((64, 64), 1), ((200, 200), 3), ((6, 64, 64), 3)])
+def test_many_tokens_are_named_in_part(shape, step):
+    """Those for which there is room."""
+    tokens = [f"t{i}" for i in range(shape[-1])]
+    ax = np.ravel(plots.weights(softmax_of(*shape), tokens, tokens))[-1]
+    assert ax.get_xticks().tolist() == list(range(0, shape[-1], step))
+    assert ticks(ax.xaxis) == tokens[::step]
+
+
+def test_long_tokens_are_shortened():
+    tokens = ["a" * 30, "b" * 19 + "x" * 9999 + "c" * 10]
+    shown = ticks(plots.weights(softmax_of(2, 2), tokens).yaxis)
+    assert shown == ["a" * 30, "b" * 19 + "…" + "c" * 10]
 
 
 def test_weights_of_heads():
@@ -333,6 +381,12 @@ def test_binary(layout, endpoint):
     assert {tuple(image.get_extent()[2:]) for image in (bits, sines, cosines)} == {(n - 0.5, -0.5)}
 
 
+def test_labels_of_bits():
+    """As numbers where these have room."""
+    five, six = (ticks(plots.binary(n, 2).xaxis)[:-2] for n in (32, 33))
+    assert five == ["1", "2", "4", "8", "16"] and six == ["$2^{0}$", "$2^{2}$", "$2^{4}$"]
+
+
 @pytest.mark.parametrize("dim", [1, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_binary_of_odd_dim(dim, layout):
@@ -422,6 +476,9 @@ SHAPES = "w: expected (seq_len_q, seq_len_kv) or (num_heads, seq_len_q, seq_len_
     (lambda: plots.weights(np.zeros((0, 3, 3))), SHAPES + "(0, 3, 3)"),
     (lambda: plots.weights([[0.5, -1.5, np.nan]]),
      "w: expected weights, none of them below 0, got -1.5; return_weights=True of attention gives them"),
+    *((lambda value=value: plots.weights([[0.5, np.nan], [0.0, value]]),
+       f"w: expected numbers within +-1e+250 or NaN, got {float(value)}")
+      for value in (np.inf, 1e308, np.float32(np.inf), np.longdouble("inf"))),
     (lambda: plots.weights([["a"]]), "w: expected an array of numbers, got dtype <U1"),
     (lambda: plots.weights(None), "w: expected an array, got None"),
     (lambda: plots.weights(np.eye(4), WORDS[:3]), "query_tokens: expected 4, one for each row of w, got 3"),
@@ -434,6 +491,8 @@ SHAPES = "w: expected (seq_len_q, seq_len_kv) or (num_heads, seq_len_q, seq_len_
     (lambda: plots.encoding(np.zeros((1, 3, 4))),
      "table: expected (length, dim), none of them 0, got shape (1, 3, 4); one of them: table[0]"),
     (lambda: plots.encoding([[1j]]), "table: expected an array of numbers, got dtype complex128"),
+    (lambda: plots.encoding([[0.0, -1.7e308]]), "table: expected numbers within +-1e+250 or NaN, got -1.7e+308"),
+    (lambda: plots.columns([[0.0, 1e300]], [0]), "table: expected numbers within +-1e+250 or NaN, got 1e+300"),
     (lambda: plots.columns(np.zeros((0, 4)), [0]), "table: expected (length, dim), none of them 0, got shape (0, 4)"),
     (lambda: plots.columns(TABLE, [0, 8]), "columns: expected ints from 0 to 7, got [0, 8]"),
     (lambda: plots.columns(TABLE, [-1]), "columns: expected ints from 0 to 7, got [-1]"),
@@ -442,11 +501,19 @@ SHAPES = "w: expected (seq_len_q, seq_len_kv) or (num_heads, seq_len_q, seq_len_
     (lambda: plots.columns(TABLE, "67"), "columns: expected an int, got '6'"),
     (lambda: plots.binary(1, 8), "n: expected an int >= 2, got 1"),
     (lambda: plots.binary(8, 0), "dim: expected an int >= 1, got 0"),
+    (lambda: plots.binary(2**53 + 1, 16),
+     "n: expected at most 2**53 numbers in the table, got 9007199254740993 * 16"),
+    (lambda: plots.frequencies(2**60),
+     "dim: expected at most 2**53 numbers in the table, got 1 * 1152921504606846976"),
+    (lambda: plots.frequencies(8, base=1e308), "base: expected 1e+250 at most in a picture, got 1e+308"),
     (lambda: plots.frequencies(8, layout="x"),
      "layout: expected 'interleaved', 'concatenated' or 'cosines_first', got 'x'"),
     (lambda: plots.relative_shift(1, 7), "dim: expected an even number (an unpaired sine cannot be rotated), got 7"),
     (lambda: plots.relative_shift(1, 8, pairs=[4]), "pairs: expected ints from 0 to 3, got [4]"),
     (lambda: plots.relative_shift(1, 8, positions=[0.5]), "positions: expected an int, got 0.5"),
+    *((lambda delta=delta, position=position: plots.relative_shift(delta, 8, positions=[0, position]),
+       f"positions: expected ints within +-2**53, also with delta={delta} added, got {position}")
+      for delta, position in [(1, 2**53), (-1, -(2**53)), (0, 2**53 + 1), (-1, 10**40)]),
 ])
 def test_bad_calls(call, text):
     before = pyplot.get_fignums()
@@ -464,6 +531,8 @@ def test_bad_axes_of_weights():
         plots.weights(softmax_of(2, 3, 3), ax=axes[0])
     with pytest.raises(TypeError, match=r"^ax: expected an Axes of matplotlib, got array"):
         plots.weights(softmax_of(3, 3), ax=axes)
+    with pytest.raises(ValueError, match=r"^ax: expected Axes of one figure, or of one subfigure, got Axes of several"):
+        plots.weights(softmax_of(2, 3, 3), ax=[axes[0], Figure().subplots()])
     with pytest.raises(TypeError, match=r"^ax: expected an Axes of matplotlib, got None"):
         plots.weights(softmax_of(2, 3, 3), ax=[axes[0], None])
     assert not any(ax.has_data() for ax in axes)
