@@ -15,6 +15,13 @@ def pytest_report_header():
     return "cattn: all tests take 4 to 8 minutes on 2 CPUs; with pytest-xdist installed, -n 2 takes less"
 
 
+@pytest.fixture(autouse=True)
+def default_number_of_threads():
+    """No test leaves its number to the next."""
+    yield
+    cattn.set_num_threads(None)
+
+
 @pytest.fixture(params=cattn.available_isas())
 def isa(request, monkeypatch):
     """Runs the test once with the kernels of each instruction set that this CPU has."""
