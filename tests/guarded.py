@@ -92,7 +92,7 @@ def calls(head_dims, kernels):
 
 
 def attention(head_dims, kernels=("decode", "prefill")):
-    module = importlib.import_module("cattn.attention")
+    module = importlib.import_module("cattn._attention")
     for description, arrays, options in calls(head_dims, kernels):
         module.np = np
         expected = everything(*arrays, **options)

@@ -8,7 +8,7 @@ from problems import BFLOAT16, FLOATS, LAYOUTS, assert_same_bits, normal
 from tolerance import HALF_ULP
 
 from cattn import _kernels
-from cattn.attention import _carried, _kind
+from cattn._attention import _carried, _kind
 
 # On both sides of every edge: 1, 2, 4 and 8 rows are few; vectors and panels of them; blocks of 192. Features: tasks of
 # 48, vectors. Dimensions: vectors, blocks of 128.

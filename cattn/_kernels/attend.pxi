@@ -1,4 +1,4 @@
-# The entry of attention from Python. cattn/attention.py has checked and normalised every argument: 4 axes (batch,
+# The entry of attention from Python. cattn/_attention.py has checked and normalised every argument: 4 axes (batch,
 # heads, seq, dim) by strides, equal batch, window and lengths in range.
 #
 #     plan: which kernel, how large the blocks of rows, how long the splits of the keys

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cattn import _kernels, reference
-from cattn.attention import _carried, _check_out, _kind
+from cattn._attention import _carried, _check_out, _kind
 from cattn.reference import _check_dtype, _check_table, relative_shift
 
 __all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cattn import _kernels, threads
+from cattn import _kernels, _threads
 from cattn.reference import (
     _as_array,
     _cast,
@@ -233,7 +233,7 @@ def scaled_dot_product_attention(
             and (q_offset is None or (type(q_offset) is int and -_FAR <= q_offset <= _FAR))
             and (is_causal is False or is_causal is True)):
         result = _kernels.f32.attend_plain(query, key, value, out, is_causal, scale, q_offset,
-                                           0 if num_threads is None else threads.checked(num_threads))
+                                           0 if num_threads is None else _threads.checked(num_threads))
         if result is not None:
             return result
     given = query, key, value
@@ -272,7 +272,7 @@ def scaled_dot_product_attention(
     softcap = 0.0 if softcap is None else _check_number("softcap", softcap, smallest, largest)
     dropout_p = _check_dropout("dropout_p", dropout_p)
     seed = _check_seed(seed) if dropout_p or seed is not None else 0
-    num_threads = 0 if num_threads is None else threads.checked(num_threads)  # 0: the kernel takes the default
+    num_threads = 0 if num_threads is None else _threads.checked(num_threads)  # 0: the kernel takes the default
     no_offset = q_offset is None
     q_offsets = None
     if no_offset:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference
-from cattn.attention import F64, _carried, _kind, scaled_dot_product_attention
-from cattn.threads import checked
+from cattn._attention import F64, _carried, _kind, scaled_dot_product_attention
+from cattn._threads import checked
 
 __all__ = ["MultiHeadAttention"]
 
@@ -76,7 +76,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
 
     _dtypes = ("float16", "bfloat16", "float32", "float64")
 
-    # For type checkers, as in attention.py: what is returned, by return_weights.
+    # For type checkers, as in _attention.py: what is returned, by return_weights.
     @typing.overload
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
