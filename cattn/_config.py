@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 
 from cattn import _kernels, _threads
-from cattn.reference import _shown
+from cattn._checks import shown
 
 
 def show_config(mode: str = "stdout") -> dict | None:
@@ -22,7 +22,7 @@ def show_config(mode: str = "stdout") -> dict | None:
     ['blas', 'cattn', 'compiler', 'cpu', 'isa', 'machine', 'numpy', 'openmp', 'python', 'threads']
     """
     if not isinstance(mode, str) or mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode: expected 'stdout' or 'dicts', got {_shown(mode)}")
+        raise ValueError(f"mode: expected 'stdout' or 'dicts', got {shown(mode)}")
     config = _config()
     if mode == "dicts":
         return config

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference
-from cattn._attention import F64, _carried, _kind, scaled_dot_product_attention
+from cattn._attention import scaled_dot_product_attention
+from cattn._checks import F64, carried, check_kind
 from cattn._threads import checked
 
 __all__ = ["MultiHeadAttention"]
@@ -189,8 +190,8 @@ class MultiHeadAttention(reference.MultiHeadAttention):
 
     def _linear(self, x, weight, bias, num_threads):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
-        kind = _kind("x", x)
+        kind = check_kind("x", x)
         module = _kernels.f64() if kind == F64 else _kernels.f32
-        module.linear(_carried(x, kind), _carried(weight, kind), _carried(bias, kind), _carried(out, kind), kind, kind,
+        module.linear(carried(x, kind), carried(weight, kind), carried(bias, kind), carried(out, kind), kind, kind,
                       0 if num_threads is None else checked(num_threads))
         return out
