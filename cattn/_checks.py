@@ -557,6 +557,68 @@ def _check_positions(positions, length):
 # Of layers.
 
 
+def check_parameter(name, value, shape, dtype):
+    """`value` as a C-contiguous, aligned array of this shape and dtype; None where there is no bias."""
+    if value is None and len(shape) == 1:
+        return None
+    array = as_array(name, value)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
+    if array.dtype != dtype:
+        if not is_number(array.dtype):
+            raise TypeError(f"{name}: expected a float or int array, got dtype {array.dtype}")
+        array = cast(array, dtype)
+    return array if array.flags.c_contiguous and array.flags.aligned else copy(array, dtype)
+
+
+def check_layer_inputs(layer, query, key, value):
+    """The same array for two of them stays one: they are projected together."""
+    given_query, given_key, given_value = query, key, value
+    query = as_array("query", query)
+    key = query if key is None or key is given_query else as_array("key", key)
+    value = (key if value is None or value is given_key else query if value is given_query
+             else as_array("value", value))
+    dim = layer.input_dim
+    for name, x, given in (("query", query, given_query), ("key", key, given_key), ("value", value, given_value)):
+        if x.dtype != layer.dtype:
+            raise_layer_dtype(name, x, given, layer.dtype, "layer.dtype", dim)
+    if query.ndim not in (2, 3) or query.shape[-1] != dim:
+        cure = ""
+        if query.shape == (dim,):
+            cure = "; for one query: np.atleast_2d(query)"
+        elif query.shape[-1:] == (layer.head_dim,) and query.ndim == 4:
+            cure = "; the layer makes the heads itself"
+        elif query.ndim in (2, 3) and query.shape[-1]:
+            cure = f"; a layer with input_dim={query.shape[-1]} takes it"
+        raise ValueError(f"query: expected (batch, seq_len_q, {dim}) or (seq_len_q, {dim}), "
+                         f"got shape {query.shape}{cure}")
+    if key.ndim != query.ndim or key.shape[:-2] != query.shape[:-2] or key.shape[-1] != dim:
+        expected = ", ".join(str(size) for size in (*query.shape[:-2], "seq_len_kv", dim))
+        raise ValueError(f"key: expected ({expected}), got shape {key.shape}")
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected the shape of key, {key.shape}, got shape {value.shape}")
+    return query, key, value
+
+
+def check_layer_mask(layer, attn_mask, query, key):
+    """A view of 2 or 4 axes."""
+    attn_mask = as_array("attn_mask", attn_mask)
+    batch, rows = len(query) if query.ndim == 3 else 1, (query.shape[-2], key.shape[-2])
+    allowed = {2: rows, 3: (batch, *rows), 4: (batch, layer.num_heads, *rows)}
+    expected = allowed.get(attn_mask.ndim)
+    if expected is None or any(n not in (1, m) for n, m in zip(attn_mask.shape, expected, strict=True)):
+        cure = ""
+        if attn_mask.shape == (rows[1],):
+            cure = "; for a padding mask: mask[None, :], or kv_lens"
+        elif attn_mask.shape == (batch, rows[1]):
+            cure = "; for a padding mask: mask[:, None, None, :], or kv_lens"
+        elif attn_mask.shape == (batch * layer.num_heads, *rows):
+            cure = f"; for one mask per batch row and head: mask.reshape{allowed[4]}"
+        raise ValueError(f"attn_mask: expected {allowed[2]}, {allowed[3]} or {allowed[4]} (axes of 1 broadcast), "
+                         f"got shape {attn_mask.shape}{cure}")
+    return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
+
+
 def raise_layer_dtype(name, array, given, dtype, dtype_text, dim):
     """The TypeError of an input that has not the layer's dtype; `dim` is the length that its last axis should have."""
     cure = ""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from cattn import _layouts
 from cattn._checks import (
     as_array,
     cast,
@@ -16,11 +17,11 @@ from cattn._checks import (
     check_dropout,
     check_dtype,
     check_int,
+    check_layer_inputs,
+    check_layer_mask,
+    check_parameter,
     copy,
-    is_float,
-    is_number,
     layer_text,
-    raise_layer_dtype,
     shown,
 )
 from cattn.reference._attention import compute_dtype, scaled_dot_product_attention
@@ -47,7 +48,7 @@ class _Parameter:
             raise AttributeError(f"this layer has no {self.name} yet") from None
 
     def __set__(self, layer: Any, value: ArrayLike | None) -> None:
-        array = layer._check_parameter(self.name, value, layer._shapes()[self.name])
+        array = check_parameter(self.name, value, layer._shapes()[self.name], layer.dtype)
         layer.__dict__[self.name] = array if array is None or array.flags.writeable else copy(array, array.dtype)
 
 
@@ -125,9 +126,9 @@ class MultiHeadAttention:
 
     def _forward(self, query, key, value, attn_mask, is_causal, return_weights, training, *, kv_lens, num_threads=None,
                  **options):
-        query, key, value = self._check_inputs(query, key, value)
+        query, key, value = check_layer_inputs(self, query, key, value)
         if attn_mask is not None:
-            attn_mask = self._check_mask(attn_mask, query, key)
+            attn_mask = check_layer_mask(self, attn_mask, query, key)
         is_causal, return_weights = check_bool("is_causal", is_causal), check_bool("return_weights", return_weights)
         dropout_p = check_dropout("dropout", self.dropout) if check_bool("training", training) else 0.0
         batched = query.ndim == 3
@@ -185,19 +186,6 @@ class MultiHeadAttention:
         k_start, v_start = self.embed_dim, self.embed_dim + self.num_kv_heads * self.head_dim
         return slice(0, k_start), slice(k_start, v_start), slice(v_start, 2 * v_start - k_start)
 
-    def _check_parameter(self, name, value, shape):
-        """`value` as a C-contiguous, aligned array of this shape, in the layer's dtype; None where there is no bias."""
-        if value is None and len(shape) == 1:
-            return None
-        array = as_array(name, value)
-        if array.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
-        if array.dtype != self.dtype:
-            if not is_number(array.dtype):
-                raise TypeError(f"{name}: expected a float or int array, got dtype {array.dtype}")
-            array = cast(array, self.dtype)
-        return array if array.flags.c_contiguous and array.flags.aligned else copy(array, self.dtype)
-
     def _own_parameters(self):
         """{parameter: a view that nobody else holds}, for one call: another thread may assign them meanwhile."""
         own, dtype = {}, self.dtype
@@ -206,61 +194,13 @@ class MultiHeadAttention:
             if array is not None:
                 view = own[name] = array[...]
                 if not (view.shape == shape and view.dtype == dtype and view.flags.carray):  # rarely
-                    own[name] = self._check_parameter(name, view, shape)
+                    own[name] = check_parameter(name, view, shape, dtype)
         return own
 
     def _split_heads(self, x):
         """(batch, seq, heads * head_dim), batch optional, to a view (batch, heads, seq, head_dim)."""
         x = x.reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim).swapaxes(-3, -2)
         return x if x.ndim == 4 else x[None]
-
-    def _check_inputs(self, query, key, value):
-        # The same array for two of them stays one: they are projected together.
-        given_query, given_key, given_value = query, key, value
-        query = as_array("query", query)
-        key = query if key is None or key is given_query else as_array("key", key)
-        value = (key if value is None or value is given_key else query if value is given_query
-                 else as_array("value", value))
-        dim = self.input_dim
-        for name, x, given in (("query", query, given_query), ("key", key, given_key), ("value", value, given_value)):
-            if x.dtype != self.dtype:
-                raise_layer_dtype(name, x, given, self.dtype, "layer.dtype", dim)
-        if query.ndim not in (2, 3) or query.shape[-1] != dim:
-            cure = ""
-            if query.shape == (dim,):
-                cure = "; for one query: np.atleast_2d(query)"
-            elif query.shape[-1:] == (self.head_dim,) and query.ndim == 4:
-                cure = "; the layer makes the heads itself"
-            elif query.ndim in (2, 3) and query.shape[-1]:
-                cure = f"; a layer with input_dim={query.shape[-1]} takes it"
-            raise ValueError(
-                f"query: expected (batch, seq_len_q, {dim}) or (seq_len_q, {dim}), got shape {query.shape}{cure}"
-            )
-        if key.ndim != query.ndim or key.shape[:-2] != query.shape[:-2] or key.shape[-1] != dim:
-            expected = ", ".join(str(size) for size in (*query.shape[:-2], "seq_len_kv", dim))
-            raise ValueError(f"key: expected ({expected}), got shape {key.shape}")
-        if value.shape != key.shape:
-            raise ValueError(f"value: expected the shape of key, {key.shape}, got shape {value.shape}")
-        return query, key, value
-
-    def _check_mask(self, attn_mask, query, key):
-        attn_mask = as_array("attn_mask", attn_mask)
-        batch, rows = len(query) if query.ndim == 3 else 1, (query.shape[-2], key.shape[-2])
-        allowed = {2: rows, 3: (batch, *rows), 4: (batch, self.num_heads, *rows)}
-        expected = allowed.get(attn_mask.ndim)
-        if expected is None or any(n not in (1, m) for n, m in zip(attn_mask.shape, expected, strict=True)):
-            cure = ""
-            if attn_mask.shape == (rows[1],):
-                cure = "; for a padding mask: mask[None, :], or kv_lens"
-            elif attn_mask.shape == (batch, rows[1]):
-                cure = "; for a padding mask: mask[:, None, None, :], or kv_lens"
-            elif attn_mask.shape == (batch * self.num_heads, *rows):
-                cure = f"; for one mask per batch row and head: mask.reshape{allowed[4]}"
-            raise ValueError(
-                f"attn_mask: expected {allowed[2]}, {allowed[3]} or {allowed[4]} (axes of 1 broadcast), "
-                f"got shape {attn_mask.shape}{cure}"
-            )
-        return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
 
     def __repr__(self) -> str:
         own = dict(self.__dict__)
@@ -298,9 +238,7 @@ class MultiHeadAttention:
         ValueError
             If there is no such layout, or not for this layer.
         """
-        parameters = self._own_parameters()
-        entries = self._layout(layout, parameters)
-        return {key: copy(parameters[name][rows], self.dtype) for key, (name, rows) in entries.items()}
+        return _layouts.state_dict(self, layout)
 
     def load_state_dict(self, state: Mapping[str, ArrayLike], layout: str | None = None) -> None:
         """Take all parameters from a state dict; change nothing if anything is wrong with it.
@@ -320,65 +258,8 @@ class MultiHeadAttention:
         TypeError
             If `state` is not a mapping of names to float arrays.
         """
-        if not isinstance(state, Mapping):
-            cure = "; pass its .state_dict()" if hasattr(state, "state_dict") else ""
-            raise TypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}{cure}")
-        shapes = self._shapes()
-        parameters = {name: getattr(self, name) for name in shapes}
-        if layout is None:
-            shared = {name: len(entries.keys() & set(state)) for name, entries in self._layouts(parameters).items()}
-            layout = max(shared, key=shared.get)
-        entries = self._layout(layout, parameters)
-        missing, unknown = [k for k in entries if k not in state], [k for k in state if k not in entries]
-        if missing or unknown:
-            raise ValueError(
-                f"state: expected the keys {list(entries)} (layout {layout!r}), got {shown(list(state))}: "
-                f"missing {missing}, unknown {unknown}"
-            )
-
-        loaded = {name: np.empty(shapes[name], self.dtype) for name, _ in entries.values()}
-        for key, (name, rows) in entries.items():
-            array, target = as_array("state", state[key], f" for {key!r}"), loaded[name][rows]
-            if not is_float(array.dtype):
-                raise TypeError(f"state: expected a float array for {key!r}, got dtype {array.dtype}")
-            if array.shape != target.shape:
-                raise ValueError(f"state: expected shape {target.shape} for {key!r}, got shape {array.shape}")
-            loaded[name][rows] = cast(array, self.dtype)
-        for name, array in loaded.items():
+        for name, array in _layouts.parameters_of(self, state, layout).items():
             setattr(self, name, array)
-
-    def _layout(self, name, parameters):
-        layouts = self._layouts(parameters)
-        if not (isinstance(name, str) and name in layouts):
-            raise ValueError(f"layout: expected one of {list(layouts)}, got {shown(name)}")
-        if name == "tutorial" and self.num_kv_heads != self.num_heads:
-            raise ValueError(
-                f"layout: expected num_kv_heads = num_heads = {self.num_heads} for 'tutorial', "
-                f"got num_kv_heads = {self.num_kv_heads}"
-            )
-        return layouts[name]
-
-    def _layouts(self, parameters):
-        """{layout: {key: (parameter, rows)}}: entry `key` of a state dict is these rows of that parameter. Of those
-        that are not None."""
-        every, split = slice(None), dict(zip("qkv", self._rows(), strict=True))
-        by_head = np.arange(3 * self.embed_dim).reshape(3, self.num_heads, self.head_dim).swapaxes(0, 1)
-
-        def entries(out_prefix, in_prefixes):
-            parts = [("in_proj", *part) for part in in_prefixes] + [("out_proj", out_prefix, every)]
-            return {prefix + kind: (f"{name}_{kind}", rows) for name, prefix, rows in parts
-                    for kind in ("weight", "bias") if parameters[f"{name}_{kind}"] is not None}
-
-        torch = entries("out_proj.", [("in_proj_", every)])
-        torch_split = {f"{x}_proj_weight": ("in_proj_weight", rows) for x, rows in split.items()} | torch
-        del torch_split["in_proj_weight"]
-        return {
-            "torch": torch,
-            "torch_split": torch_split,
-            "tutorial": entries("o_proj.", [("qkv_proj.", by_head.ravel())]),
-            "d2l": entries("W_o.", [(f"W_{x}.", rows) for x, rows in split.items()]),
-            "huggingface": entries("o_proj.", [(f"{x}_proj.", rows) for x, rows in split.items()]),
-        }
 
 
 def _xavier_uniform(rng, fan_out, fan_in, dtype):
