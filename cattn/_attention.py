@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
-import sys
 import typing
 from collections.abc import Sequence
 from typing import Literal
@@ -19,33 +17,28 @@ from numpy.typing import ArrayLike
 
 from cattn import _kernels, _threads
 from cattn._checks import (
-    BF16,
     BOOL,
     CARRIERS,
-    F16,
-    F32,
     F32_RANGE,
     F64,
     F64_RANGE,
     FAR,
     UNBOUNDED,
     as_array,
-    cast_cure,
     check_bool,
     check_dropout,
-    check_kind,
+    check_kinds,
+    check_kv_lens,
     check_lengths,
     check_mask,
     check_number,
     check_out,
+    check_result,
     check_seed,
     check_shapes,
     check_vector,
     check_window,
-    is_0_and_1,
-    is_number,
-    shown,
-    warn,
+    warn_of_0_and_1,
     warn_of_first_keys,
 )
 
@@ -236,25 +229,13 @@ def scaled_dot_product_attention(
     check_bool("enable_gqa", enable_gqa)
     return_weights = check_bool("return_weights", return_weights)
     return_logsumexp = check_bool("return_logsumexp", return_logsumexp)
-    q_kind, kv_kind = check_kind("query", query, given[0]), check_kind("key", key, given[1])
-    if value.dtype != key.dtype:
-        cure = ""
-        if value.dtype == query.dtype:
-            cure = f"; {cast_cure('key', given[1], 'query.dtype')} casts"
-        elif is_number(value.dtype):
-            cure = f"; {cast_cure('value', given[2], 'key.dtype')} casts"
-        raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}{cure}")
-    if q_kind != kv_kind and not (q_kind == F32 and kv_kind in (F16, BF16)):
-        raise TypeError(f"key: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 query), "
-                        f"got {key.dtype}; {cast_cure('key', given[1], 'query.dtype')} casts")
+    q_kind, kv_kind = check_kinds(query, key, value, given)
     leading = check_shapes(query, key, value)
     one_head = query.ndim < 4
     num_heads, seq_len_q = (1, query.shape[-2]) if one_head else query.shape[-3:-1]
     seq_len_kv, head_dim_v = value.shape[-2:]
     rows_shape = (*leading, seq_len_q) if one_head else (*leading, num_heads, seq_len_q)
-    width = max(head_dim_v, seq_len_kv if return_weights else 1)
-    if math.prod(rows_shape) * width > sys.maxsize // 8:
-        raise ValueError(f"query: expected a result that fits in memory, got rows {rows_shape} of {width}")
+    check_result(rows_shape, max(head_dim_v, seq_len_kv if return_weights else 1))
 
     right = left = UNBOUNDED
     if window is not None:
@@ -275,10 +256,7 @@ def scaled_dot_product_attention(
         q_offsets = check_lengths("q_offset", q_offset, leading)
         q_offset = 0
     if kv_lens is not None:
-        kv_lens, given_lens = check_lengths("kv_lens", kv_lens, leading), kv_lens
-        if kv_lens.size and not 0 <= kv_lens.min() <= kv_lens.max() <= seq_len_kv:
-            got = given_lens if isinstance(given_lens, numbers.Integral) else kv_lens.tolist()
-            raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, got {shown(got)}")
+        kv_lens = check_kv_lens(kv_lens, leading, seq_len_kv)
     compute_dtype = np.float64 if q_kind == F64 else np.float32
     if alibi_slopes is not None:
         alibi_slopes = check_vector("alibi_slopes", alibi_slopes, ((num_heads,), (*leading, num_heads)), compute_dtype)
@@ -287,9 +265,6 @@ def scaled_dot_product_attention(
         sinks = check_vector("sinks", sinks, ((num_heads,),), compute_dtype)
     mask_kind = BOOL
     if attn_mask is not None:
-        if attn_mask is True or attn_mask is False:  # is_causal, in the place of attn_mask
-            raise TypeError(f"attn_mask: expected an array, got {attn_mask}; for the causal mask: "
-                            f"is_causal={attn_mask}")
         given_mask = as_array("attn_mask", attn_mask)
         attn_mask, mask_kind = check_mask(given_mask, attn_mask, (*rows_shape, seq_len_kv), leading)
     if out is None:
@@ -300,9 +275,8 @@ def scaled_dot_product_attention(
         target = check_out(out, (*rows_shape, head_dim_v), query.dtype, inputs)
     if is_causal and no_offset and 0 < seq_len_q < seq_len_kv:
         warn_of_first_keys(seq_len_q, kv_lens)
-    if mask_kind != BOOL and is_0_and_1(given_mask, mask_kind):
-        warn("attn_mask: a float mask that holds only 0 and 1 and is added to the scores; for True = attend pass "
-              "attn_mask.astype(bool)")
+    if mask_kind != BOOL:
+        warn_of_0_and_1(given_mask, mask_kind)
     weights = np.empty((*rows_shape, seq_len_kv), compute_dtype) if return_weights else None
     narrow_weights = np.empty(weights.shape, query.dtype) if return_weights and q_kind in CARRIERS else None
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
@@ -334,36 +308,6 @@ def scaled_dot_product_attention(
     if return_logsumexp:
         results.append(logsumexp)
     return tuple(results)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _four_axes(array, kind, leading, one_head):

@@ -57,7 +57,7 @@ def cast_cure(name, given, dtype):
     return f"{name}.astype({dtype})" if isinstance(given, np.ndarray) else f"np.asarray({name}, {dtype})"
 
 
-def warn(message):
+def _warn(message):
     """A UserWarning at the line that called the library, through however many functions of its own: what is shown once
     per place is shown once for each such line. So the text has no numbers, which change from token to token."""
     level, frame = 1, sys._getframe()
@@ -192,7 +192,7 @@ def pieces(shape):
     return halves(tuple(slice(0, size) for size in shape))
 
 
-# Arguments of one kind.
+# Numbers, flags, dtypes.
 
 
 def check_bool(name, value):
@@ -263,7 +263,7 @@ def check_dtype(dtype, names=None):
     return result
 
 
-# Of attention.
+# Attention.
 
 
 def check_kind(name, array, given=None):
@@ -281,6 +281,22 @@ def check_kind(name, array, given=None):
                             f"got dtype {array.dtype}{cure}")
         kind = _KINDS[array.dtype] = BF16
     return kind
+
+
+def check_kinds(query, key, value, given):
+    """The query's, and that of key and value; `given` are the three that they were made of."""
+    q_kind, kv_kind = check_kind("query", query, given[0]), check_kind("key", key, given[1])
+    if value.dtype != key.dtype:
+        cure = ""
+        if value.dtype == query.dtype:
+            cure = f"; {cast_cure('key', given[1], 'query.dtype')} casts"
+        elif is_number(value.dtype):
+            cure = f"; {cast_cure('value', given[2], 'key.dtype')} casts"
+        raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}{cure}")
+    if q_kind != kv_kind and not (q_kind == F32 and kv_kind in (F16, BF16)):
+        raise TypeError(f"key: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 query), "
+                        f"got {key.dtype}; {cast_cure('key', given[1], 'query.dtype')} casts")
+    return q_kind, kv_kind
 
 
 def carried(array, kind):
@@ -342,6 +358,12 @@ def _shape_text(leading, core, name, query, key):
     return f"({', '.join([*map(str, leading), *heads, *last])})"
 
 
+def check_result(rows_shape, width):
+    """Whether so many rows of so many numbers can be."""
+    if math.prod(rows_shape) * width > sys.maxsize // 8:
+        raise ValueError(f"query: expected a result that fits in memory, got rows {rows_shape} of {width}")
+
+
 def check_window(window):
     sides = window
     if not isinstance(window, (tuple, list)):
@@ -378,6 +400,14 @@ def check_lengths(name, lengths, leading):
     return np.full(math.prod(leading), max(-FAR, min(FAR, lengths)), np.int64)
 
 
+def check_kv_lens(kv_lens, leading, seq_len_kv):
+    given, kv_lens = kv_lens, check_lengths("kv_lens", kv_lens, leading)
+    if kv_lens.size and not 0 <= kv_lens.min() <= kv_lens.max() <= seq_len_kv:
+        got = given if isinstance(given, numbers.Integral) else kv_lens.tolist()
+        raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, got {shown(got)}")
+    return kv_lens
+
+
 def check_vector(name, vector, shapes, dtype):
     vector = as_array(name, vector)
     if not is_number(vector.dtype):
@@ -389,6 +419,9 @@ def check_vector(name, vector, shapes, dtype):
 
 
 def check_mask(attn_mask, given, shape, leading):
+    """A view of this shape, and its kind; `given` is what the array was made of."""
+    if given is True or given is False:  # is_causal, in the place of attn_mask
+        raise TypeError(f"attn_mask: expected an array, got {given}; for the causal mask: is_causal={given}")
     if attn_mask.dtype == bool:
         kind = BOOL
     elif attn_mask.dtype in _KINDS or _is_bfloat16(attn_mask.dtype):
@@ -416,7 +449,13 @@ def check_mask(attn_mask, given, shape, leading):
                          f"got shape {attn_mask.shape}{cure}") from None
 
 
-def is_0_and_1(mask, kind):
+def warn_of_0_and_1(mask, kind):
+    if _is_0_and_1(mask, kind):
+        _warn("attn_mask: a float mask that holds only 0 and 1 and is added to the scores; for True = attend pass "
+              "attn_mask.astype(bool)")
+
+
+def _is_0_and_1(mask, kind):
     """Whether both are there and nothing else; False as well where a large mask begins with many of the same."""
     if mask.size <= _FIRST_NUMBERS:
         return _holds_0_and_1(mask, kind)
@@ -436,14 +475,14 @@ def _holds_0_and_1(numbers, kind):
 
 def warn_of_first_keys(seq_len_q, kv_lens):
     if kv_lens is None:
-        warn("is_causal with fewer queries than keys and no q_offset: query i sees keys 0 to i; for queries that are "
+        _warn("is_causal with fewer queries than keys and no q_offset: query i sees keys 0 to i; for queries that are "
               "the last tokens pass q_offset=seq_len_kv - seq_len_q, else q_offset=0")
     elif seq_len_q < kv_lens.max(initial=0):
-        warn("is_causal with fewer queries than kv_lens and no q_offset: query i sees keys 0 to i; for queries that "
+        _warn("is_causal with fewer queries than kv_lens and no q_offset: query i sees keys 0 to i; for queries that "
               "are the last tokens pass q_offset=kv_lens - seq_len_q, else q_offset=0")
 
 
-# Of what is written to.
+# Results.
 
 
 def check_out(out, shape, dtype, inputs):
@@ -503,7 +542,7 @@ def _overlaps_itself(out):
     return False
 
 
-# Of positions.
+# Tables of positions.
 
 
 def check_table(length, dim, base, offset, layout, endpoint, positions=None):
@@ -554,7 +593,7 @@ def _check_positions(positions, length):
     return checked
 
 
-# Of layers.
+# Layers.
 
 
 def check_parameter(name, value, shape, dtype):
