@@ -6,8 +6,8 @@
     reference                       all of it in plain NumPy: the specification
     preload                         modules and threads that a first call would ask for, before rights are dropped
 
-How a call goes:  _attention.py, _multihead.py, _positional.py (checks, allocation)  ->  _kernels (one module per
-instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many threads.
+How a call goes:  _attention.py, _multihead.py, _positional.py (checks by _checks.py, allocation)  ->  _kernels (one
+module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many threads.
 """
 
 from cattn import reference

@@ -4,8 +4,6 @@ An error names the argument, the rule, what came, and the expression that cures 
 its argument as the code behind it takes it.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 import operator
