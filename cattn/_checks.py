@@ -39,8 +39,8 @@ def shown(value):
     """`value` in the words of an error, shortened: str() refuses integers of thousands of digits, and what others write
     may raise.
 
-    Two shorten in other words: `_kernels.shown`, a variable of the environment, whose length tells more than its end,
-    without NumPy; `_threads.checked`, what should be a small int, of which the type or the number of bits says enough.
+    Two others keep words of their own: `_kernels.shown` tells the length of a variable of the environment, and works
+    without NumPy; `_threads.checked` tells the type or the bits of what should be a small int.
     """
     try:
         text = str(value) if isinstance(value, numbers.Number) else repr(value)
@@ -261,11 +261,11 @@ def check_dtype(dtype, names=None):
     return result
 
 
-# Attention.
+# Kinds: dtypes as the kernels number them.
 
 
 def check_kind(name, array, given=None):
-    """The kind of such an array; `given`, what it was made of, tells how to cast it."""
+    """The number of its dtype; `given`, what the array was made of, tells how to cast it."""
     kind = _KINDS.get(array.dtype)
     if kind is None:
         if not _is_bfloat16(array.dtype):
@@ -305,6 +305,9 @@ def carried(array, kind):
     if kind in CARRIERS:
         array = array.view(CARRIERS[kind])
     return array[(None,) * (4 - array.ndim)]
+
+
+# Attention.
 
 
 def check_shapes(query, key, value):
@@ -357,7 +360,7 @@ def _shape_text(leading, core, name, query, key):
 
 
 def check_result(rows_shape, width):
-    """Whether so many rows of so many numbers can be."""
+    """Rows of `width` numbers each, which have to fit an index."""
     if math.prod(rows_shape) * width > sys.maxsize // 8:
         raise ValueError(f"query: expected a result that fits in memory, got rows {rows_shape} of {width}")
 
