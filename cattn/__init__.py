@@ -6,18 +6,18 @@
     reference                       all of it in plain NumPy: the specification
     preload                         modules and threads that a first call would ask for, before rights are dropped
 
-How a call goes:  attention.py, multihead.py, positional.py (checks, allocation)  ->  _kernels (one module per
-instruction set, chosen at import: isa, available_isas)  ->  tiles.  threads.py says how many threads.
+How a call goes:  _attention.py, _multihead.py, _positional.py (checks by _checks.py, allocation)  ->  _kernels (one
+module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many threads.
 """
 
 from cattn import reference
+from cattn._attention import scaled_dot_product_attention
+from cattn._config import show_config
 from cattn._kernels import available_isas, isa
+from cattn._multihead import MultiHeadAttention
+from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn._preload import preload
-from cattn.attention import scaled_dot_product_attention
-from cattn.config import show_config
-from cattn.multihead import MultiHeadAttention
-from cattn.positional import PositionalEncoding, relative_shift, sinusoidal_encoding
-from cattn.threads import get_num_threads, set_num_threads
+from cattn._threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 

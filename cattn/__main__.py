@@ -94,16 +94,16 @@ class Report:
             cattn.show_config()
 
     def check(self):
-        from cattn import _check
+        from cattn import _selfcheck
 
         start = time.perf_counter()
-        checks = self.data["checks"] = {"calls": _check.CALLS, "isas": {}}
+        checks = self.data["checks"] = {"calls": _selfcheck.CALLS, "isas": {}}
         results = {}
-        self.say(f"check: {_check.CALLS} calls of each instruction set against cattn.reference in float64")
+        self.say(f"check: {_selfcheck.CALLS} calls of each instruction set against cattn.reference in float64")
         try:
-            for results in _check.run(_check.CALLS):
+            for results in _selfcheck.run(_selfcheck.CALLS):
                 done = next(iter(results.values())).calls
-                self.progress.show(f"check: {done} of {_check.CALLS} calls, {', '.join(results)}")
+                self.progress.show(f"check: {done} of {_selfcheck.CALLS} calls, {', '.join(results)}")
         finally:
             for isa, result in results.items():
                 checks["isas"][isa] = {"calls": result.calls, "worst": result.worst, "failures": result.failures}
@@ -122,13 +122,13 @@ class Report:
     def speed(self):
         import cattn
         from cattn import _speed
-        from cattn.config import _threads
+        from cattn._config import threads_text
 
         rows = self.data["rows"] = []
         config = cattn.show_config(mode="dicts")
         blas = config["blas"]
-        count = "threads unknown" if blas["threads"] is None else _threads(blas["threads"])
-        self.say(f"speed: cattn ({config['isa']['used']}, {_threads(config['threads']['count'])}) and NumPy "
+        count = "threads unknown" if blas["threads"] is None else threads_text(blas["threads"])
+        self.say(f"speed: cattn ({config['isa']['used']}, {threads_text(config['threads']['count'])}) and NumPy "
                  f"{config['numpy']} ({blas['name'] or 'BLAS unknown'}, {count})")
         self.say(f"{'':35}{'cattn':>9}{'NumPy':>9}{'ratio':>8}")
         # Rows tell of themselves, where they are printed and do not take long.

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from cattn import _kernels, threads
-from cattn.attention import scaled_dot_product_attention
+from cattn import _kernels, _threads
+from cattn._attention import scaled_dot_product_attention
 
 _MAX_THREADS = 1024  # the kernels use no more
 
@@ -32,7 +32,7 @@ def preload() -> None:
 
     numpy.random.default_rng(0)
     _kernels.f64()
-    num_threads = threads.get_num_threads()
+    num_threads = _threads.get_num_threads()
     # A head a thread: a megaflop for each, enough for a call to wake it.
     x = np.broadcast_to(np.zeros((64, 64), np.float32), (min(num_threads, _MAX_THREADS), 64, 64))[None]
     scaled_dot_product_attention(x, x, x, num_threads=num_threads)

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import cattn
-from cattn.reference import _as_array, _check_int, _check_table, _columns, _is_number, _periods, _shown
+from cattn._checks import as_array, check_int, check_table, is_number, shown
+from cattn.reference._positional import columns_of, periods
 
 try:
     import matplotlib
@@ -256,7 +257,7 @@ def binary(
     >>> [label.get_text() for label in ax.get_xticklabels()][:4]
     ['1', '2', '4', '8']
     """
-    n, dim = _check_int("n", n, 2), _check_int("dim", dim, 1)
+    n, dim = check_int("n", n, 2), check_int("dim", dim, 1)
     _check_size("n", n, dim)
     table = cattn.sinusoidal_encoding(n, dim, base=base, layout=layout, endpoint=endpoint, dtype=np.float64)
     num_bits = (n - 1).bit_length()
@@ -267,7 +268,7 @@ def binary(
     # In units of a column of the table. Bits take a third of the width, and are paler than -1 and 1 in the table, so
     # that the digits can be read.
     parts = [("binary", "bit", bits, 0.55 * dim / num_bits, (-0.7, 1.7), powers, 5 if num_bits <= 5 else 4)]
-    for name, places in zip(("sines", "cosines"), _columns(dim, layout), strict=True):
+    for name, places in zip(("sines", "cosines"), columns_of(dim, layout), strict=True):
         if len(places):
             parts.append((name, "column", table[:, places], 1, (-1, 1), places, max(6 - len(str(dim - 1)), 1)))
     ticks, labels, images, left = [], [], [], 0.0
@@ -323,17 +324,17 @@ def frequencies(
     >>> cosines.get_ydata()[:2].round(3)  # of columns 1 and 3: 1 and 10000^(-2 / 32)
     array([1.   , 0.562])
     """
-    dim = _check_int("dim", dim, 1)
+    dim = check_int("dim", dim, 1)
     _check_size("dim", 1, dim)
-    _, _, base, _, endpoint, _ = _check_table(0, dim, base, 0, layout, endpoint)
+    _, _, base, _, endpoint, _ = check_table(0, dim, base, 0, layout, endpoint)
     if base > _LARGEST:
-        raise ValueError(f"base: expected {_LARGEST:g} at most in a picture, got {_shown(base)}")
-    frequency = 1 / _periods(dim, base, endpoint, np.dtype(np.float64))
+        raise ValueError(f"base: expected {_LARGEST:g} at most in a picture, got {shown(base)}")
+    frequency = 1 / periods(dim, base, endpoint, np.dtype(np.float64))
     ax = _one(ax, (_WIDTH, 3.1))
     ax.set_yscale("log")
     size = min(max(120 / dim, 2), 5)
     lines = []
-    for places, name, marker, colour in zip(_columns(dim, layout), ("sine", "cosine"), "os", _COLOURS, strict=False):
+    for places, name, marker, colour in zip(columns_of(dim, layout), ("sine", "cosine"), "os", _COLOURS, strict=False):
         if not len(places):  # of one column
             break
         lines += ax.plot(places, frequency[: len(places)], marker, color=colour, markersize=size, label=name,
@@ -395,13 +396,13 @@ def relative_shift(
     'P[pos + 5] = P[pos] @ R'
     """
     shift = cattn.relative_shift(delta, dim, base=base, layout=layout, endpoint=endpoint)
-    delta = _check_int("delta", delta)
+    delta = check_int("delta", delta)
     pairs = _ints("pairs", range(min(4, dim // 2)) if pairs is None else pairs, dim // 2)
     positions = _ints("positions", positions)
     for position in positions:
         if max(abs(position), abs(position + delta)) > 2**53:
             raise ValueError(f"positions: expected ints within +-2**53, also with delta={delta} added, got "
-                             f"{_shown(position)}")
+                             f"{shown(position)}")
 
     def rows(delta):
         return cattn.sinusoidal_encoding(
@@ -411,8 +412,8 @@ def relative_shift(
     there = f"P[pos {'-' if delta < 0 else '+'} {abs(delta)}]"
     before = rows(0)
     tables = {"P[pos]": before, "P[pos] @ R": before @ shift, there: rows(delta)}
-    sines, cosines = (places[pairs] for places in _columns(dim, layout))
-    angles = delta / _periods(dim, base, endpoint, np.dtype(np.float64))[pairs]
+    sines, cosines = (places[pairs] for places in columns_of(dim, layout))
+    angles = delta / periods(dim, base, endpoint, np.dtype(np.float64))[pairs]
     centres = np.stack(np.meshgrid(3.0 * np.arange(len(pairs)), -2.6 * np.arange(len(positions))), axis=-1)
     hands = [centres + np.stack([table[:, cosines], table[:, sines]], axis=-1) for table in tables.values()]
     # Everything but title and legend lies within the limits, in the units of the clocks.
@@ -458,8 +459,8 @@ def relative_shift(
 
 def _numbers(name, x, most_axes, expected):
     """In float64: what is drawn need not be more exact. With two axes or more."""
-    x = _as_array(name, x)
-    if not (x.dtype == bool or _is_number(x.dtype)):
+    x = as_array(name, x)
+    if not (x.dtype == bool or is_number(x.dtype)):
         raise TypeError(f"{name}: expected an array of numbers, got dtype {x.dtype}")
     if not (2 <= x.ndim <= most_axes and x.size):
         cure = ""
@@ -479,23 +480,23 @@ def _numbers(name, x, most_axes, expected):
 def _check_size(name, count, dim):
     """`name` is what makes a table of these sizes too large."""
     if count * dim > 2**53:
-        raise ValueError(f"{name}: expected at most 2**53 numbers in the table, got {_shown(count)} * {_shown(dim)}")
+        raise ValueError(f"{name}: expected at most 2**53 numbers in the table, got {shown(count)} * {shown(dim)}")
 
 
 def _listed(name, value, what):
     try:
         return list(value)
     except TypeError:
-        raise TypeError(f"{name}: expected a list of {what}, got {_shown(value)}") from None
+        raise TypeError(f"{name}: expected a list of {what}, got {shown(value)}") from None
 
 
 def _ints(name, value, count=None):
     """A list of some, from 0 to count - 1 where there is a count."""
-    listed = [_check_int(name, number) for number in _listed(name, value, "ints")]
+    listed = [check_int(name, number) for number in _listed(name, value, "ints")]
     if not listed:
-        raise ValueError(f"{name}: expected one int at least, got {_shown(value)}")
+        raise ValueError(f"{name}: expected one int at least, got {shown(value)}")
     if count is not None and not 0 <= min(listed) <= max(listed) < count:
-        raise ValueError(f"{name}: expected ints from 0 to {count - 1}, got {_shown(listed)}")
+        raise ValueError(f"{name}: expected ints from 0 to {count - 1}, got {shown(listed)}")
     return listed
 
 
@@ -504,12 +505,12 @@ def _tokens(name, tokens, count, what):
     if tokens is None:
         return None
     if isinstance(tokens, str):
-        raise TypeError(f"{name}: expected a list of str, got the str {_shown(tokens)}; .split() makes a list of its "
+        raise TypeError(f"{name}: expected a list of str, got the str {shown(tokens)}; .split() makes a list of its "
                         "words")
     tokens = _listed(name, tokens, "str")
     for token in tokens:
         if not isinstance(token, str):
-            raise TypeError(f"{name}: expected a list of str, got {_shown(token)} in it; "
+            raise TypeError(f"{name}: expected a list of str, got {shown(token)} in it; "
                             f"[str(token) for token in {name}] is one")
     if len(tokens) != count:
         raise ValueError(f"{name}: expected {count}, one for each {what} of w, got {len(tokens)}")
@@ -519,7 +520,7 @@ def _tokens(name, tokens, count, what):
 
 def _check_axes(ax):
     if not isinstance(ax, Axes):
-        raise TypeError(f"ax: expected an Axes of matplotlib, got {_shown(ax)}")
+        raise TypeError(f"ax: expected an Axes of matplotlib, got {shown(ax)}")
     if ax.name != "rectilinear":
         raise ValueError(f"ax: expected Axes with two straight axes, got {type(ax).__name__}")
     if ax.figure is None:

@@ -2,7 +2,6 @@
 Run in a process of its own by test_guard_pages.py."""
 
 import ctypes
-import importlib
 import itertools
 import mmap
 
@@ -12,6 +11,7 @@ from test_linear import linear
 from tolerance import everything
 
 import cattn
+from cattn import _attention, _checks
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -92,18 +92,20 @@ def calls(head_dims, kernels):
 
 
 def attention(head_dims, kernels=("decode", "prefill")):
-    module = importlib.import_module("cattn.attention")
+    def allocate_by(numpy):
+        _attention.np = _checks.np = numpy
+
     for description, arrays, options in calls(head_dims, kernels):
-        module.np = np
+        allocate_by(np)
         expected = everything(*arrays, **options)
         expected = (expected[0].copy(), *expected[1:])
         for at_end in (True, False):
             print("at the end" if at_end else "at the start", description, flush=True)
-            module.np = GuardedNumpy(at_end)
+            allocate_by(GuardedNumpy(at_end))
             same = {name: guarded(x, at_end) if isinstance(x, np.ndarray) else x for name, x in options.items()}
             results = everything(*(guarded(x, at_end) for x in arrays), **same)
             assert_same_bits(tuple(x.copy() for x in results), expected)
-    module.np = np
+    allocate_by(np)
 
 
 def tables(dims):

@@ -135,6 +135,14 @@ def test_public_names():
     assert (Path(cattn.__file__).parent / "py.typed").exists()
 
 
+def test_tab_completion_shows_the_api_alone():
+    """A shell leaves out names with an underscore."""
+    done = python("import cattn, json; print(json.dumps([dir(cattn), dir(cattn.reference)]))")
+    assert done.returncode == 0, done.stderr
+    for module, names in zip((cattn, cattn.reference), json.loads(done.stdout), strict=True):
+        assert [name for name in names if not name.startswith("_")] == module.__all__
+
+
 # What is not there.
 
 

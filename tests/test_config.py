@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import _kernels, threads
-from cattn import config as config_module
+from cattn import _config, _kernels, _threads
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def test_show_config(config):
     assert rows["machine"] == f"{platform.machine()} {platform.system()}"
     assert re.fullmatch(rf"[ -~]+ \(this process may run on: {_kernels.cpus}\)", rows["cpu"])
     assert rows["isa"] == f"{cattn.isa} (this CPU runs: {', '.join(cattn.available_isas())})"
-    assert rows["threads"] == f"{cattn.get_num_threads()} (from: {threads.source()})"
+    assert rows["threads"] == f"{cattn.get_num_threads()} (from: {_threads.source()})"
     assert re.fullmatch(r"(gcc|clang) \d+\.\d+.*", rows["compiler"])
     without = "none (the compiler has none): one thread"
     assert rows["openmp"] == without or re.fullmatch(r"libg?omp \(specification \d{6}\)", rows["openmp"])
@@ -50,7 +49,7 @@ def test_dicts(capsys):
     assert json.loads(json.dumps(found)) == found
     assert found["cattn"] == cattn.__version__ and found["numpy"] == np.__version__
     assert found["isa"] == {"used": cattn.isa, "available": list(cattn.available_isas())}
-    assert found["threads"] == {"count": cattn.get_num_threads(), "source": threads.source()}
+    assert found["threads"] == {"count": cattn.get_num_threads(), "source": _threads.source()}
     assert found["cpu"]["count"] == _kernels.cpus
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     assert (found["blas"]["name"], found["blas"]["version"]) == (blas["name"], blas["version"])
@@ -91,7 +90,7 @@ def test_threads_of_blas_without_threadpoolctl(monkeypatch, name, variables, exp
         monkeypatch.delenv(variable, raising=False)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    assert config_module._blas_threads(name) == expected
+    assert _config._blas_threads(name) == expected
 
 
 def test_threads_of_blas_by_threadpoolctl(monkeypatch):
@@ -101,18 +100,18 @@ def test_threads_of_blas_by_threadpoolctl(monkeypatch):
              {"user_api": "blas", "num_threads": 7, "filepath": "/scipy.libs/libopenblas.so"},
              {"user_api": "blas", "num_threads": 5, "filepath": f"{folder}.libs/libopenblas.so"}]
     monkeypatch.setitem(sys.modules, "threadpoolctl", SimpleNamespace(threadpool_info=lambda: pools))
-    assert config_module._blas_threads("openblas") == (5, "threadpoolctl")
+    assert _config._blas_threads("openblas") == (5, "threadpoolctl")
     pools.pop()
-    assert config_module._blas_threads("openblas") == (7, "threadpoolctl")
+    assert _config._blas_threads("openblas") == (7, "threadpoolctl")
 
 
 def test_name_of_the_cpu(tmp_path):
     path = tmp_path / "cpuinfo"
     path.write_bytes(b"processor\t: 0\nmodel name\t: A CPU\xff\x1b @ 2 GHz\nmodel name\t: Another\n")
-    assert config_module._cpu_name(path) == "A CPU @ 2 GHz"
+    assert _config._cpu_name(path) == "A CPU @ 2 GHz"
     path.write_text("processor\t: 0\n")
-    assert config_module._cpu_name(path) is None
-    assert config_module._cpu_name(tmp_path / "none") is None
+    assert _config._cpu_name(path) is None
+    assert _config._cpu_name(tmp_path / "none") is None
 
 
 def test_threads_row_follows_set_num_threads(config):
@@ -121,8 +120,8 @@ def test_threads_row_follows_set_num_threads(config):
         assert config()["threads"] == "3 (from: set_num_threads)"
     finally:
         cattn.set_num_threads(None)
-    assert config()["threads"] == f"{cattn.get_num_threads()} (from: {threads.source()})"
-    assert threads.source() != "set_num_threads"
+    assert config()["threads"] == f"{cattn.get_num_threads()} (from: {_threads.source()})"
+    assert _threads.source() != "set_num_threads"
 
 
 def test_isa_is_the_one_in_use():

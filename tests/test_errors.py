@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import reference, threads
+from cattn import _threads, reference
 
 F32, F64 = np.float32, np.float64
 
@@ -520,7 +520,7 @@ def test_set_num_threads(num_threads, error, message):
     with pytest.raises((ValueError, TypeError)) as raised:
         cattn.set_num_threads(num_threads)
     assert raised.type is error and str(raised.value) == message
-    assert cattn.get_num_threads() == before and threads.source() != "set_num_threads"
+    assert cattn.get_num_threads() == before and _threads.source() != "set_num_threads"
 
 
 # Truth values.

@@ -181,7 +181,7 @@ def test_openmp_that_cannot_dissolve_its_pool(tmp_path):
     done = subprocess.run([sys.executable, "-c", """
 import os, signal, cattn
 import numpy as np
-from cattn import threads
+from cattn import _threads
 cattn.set_num_threads(2)
 x = np.random.default_rng(0).standard_normal((8, 200, 64), np.float32)
 expected = cattn.scaled_dot_product_attention(x, x, x)
@@ -194,7 +194,7 @@ def child(depth):
         right &= np.array_equal(cattn.scaled_dot_product_attention(x, x, x, num_threads=4), expected)
         right &= cattn.scaled_dot_product_attention(wide, wide, wide).shape == wide.shape  # loads another module
         right &= cattn._kernels.fma_flops(10, 2) > 0
-        print(right, len(os.listdir("/proc/self/task")), cattn.get_num_threads(), threads.source(), flush=True)
+        print(right, len(os.listdir("/proc/self/task")), cattn.get_num_threads(), _threads.source(), flush=True)
         if depth:
             child(depth - 1)
         os._exit(0)

@@ -8,7 +8,7 @@ from problems import BFLOAT16, FLOATS, LAYOUTS, assert_same_bits, normal
 from tolerance import HALF_ULP
 
 from cattn import _kernels
-from cattn.attention import _carried, _kind
+from cattn._checks import carried, check_kind
 
 # On both sides of every edge: 1, 2, 4 and 8 rows are few; vectors and panels of them; blocks of 192. Features: tasks of
 # 48, vectors. Dimensions: vectors, blocks of 128.
@@ -19,11 +19,11 @@ IN = [1, 3, 8, 17, 64, 127, 128, 129, 256, 300]
 
 def linear(x, weight, bias=None, *, num_threads=0, out=None):
     """Through the kernel's entry; x of 2 or 3 axes."""
-    kind, weight_kind = _kind("x", x), _kind("weight", weight)
+    kind, weight_kind = check_kind("x", x), check_kind("weight", weight)
     if out is None:
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
     module = _kernels.f64() if x.dtype == np.float64 else _kernels.f32
-    module.linear(_carried(x, kind), _carried(weight, weight_kind), _carried(bias, kind), _carried(out, kind), kind,
+    module.linear(carried(x, kind), carried(weight, weight_kind), carried(bias, kind), carried(out, kind), kind,
                   weight_kind, num_threads)
     return out
 

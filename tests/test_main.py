@@ -15,7 +15,7 @@ import pytest
 
 import cattn
 from cattn import __main__ as command
-from cattn import _check, _kernels, _plain, _speed, reference
+from cattn import _kernels, _plain, _selfcheck, _speed, reference
 
 ROOT = Path(cattn.__file__).parents[1]
 
@@ -38,7 +38,7 @@ def shrunk(work):
 @pytest.fixture
 def small(monkeypatch):
     """Fewer checks and smaller works: what is tested is the program around them."""
-    monkeypatch.setattr(_check, "CALLS", 40)
+    monkeypatch.setattr(_selfcheck, "CALLS", 40)
     monkeypatch.setattr(_plain, "WORKS", tuple(map(shrunk, _plain.WORKS)))
 
 
@@ -48,8 +48,8 @@ def small(monkeypatch):
 def test_import_leaves_it_out():
     code = "import sys, cattn; print([name for name in sys.modules if name.startswith('cattn.')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "cattn.config" in done.stdout
-    assert not any(name in done.stdout for name in ("__main__", "_check", "_speed", "_plain"))
+    assert "cattn._config" in done.stdout
+    assert not any(name in done.stdout for name in ("__main__", "_selfcheck", "_speed", "_plain"))
 
 
 def test_help(capsys):
@@ -91,10 +91,10 @@ def test_one_json_object_and_nothing_else():
     assert list(data)[:3] == ["config", "checks", "rows"]
     assert data["config"] == cattn.show_config(mode="dicts")
     checks = data["checks"]
-    assert checks["right"] is True and checks["calls"] == _check.CALLS >= 200
+    assert checks["right"] is True and checks["calls"] == _selfcheck.CALLS >= 200
     assert list(checks["isas"]) == list(cattn.available_isas())
     for result in checks["isas"].values():
-        assert result["calls"] == _check.CALLS and result["failures"] == [] and 0 < result["worst"] <= 1
+        assert result["calls"] == _selfcheck.CALLS and result["failures"] == [] and 0 < result["worst"] <= 1
     assert [row["name"] for row in data["rows"]] == [work.name for work in _plain.WORKS]
     for row, work in zip(data["rows"], _plain.WORKS, strict=True):
         assert tuple(row["shape"]) == work.shape
@@ -157,7 +157,7 @@ def test_interrupted(as_json):
 def test_interrupted_checks(small, monkeypatch, capsys):
     """Between two groups of calls; the modules are those from before."""
     before = _kernels.f32
-    judge, calls = _check.judge, []
+    judge, calls = _selfcheck.judge, []
 
     def interrupting(*arguments):
         calls.append(arguments)
@@ -165,7 +165,7 @@ def test_interrupted_checks(small, monkeypatch, capsys):
             raise KeyboardInterrupt
         return judge(*arguments)
 
-    monkeypatch.setattr(_check, "judge", interrupting)
+    monkeypatch.setattr(_selfcheck, "judge", interrupting)
     assert command.main(["check"]) == 130
     out = capsys.readouterr().out
     assert "20 of 20 calls right" in out and out.splitlines()[-1].startswith("Interrupted")
@@ -219,12 +219,12 @@ def test_a_reader_that_goes_away():
 
 def test_calls_cover_the_arguments():
     """Of attention, every option; layers and tables; every dtype that NumPy has."""
-    calls = list(_check.calls())
-    attention = [call for call in calls if isinstance(call, _check.Attention)]
+    calls = list(_selfcheck.calls())
+    attention = [call for call in calls if isinstance(call, _selfcheck.Attention)]
     options = set().union(*(call.options for call in attention))
     assert options >= {"attn_mask", "is_causal", "window", "softcap", "alibi_slopes", "sinks", "kv_lens", "scale",
                        "dropout_p", "q_offset"}
-    for kind in (_check.Attention, _check.Layer, _check.Table):
+    for kind in (_selfcheck.Attention, _selfcheck.Layer, _selfcheck.Table):
         dtypes = {call.dtype.name for call in calls if isinstance(call, kind)}
         assert dtypes == {"float16", "float32", "float64"}
     assert any(not call.options and not call.everything for call in attention)
@@ -234,16 +234,16 @@ def test_calls_cover_the_arguments():
 def test_every_isa_computes_its_own_calls(monkeypatch):
     """Each module is asked for each call."""
     asked = dict.fromkeys(cattn.available_isas(), 0)
-    run = _check.Call.run if hasattr(_check.Call, "run") else None
+    run = _selfcheck.Call.run if hasattr(_selfcheck.Call, "run") else None
     assert run is None  # each kind of call has its own
 
-    for kind in (_check.Attention, _check.Layer, _check.Table):
+    for kind in (_selfcheck.Attention, _selfcheck.Layer, _selfcheck.Table):
         def counted(call, run=kind.run):
             asked[_kernels.f32.__name__.rpartition(".")[2]] += 1
             assert _kernels.f64().__name__ == f"{_kernels.f32.__name__}_f64"
             return run(call)
         monkeypatch.setattr(kind, "run", counted)
-    *_, results = _check.run(10)
+    *_, results = _selfcheck.run(10)
     assert asked == dict.fromkeys(cattn.available_isas(), 10)
     assert {isa: result.calls for isa, result in results.items()} == asked
 
@@ -300,23 +300,23 @@ def test_kernels_that_are_wrong_elsewhere(monkeypatch):
 
     monkeypatch.setattr(module, "sinusoid", planted(module.sinusoid, nan_in_table))
     monkeypatch.setattr(module, "linear", failing)
-    *_, results = _check.run(40, [isa])
+    *_, results = _selfcheck.run(40, [isa])
     failures = results[isa].failures
-    layers = [call for call in _check.calls(40) if isinstance(call, _check.Layer)]
+    layers = [call for call in _selfcheck.calls(40) if isinstance(call, _selfcheck.Layer)]
     assert sum(": MemoryError: planted" in text for text in failures) == sum(x.dtype != np.float64 for x in layers)
     tables = [text for text in failures if text.startswith("sinusoidal_encoding")]
     assert len(tables) == 4 and all(" is nan, exactly " in text for text in tables)
     assert len(failures) + (results[isa].calls - len(failures)) == 40
 
-    call = next(_check.calls(1))
+    call = next(_selfcheck.calls(1))
     exact = call.plain_and_exact()
     wrong_shape = tuple(array[:1, :, :0] for array in call.run())
-    assert "shape" in _check.judge(call, wrong_shape, exact)[1]
+    assert "shape" in _selfcheck.judge(call, wrong_shape, exact)[1]
 
 
 def test_a_module_that_cannot_be_loaded(monkeypatch, capsys):
     """A damaged file: said for its instruction set, and the others are checked."""
-    monkeypatch.setattr(_check, "CALLS", 20)
+    monkeypatch.setattr(_selfcheck, "CALLS", 20)
     *others, wrong_isa = cattn.available_isas()
     load = _kernels._load
 
@@ -333,18 +333,18 @@ def test_a_module_that_cannot_be_loaded(monkeypatch, capsys):
     assert not any(found[isa]["failures"] for isa in others)
 
 
-@pytest.mark.parametrize("call", list(_check.calls(10)), ids=lambda call: type(call).__name__)
+@pytest.mark.parametrize("call", list(_selfcheck.calls(10)), ids=lambda call: type(call).__name__)
 def test_the_bound_notices_small_errors(call):
     """The reference itself is right, and an error of 100 eps of the largest number is not."""
     plain, exact = call.plain_and_exact()
     dtypes = [call.dtype, call.dtype, call.compute][: len(exact)]
     rounded = [array.astype(dtype) for array, dtype in zip(exact, dtypes, strict=True)]
-    assert _check.judge(call, rounded, (plain, exact))[1] == ""
+    assert _selfcheck.judge(call, rounded, (plain, exact))[1] == ""
     for number, (array, scale) in enumerate(zip(exact, call.scales(exact), strict=True)):
         error = 100 * float(np.finfo(dtypes[number]).eps) * max(scale, float(np.abs(array[np.isfinite(array)]).max()))
         wrong = list(rounded)
         wrong[number] = (array + error).astype(dtypes[number])
-        assert _check.judge(call, wrong, (plain, exact))[1].startswith(f"{call.names[number]}[")
+        assert _selfcheck.judge(call, wrong, (plain, exact))[1].startswith(f"{call.names[number]}[")
 
 
 # What it is worth.

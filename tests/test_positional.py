@@ -253,7 +253,7 @@ def test_conventions_of_odd_dims(library):
 def test_last_frequency_is_one_over_base(library, base, layout):
     """The last pair, at position `base` and before: sine and cosine of 1 / base itself, times the position."""
     for dim in (4, 6, 1026):
-        last = cattn.reference._columns(dim, layout)
+        last = cattn.reference._positional.columns_of(dim, layout)
         sine, cosine = last[0][-1], last[1][-1]
         positions = np.array([1.0, min(base, 2.0**53) / 2, 0.75])
         table = library.sinusoidal_encoding(3, dim, base=base, layout=layout, endpoint=True, positions=positions,

@@ -158,7 +158,7 @@ def test_threads_are_those_of_a_call(monkeypatch, number):
     calls = []
     monkeypatch.setattr("cattn._preload.scaled_dot_product_attention",
                         lambda *arrays, num_threads: calls.append((arrays[0].shape[1], arrays[0].dtype, num_threads)))
-    monkeypatch.setattr(cattn.threads, "get_num_threads", lambda: number)
+    monkeypatch.setattr(cattn._threads, "get_num_threads", lambda: number)
     cattn.preload()
     assert calls == [(min(number, 1024), np.dtype(np.float32), number)]
 

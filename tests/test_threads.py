@@ -18,8 +18,8 @@ import pytest
 from problems import DTYPES, assert_same_bits, normal, problem
 
 import cattn
-from cattn import _kernels, threads
-from cattn.threads import _cgroup_quota
+from cattn import _kernels, _threads
+from cattn._threads import _cgroup_quota
 
 ROOT = Path(cattn.__file__).parents[1]
 VARIABLES = "CATTN_NUM_THREADS", "OMP_NUM_THREADS"
@@ -36,7 +36,7 @@ def in_new_process(code, **variables):
 
 
 def number_and_source(**variables):
-    done = in_new_process("import cattn.threads as t; print(t.get_num_threads(), t.source())", **variables)
+    done = in_new_process("import cattn._threads as t; print(t.get_num_threads(), t.source())", **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -77,7 +77,7 @@ def test_environment(variables, expected):
 def test_environment_of_openmp(openmp_libraries, value, expected):
     """What GCC's OpenMP takes."""
     code = (f"import ctypes; print(ctypes.CDLL({openmp_libraries[0]!r}).omp_get_max_threads())\n"
-            "import cattn.threads as t; print(t.get_num_threads(), t.source())")
+            "import cattn._threads as t; print(t.get_num_threads(), t.source())")
     done = in_new_process(code, OMP_NUM_THREADS=value)
     assert done.stdout.split("\n") == [str(expected), f"{expected} OMP_NUM_THREADS", ""], done.stderr
 
@@ -108,7 +108,7 @@ def test_nonsense_in_the_environment(nonsense):
 @pytest.mark.parametrize("variables", [{}, {"OMP_PROC_BIND": "true"}])
 def test_affinity(variables):
     code = ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-            "import cattn.threads as t; print(t.get_num_threads(), t.source())")
+            "import cattn._threads as t; print(t.get_num_threads(), t.source())")
     assert in_new_process(code, **variables).stdout == "1 CPU affinity\n"
 
 
@@ -124,7 +124,7 @@ def test_binding(openmp_libraries, variables):
     no fewer CPUs for that."""
     assert number_and_source(**variables) == number_and_source()
     code = (f"import ctypes; ctypes.CDLL({openmp_libraries[0]!r}).omp_get_num_procs()\n"
-            "import cattn.threads as t; print(t.get_num_threads(), t.source())")
+            "import cattn._threads as t; print(t.get_num_threads(), t.source())")
     assert in_new_process(code, **variables).stdout == in_new_process(code).stdout
 
 
@@ -182,12 +182,12 @@ def test_quota_and_affinity(monkeypatch, cpus, quota, expected):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_kernels, "cpus", cpus)
-    monkeypatch.setattr(threads, "_cgroup_quota", lambda: quota)
-    assert threads._default() == expected
+    monkeypatch.setattr(_threads, "_cgroup_quota", lambda: quota)
+    assert _threads._default() == expected
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert threads._default() == (5, "OMP_NUM_THREADS")
+    assert _threads._default() == (5, "OMP_NUM_THREADS")
     monkeypatch.setenv("CATTN_NUM_THREADS", "6")
-    assert threads._default() == (6, "CATTN_NUM_THREADS")
+    assert _threads._default() == (6, "CATTN_NUM_THREADS")
 
 
 def test_affinity_is_that_of_the_process(monkeypatch):
@@ -209,13 +209,13 @@ def test_without_affinity(monkeypatch, error):
 
 
 def test_set_num_threads():
-    default, source = cattn.get_num_threads(), threads.source()
+    default, source = cattn.get_num_threads(), _threads.source()
     cattn.set_num_threads(3)
-    assert cattn.get_num_threads() == 3 and threads.source() == "set_num_threads"
+    assert cattn.get_num_threads() == 3 and _threads.source() == "set_num_threads"
     cattn.set_num_threads(np.int64(2))
     assert cattn.get_num_threads() == 2 and type(cattn.get_num_threads()) is int
     cattn.set_num_threads(None)
-    assert cattn.get_num_threads() == default and threads.source() == source
+    assert cattn.get_num_threads() == default and _threads.source() == source
 
 
 def test_set_num_threads_beats_the_environment():
@@ -245,10 +245,10 @@ def test_limits_of_threadpoolctl(openmp_libraries):
     """The smaller number wins, in the Python thread that the limit was set in."""
     done = in_new_process("""
 import threading, cattn
-from cattn import threads
+from cattn import _threads
 from threadpoolctl import threadpool_limits
 def show():
-    print(cattn.get_num_threads(), threads.source(), sep=": ")
+    print(cattn.get_num_threads(), _threads.source(), sep=": ")
 with threadpool_limits(2):
     show()
     cattn.set_num_threads(3)
@@ -292,7 +292,7 @@ def test_one_thread_inside_a_parallel_region(openmp_libraries):
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     def region(_):
         right = np.array_equal(cattn.scaled_dot_product_attention(x, x, x, num_threads=2), expected)
-        inside.append((cattn.get_num_threads(), threads.source(), right))
+        inside.append((cattn.get_num_threads(), _threads.source(), right))
 
     ctypes.CDLL(openmp_libraries[0]).GOMP_parallel(region, None, 2, 0)
     assert inside == [(1, "set_num_threads, limited by a parallel region", True)] * 2

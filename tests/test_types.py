@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import attention, multihead, positional, reference
+from cattn import _attention, _multihead, _positional, reference
 
 CALLABLES = [name for name in cattn.__all__ if callable(getattr(cattn, name))]
 FOLDER = os.path.dirname(cattn.__file__)
@@ -87,7 +87,7 @@ def documented(docstring):
 # Docstrings.
 
 
-@pytest.mark.parametrize("module", [attention, multihead, positional], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [_attention, _multihead, _positional], ids=lambda module: module.__name__)
 def test_docstrings_stand_in_the_source(module):
     with open(module.__file__) as file:
         tree = ast.parse(file.read())

@@ -39,6 +39,7 @@ import numpy as np
 
 import cattn
 from cattn import reference
+from cattn.reference._attention import _scores
 
 ROUNDINGS = 32
 WIDER_THAN_DOUBLE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
@@ -166,8 +167,8 @@ def assert_possible(results, query, key, value, attn_mask=None, scale=None, *, s
         products = scale * (query @ key.swapaxes(-1, -2))
         low, capped, high = (softcap * np.tanh(x / softcap) for x in (products - error, products, products + error))
         error = np.maximum(high - capped, capped - low) + 10 * unit * np.abs(capped)
-    scores, visible = reference._scores(query, key, attn_mask, scale=scale, **modifiers, **masks)
-    of_biases, _ = reference._scores(  # |mask| + |ALiBi|
+    scores, visible = _scores(query, key, attn_mask, scale=scale, **modifiers, **masks)
+    of_biases, _ = _scores(  # |mask| + |ALiBi|
         0 * sizes[0], 0 * sizes[1], attn_mask if attn_mask is None else np.abs(attn_mask),
         alibi_slopes=None if alibi_slopes is None else -np.abs(alibi_slopes), **masks)
     error = np.where(visible, error + 6 * unit * (np.abs(scores) + of_biases), 0)

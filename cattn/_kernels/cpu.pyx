@@ -137,7 +137,7 @@ def nops(long rounds):
 
 
 def set_threads(Py_ssize_t default, Py_ssize_t openmp):
-    """For cattn/threads.py, which decides both numbers."""
+    """For cattn/_threads.py, which decides both numbers."""
     atomic_set(&default_threads, default)
     atomic_set(&openmp_threads, openmp)
 

@@ -1,4 +1,4 @@
-# The entries of attention from Python. cattn/attention.py has checked and normalised every argument: 4 axes (batch,
+# The entries of attention from Python. cattn/_attention.py has checked and normalised every argument: 4 axes (batch,
 # heads, seq, dim) by strides, equal batch, window and lengths in range.
 
 # In C variables: as names they were looked up eight times in a tiny call, 8 % of it.

@@ -5,7 +5,7 @@
 # which compiles to one load and is defined at every address. Vector loads are unaligned ones throughout; on aligned
 # data they cost the same.
 
-ctypedef enum Kind:  # the same numbers as in cattn/attention.py
+ctypedef enum Kind:  # the same numbers as in cattn/_checks.py
     F32, F64, F16, BF16, BOOL
 
 cdef struct Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference
-from cattn.attention import F64, _carried, _kind, scaled_dot_product_attention
-from cattn.threads import checked
+from cattn._attention import scaled_dot_product_attention
+from cattn._checks import F64, carried, check_kind
+from cattn._threads import checked
 
 __all__ = ["MultiHeadAttention"]
 
@@ -76,7 +77,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
 
     _dtypes = ("float16", "bfloat16", "float32", "float64")
 
-    # For type checkers, as in attention.py: what is returned, by return_weights.
+    # For type checkers, as in _attention.py: what is returned, by return_weights.
     @typing.overload
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
@@ -189,8 +190,8 @@ class MultiHeadAttention(reference.MultiHeadAttention):
 
     def _linear(self, x, weight, bias, num_threads):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
-        kind = _kind("x", x)
+        kind = check_kind("x", x)
         module = _kernels.f64() if kind == F64 else _kernels.f32
-        module.linear(_carried(x, kind), _carried(weight, kind), _carried(bias, kind), _carried(out, kind), kind, kind,
+        module.linear(carried(x, kind), carried(weight, kind), carried(bias, kind), carried(out, kind), kind, kind,
                       0 if num_threads is None else checked(num_threads))
         return out

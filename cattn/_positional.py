@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cattn import _kernels, reference
-from cattn.attention import _carried, _check_out, _kind
-from cattn.reference import _check_dtype, _check_table, relative_shift
+from cattn._checks import carried, check_dtype, check_kind, check_out, check_table
+from cattn.reference import relative_shift
 
 __all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]
 
@@ -86,18 +86,18 @@ def sinusoidal_encoding(
     array([[0.878, 1.   , 0.479, 0.005],
            [0.54 , 1.   , 0.841, 0.01 ]], dtype=float32)
     """
-    length, dim, base, offset, endpoint, positions = _check_table(
+    length, dim, base, offset, endpoint, positions = check_table(
         length, dim, base, offset, layout, endpoint, positions)
-    dtype = _check_dtype(dtype, ("float16", "bfloat16", "float32", "float64"))
+    dtype = check_dtype(dtype, ("float16", "bfloat16", "float32", "float64"))
     if out is None:
         out = target = np.empty((length, dim), dtype)
     else:
-        target = _check_out(out, (length, dim), dtype, {})
+        target = check_out(out, (length, dim), dtype, {})
     if positions is not None:
         with np.errstate(all="ignore"):  # a long double may be too small for a double
             positions = positions.astype(np.float64, copy=False)
-    kind = _kind("out", target)
-    _kernels.f32.sinusoid(_carried(target, kind), kind, offset, positions, float(base), layout, endpoint)
+    kind = check_kind("out", target)
+    _kernels.f32.sinusoid(carried(target, kind), kind, offset, positions, float(base), layout, endpoint)
     return out
 
 

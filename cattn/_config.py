@@ -6,8 +6,8 @@ import warnings
 
 import numpy as np
 
-from cattn import _kernels, threads
-from cattn.reference import _shown
+from cattn import _kernels, _threads
+from cattn._checks import shown
 
 
 def show_config(mode: str = "stdout") -> dict | None:
@@ -22,12 +22,12 @@ def show_config(mode: str = "stdout") -> dict | None:
     ['blas', 'cattn', 'compiler', 'cpu', 'isa', 'machine', 'numpy', 'openmp', 'python', 'threads']
     """
     if not isinstance(mode, str) or mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode: expected 'stdout' or 'dicts', got {_shown(mode)}")
+        raise ValueError(f"mode: expected 'stdout' or 'dicts', got {shown(mode)}")
     config = _config()
     if mode == "dicts":
         return config
     cpu, isa, blas = config["cpu"], config["isa"], config["blas"]
-    count = "an unknown number of threads" if blas["threads"] is None else _threads(blas["threads"])
+    count = "an unknown number of threads" if blas["threads"] is None else threads_text(blas["threads"])
     rows = {
         "cattn": config["cattn"],
         "python, numpy": f"{config['python']}, {config['numpy']}",
@@ -56,20 +56,20 @@ def _config():
         "machine": f"{platform.machine()} {platform.system()}",
         "cpu": {"name": _cpu_name(), "count": _kernels.cpus},
         "isa": {"used": _kernels.isa, "available": list(_kernels.available_isas())},
-        "threads": {"count": threads.get_num_threads(), "source": threads.source()},
+        "threads": {"count": _threads.get_num_threads(), "source": _threads.source()},
         "compiler": build["compiler"],
         "openmp": build["openmp"],
         "blas": _blas(),
     }
 
 
-def _threads(count):
+def threads_text(count):
     return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def _cpu_name(path="/proc/cpuinfo"):
     """As Linux gives it on x86; None elsewhere."""
-    for line in threads._read(path).split("\n"):
+    for line in _threads._read(path).split("\n"):
         if line.startswith("model name"):
             # Printable ASCII: it goes to terminals of any encoding.
             return "".join(c for c in line.partition(":")[2].strip() if " " <= c <= "~") or None
@@ -113,7 +113,7 @@ def _blas_threads(name):
             return (own or pools)[0]["num_threads"], "threadpoolctl"
     variables = next(names for word, names in _BLAS_VARIABLES.items() if word in name.lower())
     for variable in variables:
-        count = threads._number(os.environ.get(variable, "").strip())
+        count = _threads._number(os.environ.get(variable, "").strip())
         if count:
             return count, variable
     return None, f"{', '.join(variables)} not set; by default BLAS uses all CPUs"

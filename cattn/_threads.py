@@ -96,8 +96,11 @@ def _number(text: str) -> int | None:
 def _openmp_variable() -> int | None:
     """OMP_NUM_THREADS as GCC's OpenMP reads it: a number for each level of nesting. It ignores all of them where one is
     not a number from 1 to 2**63 - 1; here the first is to fit an int as well."""
+    text = os.environ.get("OMP_NUM_THREADS")
+    if not text:  # mostly: then an import compiles no regular expression
+        return None
     numbers = []
-    for field in os.environ.get("OMP_NUM_THREADS", "").split(","):
+    for field in text.split(","):
         number = re.fullmatch(r"\s*\+?(\d+)\s*", field, re.ASCII)
         numbers.append(_number(number[1]) if number else None)
     if not all(number and number < 2**63 for number in numbers) or numbers[0] > _MOST:

@@ -1,0 +1,683 @@
+"""Arguments: what is checked of them, and the words of the errors, for the doors, the reference and the pictures.
+
+An error names the argument, the rule, what came, and the expression that cures it where there is one. A check returns
+its argument as the code behind it takes it.
+"""
+
+import math
+import numbers
+import operator
+import os
+import sys
+import warnings
+
+import numpy as np
+
+F32, F64, F16, BF16, BOOL = range(5)  # as in _kernels/tensor.pxi
+_KINDS = {np.dtype(np.float32): F32, np.dtype(np.float64): F64, np.dtype(np.float16): F16}
+# The buffer protocol has no name for bfloat16 and Cython none for float16: they travel as uint16, bools as uint8.
+CARRIERS = {F16: np.uint16, BF16: np.uint16, BOOL: np.uint8}
+UNBOUNDED = -1
+FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64
+_MAX_HEAD_DIM = 2**31 - 1
+_MAX_NUMBERS = 2**48  # in value, by strides of 0: beyond, the size of the scratch would not fit an index
+# Of scale and softcap: a quarter of the largest number, as for a bias, fits after * log2(e) as well.
+F32_RANGE, F64_RANGE = ((float(x.smallest_normal), float(x.max) / 4) for x in map(np.finfo, (np.float32, np.float64)))
+_MAX_AXES = 32  # numpy broadcasts no more
+# Of numpy.shares_memory. They take up to 75 ms; of random arrays 1 in 20,000 takes more, with 5 axes, and none with 4.
+_MAX_STEPS = 1_000_000
+# Of a float mask, that are looked at in each call. 64 rows of tril(ones(64, 64)), or one of 4096: it takes 1.7 us, and
+# a single number 1.1. (All of 512 x 512 would take 26 us.)
+_FIRST_NUMBERS = 4096
+# The bits of 1. As arrays of no axes: compared with twice as fast as scalars.
+_ONE = {F32: np.ones((), np.float32).view(np.uint32), F64: np.ones((), np.float64).view(np.uint64),
+        F16: np.ones((), np.float16).view(np.uint16), BF16: np.array(0x3F80, np.uint16)}
+_PACKAGE = __name__.partition(".")[0]
+
+
+def shown(value):
+    """`value` in the words of an error, shortened: str() refuses integers of thousands of digits, and what others write
+    may raise.
+
+    Two others keep words of their own: `_kernels.shown` tells the length of a variable of the environment, and works
+    without NumPy; `_threads.checked` tells the type or the bits of what should be a small int.
+    """
+    try:
+        text = str(value) if isinstance(value, numbers.Number) else repr(value)
+    except Exception:
+        return (f"an int of {value.bit_length()} bits" if isinstance(value, int)
+                else f"a {type(value).__name__} that cannot be shown")
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def cast_cure(name, given, dtype):
+    """How to cast what was given as `name` to `dtype`, which is text as well; a list has no astype."""
+    return f"{name}.astype({dtype})" if isinstance(given, np.ndarray) else f"np.asarray({name}, {dtype})"
+
+
+def _warn(message):
+    """A UserWarning at the line that called the library, through however many functions of its own: what is shown once
+    per place is shown once for each such line. So the text has no numbers, which change from token to token."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+# Arrays and their dtypes.
+
+
+def as_array(name, x, what=""):
+    """The array that numpy.asarray makes of x, as a view of its own: another thread may set the shape of the caller's.
+
+    An argument that makes none, in whatever way, is named; so is a masked array, since asarray drops the mask.
+    """
+    if type(x) is not np.ndarray:
+        given = x
+        if given is None:
+            cure = "; for self-attention pass the same array as all three" if name in ("key", "value") else ""
+            raise TypeError(f"{name}: expected an array{what}, got None{cure}")
+        try:
+            x = np.asanyarray(given)
+        except MemoryError:
+            raise
+        except ValueError as error:  # such as rows of different lengths
+            raise ValueError(f"{name}: expected an array{what}, got a {type(given).__name__} that makes none: "
+                             f"{error}") from None
+        except Exception as error:  # __array__ is foreign code
+            raise TypeError(f"{name}: expected an array{what}, got "
+                            f"{_torch_text(given) or f'a {type(given).__name__} that makes none: {error}'}") from error
+        if x.dtype == object and x.ndim == 0 and not isinstance(given, (np.ndarray, np.generic, numbers.Number)):
+            cure = "; np.from_dlpack(...) of it is one" if _is_on_cpu(given) else ""
+            raise TypeError(f"{name}: expected an array{what}, got a {type(given).__name__}, which NumPy does not read "
+                            f"as one{cure}")
+        if _is_masked(x):
+            raise TypeError(f"{name}: expected a plain array{what}, got a masked array, whose mask would be ignored; "
+                            f"use .filled(...)")
+        x = np.asarray(x)
+    return x[...]
+
+
+def _is_masked(x):
+    """Of numpy.ma, which this does not import: without it there are none."""
+    return issubclass(type(x), getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
+
+
+def _is_torch(x):
+    """A tensor of torch, which this does not import: a class of it has a base from there, a Parameter too."""
+    return any(str(base.__module__).partition(".")[0] == "torch" for base in type(x).__mro__)
+
+
+def _torch_text(x):
+    """What of a torch tensor keeps NumPy from reading it, or of the first in a list, and the calls that change that;
+    "" for anything else."""
+    what = "a torch tensor"
+    if isinstance(x, (list, tuple)) and x:
+        what, x = f"a {type(x).__name__} with a torch tensor", x[0]
+    if not _is_torch(x):
+        return ""
+    device, dtype = str(getattr(x, "device", "cpu")), str(getattr(x, "dtype", ""))
+    if device == "meta":  # where there are no numbers
+        return ""
+    reasons, calls = [], ""
+    if getattr(x, "requires_grad", False) is True:
+        reasons, calls = [*reasons, "requires grad"], calls + ".detach()"
+    if device.partition(":")[0] != "cpu":
+        reasons, calls = [*reasons, f"is on {device}"], calls + ".cpu()"
+    bits = ""
+    if dtype.startswith(("torch.bfloat16", "torch.float8")):
+        reasons.append(f"is {dtype.partition('.')[2]}, which NumPy has not")
+        if dtype == "torch.bfloat16":
+            bits = f", or with ml_dtypes {calls}.view(torch.int16).numpy().view(ml_dtypes.bfloat16)"
+        calls += ".float()"
+    return f"{what} that {' and '.join(reasons)}; pass its {calls}{bits}" if reasons else ""
+
+
+def _is_on_cpu(x):
+    """Whether x offers its memory by DLPack, and NumPy could read it: 1 is the device "CPU" of DLPack's header."""
+    try:
+        return hasattr(x, "__dlpack__") and x.__dlpack_device__()[0] == 1
+    except Exception:  # foreign code
+        return False
+
+
+def is_number(dtype):
+    return dtype.kind in "iu" or is_float(dtype)
+
+
+def is_float(dtype):
+    return dtype.kind == "f" or _is_bfloat16(dtype)
+
+
+def _is_bfloat16(dtype):
+    """In native byte order: ml_dtypes reads the other one wrong, without a word."""
+    return dtype.name == "bfloat16" and dtype.isnative
+
+
+def cast(array, dtype):
+    """`array` in this dtype, itself where it has it already. What overflows is infinite, in silence, whatever the
+    caller's numpy.errstate."""
+    return array if array.dtype == dtype else copy(array, dtype)
+
+
+def copy(array, dtype):
+    """A copy in this dtype, made in pieces: between two of them Python runs the handlers of signals."""
+    result = np.empty(array.shape, dtype)
+    with np.errstate(all="ignore"):
+        for piece in pieces(array.shape):
+            result[piece] = array[piece]
+    return result
+
+
+def pieces(shape):
+    """Slices, one for each axis, that cut an array of this shape into pieces of at most 2**18 elements: these take
+    0.1 ms, 10 ms with dropout; between two of them Python runs the handlers of signals. Columns are cut at multiples
+    of 4, as many as share a counter of the random numbers."""
+
+    def halves(piece):
+        sizes = [part.stop - part.start for part in piece]
+        if math.prod(sizes) <= 2**18:
+            yield piece
+            return
+        axis = next(axis for axis, size in enumerate(sizes) if size > 1)
+        start, stop = piece[axis].start, piece[axis].stop
+        middle = start + sizes[axis] // 2
+        if axis == len(sizes) - 1:
+            middle -= middle % 4
+        yield from halves((*piece[:axis], slice(start, middle), *piece[axis + 1 :]))
+        yield from halves((*piece[:axis], slice(middle, stop), *piece[axis + 1 :]))
+
+    return halves(tuple(slice(0, size) for size in shape))
+
+
+# Numbers, flags, dtypes.
+
+
+def check_bool(name, value):
+    if value is not True and value is not False and not isinstance(value, np.bool_):
+        raise TypeError(f"{name}: expected a bool, got {shown(value)}")
+    return bool(value)
+
+
+def check_int(name, value, minimum=None):
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {shown(value)}") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {shown(value)}")
+    return value
+
+
+def check_number(name, value, smallest, largest):
+    if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
+        cure = ""
+        if isinstance(value, np.ndarray) and is_number(value.dtype):
+            if value.size == 1:
+                cure = f"; {name}.item() is one"
+            elif name == "scale":
+                cure = "; for one per head multiply query by it and pass scale=1"
+        elif _is_torch(value) and getattr(value, "ndim", None) == 0:
+            cure = f"; {name}.item() is one"
+        raise TypeError(f"{name}: expected a number, got {shown(value)}{cure}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int
+        number = math.inf
+    if not (smallest <= number <= largest or number == 0):
+        raise ValueError(f"{name}: expected 0 or a number from {smallest:.3g} to {largest:.3g}, got {shown(value)}")
+    return number
+
+
+def check_dropout(name, value):
+    if not isinstance(value, (float, numbers.Real)):  # float first: the test of an abstract class takes long
+        cure = "; 0.0 is off" if value is None else ""
+        raise TypeError(f"{name}: expected a float in [0, 1), got {shown(value)}{cure}")
+    if not 0 <= value < 1 or float(value) == 1:  # a Fraction or a long double may round to 1
+        raise ValueError(f"{name}: expected a float in [0, 1), got {shown(value)}")
+    return float(value)
+
+
+def check_seed(seed):
+    if hasattr(seed, "integers"):  # a numpy.random.Generator
+        raise TypeError(f"seed: expected an int, got a {type(seed).__name__}; int(seed.integers(2**63)) draws one")
+    seed = int.from_bytes(os.urandom(8), "little") if seed is None else check_int("seed", seed, 0)
+    if seed >= 2**64:
+        raise ValueError(f"seed: expected an int below 2**64, got {shown(seed)}")
+    return seed
+
+
+def check_dtype(dtype, names=None):
+    """numpy.dtype(dtype), if it is a float dtype and one of these names."""
+    expected = "a float dtype" if names is None else "one of " + ", ".join(names)
+    try:
+        result = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError):
+        cure = f"; as text: {str(dtype).partition('.')[2]!r}" if _is_torch(dtype) else ""
+        raise TypeError(f"dtype: expected {expected}, got {shown(dtype)}{cure}") from None
+    allowed = is_float(result) if names is None else result.name in names
+    if dtype is None or not allowed or not result.isnative:
+        raise TypeError(f"dtype: expected {expected}, got {shown(dtype)}")
+    return result
+
+
+# Kinds: dtypes as the kernels number them.
+
+
+def check_kind(name, array, given=None):
+    """The number of its dtype; `given`, what the array was made of, tells how to cast it."""
+    kind = _KINDS.get(array.dtype)
+    if kind is None:
+        if not _is_bfloat16(array.dtype):
+            cure = ""
+            if array.dtype.kind in "iuf":
+                wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
+                cure = f"; {cast_cure(name, given, 'np.float64' if wide else 'np.float32')} casts"
+            elif array.dtype.kind in "US":
+                cure = "; tokens are looked up in an embedding first"
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16 in native byte order, "
+                            f"got dtype {array.dtype}{cure}")
+        kind = _KINDS[array.dtype] = BF16
+    return kind
+
+
+def check_kinds(query, key, value, given):
+    """The query's, and that of key and value; `given` are the three that they were made of."""
+    q_kind, kv_kind = check_kind("query", query, given[0]), check_kind("key", key, given[1])
+    if value.dtype != key.dtype:
+        cure = ""
+        if value.dtype == query.dtype:
+            cure = f"; {cast_cure('key', given[1], 'query.dtype')} casts"
+        elif is_number(value.dtype):
+            cure = f"; {cast_cure('value', given[2], 'key.dtype')} casts"
+        raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}{cure}")
+    if q_kind != kv_kind and not (q_kind == F32 and kv_kind in (F16, BF16)):
+        raise TypeError(f"key: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 query), "
+                        f"got {key.dtype}; {cast_cure('key', given[1], 'query.dtype')} casts")
+    return q_kind, kv_kind
+
+
+def carried(array, kind):
+    """`array` in the dtype in which its kind travels, with axes of length 1 in front where it has less than 4; None for
+    None."""
+    if array is None:
+        return None
+    if kind in CARRIERS:
+        array = array.view(CARRIERS[kind])
+    return array[(None,) * (4 - array.ndim)]
+
+
+# Attention.
+
+
+def check_shapes(query, key, value):
+    """The leading axes of the result, broadcast."""
+    if query.ndim < 2:
+        cure = "; for one query: np.atleast_2d(query)" if query.size and query.ndim else ""
+        raise ValueError(f"query: expected 2 axes (seq_len_q, head_dim) or more, got shape {query.shape}{cure}")
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim > _MAX_AXES:
+            raise ValueError(f"{name}: expected at most {_MAX_AXES} axes, got {array.ndim}")
+    for name, array in (("key", key), ("value", value)):
+        if array.ndim != query.ndim and min(array.ndim, query.ndim) < 4:
+            raise ValueError(f"{name}: expected {query.ndim} axes, as query has, got shape {array.shape}")
+    core = 2 if query.ndim < 4 else 3
+    leading = query.shape[:-core]
+    for name, array in (("key", key), ("value", value)):
+        try:
+            leading = np.broadcast_shapes(leading, array.shape[:-core])
+        except ValueError:
+            cure = ""
+            if query.ndim == 3 and array.shape[0] and query.shape[0] % array.shape[0] == 0:
+                cure = "; 3 axes are (batch, seq, head_dim); for heads pass 4, x[None] of each"
+            raise ValueError(f"{name}: expected {_shape_text(leading, core, name, query, key)}, "
+                             f"got shape {array.shape}{cure}") from None
+    head_dim = query.shape[-1]
+    if not 1 <= head_dim <= _MAX_HEAD_DIM:
+        raise ValueError(f"query: expected a head_dim from 1 to {_MAX_HEAD_DIM}, got shape {query.shape}")
+    if key.shape[-1] != head_dim:
+        cure = "; keys come untransposed: key.swapaxes(-1, -2)" if key.shape[-2] == head_dim else ""
+        raise ValueError(f"key: expected {_shape_text(leading, core, 'key', query, key)}, got shape {key.shape}{cure}")
+    if core == 3 and (key.shape[-3] == 0 or query.shape[-3] % key.shape[-3]):
+        cure = "; axes are (batch, heads, seq, head_dim)"
+        if key.shape[-2] and query.shape[-2] % key.shape[-2] == 0:
+            cure += ", for arrays (batch, seq, heads, head_dim) pass x.swapaxes(-3, -2) of each"
+        raise ValueError(f"key: expected a num_kv_heads that divides query's {query.shape[-3]} heads, "
+                         f"got shape {key.shape}{cure}")
+    if value.shape[-core:-1] != key.shape[-core:-1] or not 1 <= value.shape[-1] <= _MAX_HEAD_DIM:
+        raise ValueError(f"value: expected {_shape_text(leading, core, 'value', query, key)}, got shape {value.shape}")
+    kv_numbers = math.prod(leading) * math.prod(key.shape[-core:-1]) * max(head_dim, value.shape[-1])
+    if value.size > _MAX_NUMBERS or kv_numbers > sys.maxsize // 8:
+        raise ValueError(f"value: expected at most {_MAX_NUMBERS} numbers, and key and value broadcast to {leading} "
+                         f"that fit an index, got shape {value.shape}")
+    return leading
+
+
+def _shape_text(leading, core, name, query, key):
+    heads = () if core == 2 else ("num_kv_heads",) if name == "key" else (str(key.shape[-3]),)
+    last = ("seq_len_kv", str(query.shape[-1])) if name == "key" else (str(key.shape[-2]), "head_dim_v")
+    return f"({', '.join([*map(str, leading), *heads, *last])})"
+
+
+def check_result(rows_shape, width):
+    """Rows of `width` numbers each, which have to fit an index."""
+    if math.prod(rows_shape) * width > sys.maxsize // 8:
+        raise ValueError(f"query: expected a result that fits in memory, got rows {rows_shape} of {width}")
+
+
+def check_window(window):
+    sides = window
+    if not isinstance(window, (tuple, list)):
+        array = as_array("window", window) if hasattr(window, "__array__") else None
+        sides = () if array is None or array.ndim != 1 else list(array)
+    if len(sides) != 2:
+        got, is_int = shown(window), isinstance(window, numbers.Integral) and not isinstance(window, bool)
+        cure = f"; for that many keys on each side: ({got}, {got})" if is_int else ""
+        raise ValueError(f"window: expected None or (left, right), got {got}{cure}")
+    sides = [UNBOUNDED if side is None else check_int("window", side) for side in sides]
+    if min(sides) < UNBOUNDED:
+        raise ValueError("window: expected keys to the left and right >= 0, or -1 or None for all, "
+                         f"got {shown(window)}")
+    return (min(side, FAR) for side in sides)
+
+
+def check_lengths(name, lengths, leading):
+    """A flat int64 array, one number per batch row; far-away ones clipped."""
+    if type(lengths) is not int:  # which numpy has no dtype for, where it is far away
+        given, lengths = lengths, as_array(name, lengths)
+        if lengths.dtype.kind not in "iu":
+            cure = ""
+            if name == "kv_lens" and lengths.dtype == bool:
+                cure = "; of a right-padded mask they are mask.sum(-1)"
+            elif lengths.dtype.kind == "f":
+                cure = f"; {cast_cure(name, given, 'int')} casts"
+            raise TypeError(f"{name}: expected integers, got dtype {lengths.dtype}{cure}")
+        if lengths.ndim and lengths.shape != leading:
+            expected = f"an int, or shape {leading}, one per batch row" if leading else "an int"
+            raise ValueError(f"{name}: expected {expected}, got shape {lengths.shape}")
+        if lengths.ndim:
+            return np.array([max(-FAR, min(FAR, length)) for length in lengths.ravel().tolist()], np.int64)
+        lengths = lengths.item()
+    return np.full(math.prod(leading), max(-FAR, min(FAR, lengths)), np.int64)
+
+
+def check_kv_lens(kv_lens, leading, seq_len_kv):
+    given, kv_lens = kv_lens, check_lengths("kv_lens", kv_lens, leading)
+    if kv_lens.size and not 0 <= kv_lens.min() <= kv_lens.max() <= seq_len_kv:
+        got = given if isinstance(given, numbers.Integral) else kv_lens.tolist()
+        raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, got {shown(got)}")
+    return kv_lens
+
+
+def check_vector(name, vector, shapes, dtype):
+    vector = as_array(name, vector)
+    if not is_number(vector.dtype):
+        raise TypeError(f"{name}: expected a float or int array, got dtype {vector.dtype}")
+    if vector.shape not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got shape {vector.shape}")
+    vector = np.ascontiguousarray(cast(vector, dtype))  # infinity does what a number beyond the range would
+    return vector if vector.flags.aligned else vector.copy()
+
+
+def check_mask(attn_mask, given, shape, leading):
+    """A view of this shape, and its kind; `given` is what the array was made of."""
+    if given is True or given is False:  # is_causal, in the place of attn_mask
+        raise TypeError(f"attn_mask: expected an array, got {given}; for the causal mask: is_causal={given}")
+    if attn_mask.dtype == bool:
+        kind = BOOL
+    elif attn_mask.dtype in _KINDS or _is_bfloat16(attn_mask.dtype):
+        kind = check_kind("attn_mask", attn_mask)
+    else:
+        cure = ""
+        if attn_mask.dtype.kind in "iu":
+            cure = f"; for 1 = attend: {cast_cure('attn_mask', given, 'bool')}"
+        elif attn_mask.dtype.kind == "f":
+            cure = f"; {cast_cure('attn_mask', given, 'np.float32')} casts"
+        raise TypeError(f"attn_mask: expected bool (True = attend) or a float dtype (added), got {attn_mask.dtype}"
+                        f"{cure}")
+    try:
+        return np.broadcast_to(attn_mask, shape), kind
+    except ValueError:
+        cure = ""
+        if attn_mask.shape == (*leading, shape[-1]):
+            axes = ", ".join([":"] * len(leading) + ["None"] * (len(shape) - 1 - len(leading)) + [":"])
+            cure = f"; for a padding mask: mask[{axes}], or kv_lens"
+        elif len(leading) == 1 and len(shape) == 4 and attn_mask.shape == (*leading, *shape[-2:]):
+            cure = "; for one mask per batch row: mask[:, None]"
+        elif len(shape) == 4 and attn_mask.shape == (math.prod(shape[:2]), *shape[2:]):
+            cure = f"; for one mask per batch row and head: mask.reshape{shape}"
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {shape}, "
+                         f"got shape {attn_mask.shape}{cure}") from None
+
+
+def warn_of_0_and_1(mask, kind):
+    if _is_0_and_1(mask, kind):
+        _warn("attn_mask: a float mask that holds only 0 and 1 and is added to the scores; for True = attend pass "
+              "attn_mask.astype(bool)")
+
+
+def _is_0_and_1(mask, kind):
+    """Whether both are there and nothing else; False as well where a large mask begins with many of the same."""
+    if mask.size <= _FIRST_NUMBERS:
+        return _holds_0_and_1(mask, kind)
+    part = mask
+    for axis in range(mask.ndim):
+        if part.size > _FIRST_NUMBERS:
+            part = part[(slice(None),) * axis + (slice(max(1, _FIRST_NUMBERS * part.shape[axis] // part.size)),)]
+    once = tuple(slice(None) if stride else slice(1) for stride in mask.strides)
+    return _holds_0_and_1(part, kind) and _holds_0_and_1(mask[once], kind)
+
+
+def _holds_0_and_1(numbers, kind):
+    one = _ONE[kind]
+    ones = np.count_nonzero(numbers.view(one.dtype) == one)  # by their bits: numpy.errstate has no say in this
+    return 0 < ones < numbers.size and np.count_nonzero(numbers) == ones
+
+
+def warn_of_first_keys(seq_len_q, kv_lens):
+    if kv_lens is None:
+        _warn("is_causal with fewer queries than keys and no q_offset: query i sees keys 0 to i; for queries that are "
+              "the last tokens pass q_offset=seq_len_kv - seq_len_q, else q_offset=0")
+    elif seq_len_q < kv_lens.max(initial=0):
+        _warn("is_causal with fewer queries than kv_lens and no q_offset: query i sees keys 0 to i; for queries that "
+              "are the last tokens pass q_offset=kv_lens - seq_len_q, else q_offset=0")
+
+
+# Results.
+
+
+def check_out(out, shape, dtype, inputs):
+    """A view of `out` as a plain array: what a subclass says of its shape and strides need not be true, and another
+    thread may set them."""
+    if not isinstance(out, np.ndarray):
+        cure = "; its .numpy() shares its memory" if _is_torch(out) else ""
+        raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}{cure}")
+    if _is_masked(out):
+        raise TypeError("out: expected a plain array, got a masked array, whose mask would be ignored; use its .data")
+    out = np.asarray(out)[...]
+    if out.dtype != dtype:
+        raise TypeError(f"out: expected dtype {dtype}, got {out.dtype}; out[...] = result casts")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got shape {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out: expected a writeable array, got a read-only one")
+    try:
+        if _overlaps_itself(out):
+            raise ValueError(f"out: expected elements that do not overlap each other, got strides {out.strides}")
+    except np.exceptions.TooHardError:
+        raise ValueError(f"out: expected elements that do not overlap each other, or strides of which that can be seen "
+                         f"in {_MAX_STEPS} steps, got strides {out.strides}") from None
+    for name, array in inputs.items():
+        if array is None:
+            continue
+        try:
+            if np.may_share_memory(out, array) and np.shares_memory(out, array, max_work=_MAX_STEPS):
+                raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")
+        except np.exceptions.TooHardError:
+            raise ValueError(f"out: expected memory of its own, or strides of which that can be seen in {_MAX_STEPS} "
+                             f"steps, got an array that may overlap {name}") from None
+    return out
+
+
+def _overlaps_itself(out):
+    """Whether two elements share a byte. TooHardError where that is no matter of few steps."""
+    axes = sorted((abs(stride), length, axis)
+                  for axis, (stride, length) in enumerate(zip(out.strides, out.shape, strict=True)) if length > 1)
+    extent = out.itemsize  # bytes from the first to the end of the last element, over the axes of smaller strides
+    for stride, length, _ in axes:
+        if stride < extent:
+            break
+        extent += stride * (length - 1)
+    else:
+        return False
+    if not out.size:
+        return False
+    # Axes that interleave. Two elements that share a byte differ along a first axis of these: moved together, one is at
+    # index 0 of it and the other is not, both at 0 of the axes before and anywhere along those after.
+    here = [slice(None)] * out.ndim
+    for _, _, axis in reversed(axes):
+        there = here.copy()
+        here[axis], there[axis] = slice(1), slice(1, None)
+        if np.shares_memory(out[tuple(here)], out[tuple(there)], max_work=_MAX_STEPS):
+            return True
+    return False
+
+
+# Tables of positions.
+
+
+def check_table(length, dim, base, offset, layout, endpoint, positions=None):
+    """The numbers as such, and `positions` as a new array."""
+    length, dim = check_int("length", length, 0), check_int("dim", dim, 1)
+    offset = check_int("offset", offset)
+    if max(length, 1) * dim > 2**58:
+        raise ValueError("length: expected at most 2**58 elements in the table, "
+                         f"got {shown(length)} * {shown(dim)}")
+    if not -(2**53) <= offset <= 2**53 - length:
+        raise ValueError(f"offset: expected positions within +-2**53, got {shown(offset)} and length {length}")
+    if not isinstance(base, numbers.Real):
+        raise TypeError(f"base: expected a finite float >= 1, got {shown(base)}")
+    try:
+        number = float(base)
+    except OverflowError:  # an int
+        number = math.inf
+    if not 1 <= number < math.inf:  # below 1, angles and their errors would outgrow the positions
+        raise ValueError(f"base: expected a finite float >= 1, got {shown(base)}")
+    if not (isinstance(layout, str) and layout in ("interleaved", "concatenated", "cosines_first")):
+        raise ValueError(f"layout: expected 'interleaved', 'concatenated' or 'cosines_first', got {shown(layout)}")
+    endpoint = check_bool("endpoint", endpoint)
+    if endpoint and (dim % 2 or dim < 4):
+        raise ValueError("dim: expected an even number >= 4 with endpoint=True, where dim / 2 - 1 steps lead from "
+                         f"frequency 1 to 1 / base, got {shown(dim)}")
+    if positions is not None:
+        if offset:
+            raise ValueError(f"offset: expected 0 with positions, got {shown(offset)}")
+        positions = _check_positions(positions, length)
+    return length, dim, base, offset, endpoint, positions
+
+
+@np.errstate(all="ignore")
+def _check_positions(positions, length):
+    positions = as_array("positions", positions)
+    if not is_number(positions.dtype):
+        raise TypeError(f"positions: expected a float or int array, got dtype {positions.dtype}")
+    if positions.shape != (length,):
+        raise ValueError(f"positions: expected one for each row, shape ({length},), got shape {positions.shape}")
+    if positions.dtype.kind in "iu":  # wide enough for the bound, and exact at it
+        checked = positions.astype(np.uint64 if positions.dtype.kind == "u" else np.int64)
+    else:
+        checked = positions.astype(np.result_type(positions.dtype, np.float64))
+    if length:
+        for worst in (checked.min(), checked.max()):  # NaN, if there is one
+            if not -(2**53) <= worst.item() <= 2**53:
+                raise ValueError(f"positions: expected finite numbers within +-2**53, got {worst}")
+    return checked
+
+
+# Layers.
+
+
+def check_parameter(name, value, shape, dtype):
+    """`value` as a C-contiguous, aligned array of this shape and dtype; None where there is no bias."""
+    if value is None and len(shape) == 1:
+        return None
+    array = as_array(name, value)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
+    if array.dtype != dtype:
+        if not is_number(array.dtype):
+            raise TypeError(f"{name}: expected a float or int array, got dtype {array.dtype}")
+        array = cast(array, dtype)
+    return array if array.flags.c_contiguous and array.flags.aligned else copy(array, dtype)
+
+
+def check_layer_inputs(layer, query, key, value):
+    """The same array for two of them stays one: they are projected together."""
+    given_query, given_key, given_value = query, key, value
+    query = as_array("query", query)
+    key = query if key is None or key is given_query else as_array("key", key)
+    value = (key if value is None or value is given_key else query if value is given_query
+             else as_array("value", value))
+    dim = layer.input_dim
+    for name, x, given in (("query", query, given_query), ("key", key, given_key), ("value", value, given_value)):
+        if x.dtype != layer.dtype:
+            raise_layer_dtype(name, x, given, layer.dtype, "layer.dtype", dim)
+    if query.ndim not in (2, 3) or query.shape[-1] != dim:
+        cure = ""
+        if query.shape == (dim,):
+            cure = "; for one query: np.atleast_2d(query)"
+        elif query.shape[-1:] == (layer.head_dim,) and query.ndim == 4:
+            cure = "; the layer makes the heads itself"
+        elif query.ndim in (2, 3) and query.shape[-1]:
+            cure = f"; a layer with input_dim={query.shape[-1]} takes it"
+        raise ValueError(f"query: expected (batch, seq_len_q, {dim}) or (seq_len_q, {dim}), "
+                         f"got shape {query.shape}{cure}")
+    if key.ndim != query.ndim or key.shape[:-2] != query.shape[:-2] or key.shape[-1] != dim:
+        expected = ", ".join(str(size) for size in (*query.shape[:-2], "seq_len_kv", dim))
+        raise ValueError(f"key: expected ({expected}), got shape {key.shape}")
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected the shape of key, {key.shape}, got shape {value.shape}")
+    return query, key, value
+
+
+def check_layer_mask(layer, attn_mask, query, key):
+    """A view of 2 or 4 axes."""
+    attn_mask = as_array("attn_mask", attn_mask)
+    batch, rows = len(query) if query.ndim == 3 else 1, (query.shape[-2], key.shape[-2])
+    allowed = {2: rows, 3: (batch, *rows), 4: (batch, layer.num_heads, *rows)}
+    expected = allowed.get(attn_mask.ndim)
+    if expected is None or any(n not in (1, m) for n, m in zip(attn_mask.shape, expected, strict=True)):
+        cure = ""
+        if attn_mask.shape == (rows[1],):
+            cure = "; for a padding mask: mask[None, :], or kv_lens"
+        elif attn_mask.shape == (batch, rows[1]):
+            cure = "; for a padding mask: mask[:, None, None, :], or kv_lens"
+        elif attn_mask.shape == (batch * layer.num_heads, *rows):
+            cure = f"; for one mask per batch row and head: mask.reshape{allowed[4]}"
+        raise ValueError(f"attn_mask: expected {allowed[2]}, {allowed[3]} or {allowed[4]} (axes of 1 broadcast), "
+                         f"got shape {attn_mask.shape}{cure}")
+    return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
+
+
+def raise_layer_dtype(name, array, given, dtype, dtype_text, dim):
+    """The TypeError of an input that has not the layer's dtype; `dim` is the length that its last axis should have."""
+    cure = ""
+    if array.dtype.kind in "iu" and array.shape[-1:] != (dim,):
+        cure = "; token numbers are looked up in an embedding first"
+    elif array.dtype.kind in "US":
+        cure = "; tokens are looked up in an embedding first"
+    elif is_number(array.dtype):
+        cure = f"; {cast_cure(name, given, dtype_text)} casts"
+    raise TypeError(f"{name}: expected the dtype of the layer, {dtype}, got {array.dtype}{cure}")
+
+
+def layer_text(layer, own, defaults):
+    """The call that makes such a layer: which of `own` are not these defaults. A layer may be half made, as a debugger
+    shows it, and its attributes may be anything."""
+    texts = []
+    for name, default in defaults.items():
+        value = own.get(name, default)
+        comparable = all(isinstance(x, (numbers.Number, str, np.bool_, np.dtype)) for x in (value, default))
+        if not (value is default or (comparable and value == default)):
+            texts.append(f"{name}={value.name if isinstance(value, np.dtype) else shown(value)}")
+    return f"{type(layer).__name__}({', '.join(texts)})"

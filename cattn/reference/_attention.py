@@ -1,0 +1,136 @@
+"""Attention by its formula: the scores, their softmax, dropout, the weighted sum of the values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cattn.reference._dropout import dropout_keep
+
+__all__ = ["scaled_dot_product_attention"]
+
+
+@np.errstate(all="ignore")
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
+    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None,
+    return_weights: bool = False, return_logsumexp: bool = False, seed: int | None = None,
+) -> np.ndarray | tuple[np.ndarray, ...]:
+    """softmax(scale * query @ key^T + mask) @ value, for each head: see `cattn.scaled_dot_product_attention`.
+
+    In this order: scale, softcap (c * tanh(x / c)), ALiBi and mask, softmax with the sinks in its
+    denominator, dropout, weights @ value. Computed in float32, or in the query's dtype where that is wider.
+
+    query, key, value : float arrays (..., num_heads, seq_len_q, head_dim), (..., num_kv_heads, seq_len_kv, head_dim)
+    and (..., num_kv_heads, seq_len_kv, head_dim_v)
+    out : array (..., num_heads, seq_len_q, head_dim_v), dtype of the query
+    weights : array (..., num_heads, seq_len_q, seq_len_kv), dtype of the query; with return_weights
+    logsumexp : array (..., num_heads, seq_len_q), dtype computed in; with return_logsumexp
+
+    The arguments are described there. This checks nothing and warns of nothing.
+    """
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    result_dtype = query.dtype
+    dtype = compute_dtype(query)
+    one_head = query.ndim < 4
+    if one_head:
+        query, key, value = (np.expand_dims(x, -3) for x in (query, key, value))
+    query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
+
+    leading = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    num_heads, seq_len_q, head_dim = query.shape[-3:]
+    num_kv_heads, seq_len_kv = key.shape[-3:-1]
+    query = np.broadcast_to(query, (*leading, num_heads, seq_len_q, head_dim))
+    if num_kv_heads != num_heads:
+        key, value = (np.repeat(x, num_heads // num_kv_heads, axis=-3) for x in (key, value))
+
+    if one_head and attn_mask is not None and np.ndim(attn_mask) > 2:
+        attn_mask = np.expand_dims(attn_mask, -3)
+    scores, visible = _scores(
+        query, key, attn_mask, is_causal, scale, q_offset=q_offset, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, kv_lens=kv_lens)
+
+    row_max = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    row_max = np.where(row_max == -np.inf, dtype.type(0), row_max)
+    exps = np.exp(scores - row_max)
+    row_sum = exps.sum(axis=-1, keepdims=True)
+    logsumexp = (row_max + np.log(row_sum))[..., 0]
+    if sinks is not None:
+        row_sum = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
+    weights = np.where(scores != -np.inf, exps / row_sum, dtype.type(0))
+    if dropout_p:
+        keep = dropout_keep(seed, dropout_p, math.prod(leading), num_heads, seq_len_q, seq_len_kv)
+        weights = weights * keep.reshape(weights.shape) / dtype.type(1 - dropout_p)
+
+    out = _weighted_sum(weights, value, visible)
+    if one_head:
+        out, weights, logsumexp = out.squeeze(-3), weights.squeeze(-3), logsumexp.squeeze(-2)
+    results = [out.astype(result_dtype)]
+    if return_weights:
+        results.append(weights.astype(result_dtype))
+    if return_logsumexp:
+        results.append(logsumexp)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset=None, window=None, softcap=0.0,
+            alibi_slopes=None, kv_lens=None):
+    """What the softmax is of, with -inf for masked keys; and which keys are not masked. For as many key heads as query
+    heads."""
+    dtype = query.dtype
+    seq_len_q, head_dim = query.shape[-2:]
+    scores = query @ key.swapaxes(-1, -2) * dtype.type(1 / math.sqrt(head_dim) if scale is None else scale)
+    if softcap:
+        scores = dtype.type(softcap) * np.tanh(scores / dtype.type(softcap))
+
+    largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
+    key_index = np.arange(key.shape[-2])
+    q_offset = np.asarray(0 if q_offset is None else q_offset, np.int64)
+    position = np.arange(seq_len_q)[:, None] + q_offset[..., None, None, None]
+    distance = key_index - position  # (batch, 1, seq_len_q, seq_len_kv)
+    if alibi_slopes is not None:
+        slopes = np.clip(np.asarray(alibi_slopes).astype(dtype), -largest, largest)[..., None, None]
+        scores = scores - slopes * np.abs(distance).astype(dtype)
+
+    visible = np.bool_(True)
+    if is_causal:
+        visible = visible & (distance <= 0)
+    left, right = (None, None) if window is None else (None if side is None else int(side) for side in window)
+    if left not in (None, -1):
+        visible = visible & (distance >= -left)
+    if right not in (None, -1):
+        visible = visible & (distance <= right)
+    if kv_lens is not None:
+        visible = visible & (key_index < np.asarray(kv_lens)[..., None, None, None])
+    if attn_mask is not None:
+        attn_mask = np.asarray(attn_mask)
+        if attn_mask.dtype == bool:
+            visible = visible & attn_mask
+        else:
+            bias = attn_mask.astype(compute_dtype(attn_mask))
+            bias = np.where(np.isinf(bias), bias, np.clip(bias, -largest, largest)).astype(dtype)
+            visible = visible & (bias != -np.inf)
+            scores = scores + bias
+    scores = np.where(visible, scores, dtype.type(-np.inf))
+    return scores, np.broadcast_to(visible, scores.shape)
+
+
+def _weighted_sum(weights, value, visible):
+    """weights @ value, where NaN and inf of a value row reach the queries that see it and no other."""
+    finite = np.isfinite(value)
+    out = weights @ np.where(finite, value, value.dtype.type(0))
+    other_axes = tuple(axis for axis in range(value.ndim) if axis != value.ndim - 2)
+    for j in np.flatnonzero(~finite.all(axis=other_axes)):
+        row = np.where(finite[..., j, None, :], 0, value[..., j, None, :])
+        out += np.where(visible[..., j, None], weights[..., j, None] * row, 0)
+    return out
+
+
+def compute_dtype(x):
+    return np.result_type(x.dtype, np.float32)

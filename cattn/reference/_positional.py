@@ -1,0 +1,205 @@
+"""Sinusoidal positions; the layer is also the base of `cattn.PositionalEncoding`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from cattn._checks import (
+    as_array,
+    check_bool,
+    check_dropout,
+    check_dtype,
+    check_int,
+    check_seed,
+    check_table,
+    layer_text,
+    pieces,
+    raise_layer_dtype,
+    shown,
+)
+from cattn.reference._dropout import keep_of
+
+__all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]
+
+
+@np.errstate(all="ignore")
+def sinusoidal_encoding(
+    length: int, dim: int, *, base: float = 10000.0, offset: int = 0, layout: str = "interleaved",
+    endpoint: bool = False, positions: ArrayLike | None = None, dtype: DTypeLike = np.float32,
+) -> np.ndarray:
+    """P[r, 2i] = sin(pos / base^(2i / dim)), P[r, 2i + 1] = cos(same), with pos = offset + r or positions[r].
+
+    table : array (length, dim)
+
+    The angles are computed in float64, in `dtype` where that is wider. bfloat16 is rounded twice: NumPy gets there by
+    way of float32. The arguments are described at `cattn.sinusoidal_encoding`; `dtype` is any float dtype here.
+    """
+    length, dim, base, offset, endpoint, positions = check_table(
+        length, dim, base, offset, layout, endpoint, positions)
+    dtype = check_dtype(dtype)
+    wide = np.result_type(dtype, np.float64)
+    sines, cosines = columns_of(dim, layout)
+    position = np.arange(offset, offset + length) if positions is None else positions
+    angle = position.astype(wide)[:, None] / periods(dim, base, endpoint, wide)
+    table = np.empty((length, dim), dtype)
+    table[:, sines] = np.sin(angle)
+    table[:, cosines] = np.cos(angle[:, : len(cosines)])
+    return table
+
+
+@np.errstate(all="ignore")
+def relative_shift(
+    delta: int, dim: int, *, base: float = 10000.0, layout: str = "interleaved", endpoint: bool = False,
+    dtype: DTypeLike = np.float64,
+) -> np.ndarray:
+    """R with P[pos + delta] = P[pos] @ R for every pos: it turns pair i by the angle delta / base^(2i / dim).
+
+    Parameters
+    ----------
+    delta : int
+        May be negative.
+    dim : int >= 2, even
+        The last sine of an odd dim has no cosine to turn with.
+    base, layout, endpoint
+        As in `sinusoidal_encoding`.
+    dtype : float dtype
+
+    Returns
+    -------
+    R : array (dim, dim)
+        Orthogonal; relative_shift(-delta, dim) is its transpose.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Notes
+    -----
+    Vaswani et al. 2017, "Attention is all you need", section 3.5.
+
+    Examples
+    --------
+    >>> table = sinusoidal_encoding(60, 32, dtype=np.float64)
+    >>> bool(np.allclose(table[:50] @ relative_shift(10, 32), table[10:]))
+    True
+    """
+    delta = check_int("delta", delta)
+    if abs(delta) > 2**53:
+        raise ValueError(f"delta: expected an int within +-2**53, got {shown(delta)}")
+    dim = check_int("dim", dim, 1)
+    if dim > 2**29:
+        raise ValueError(f"dim: expected at most 2**58 elements in the matrix, got {shown(dim)} * {shown(dim)}")
+    _, dim, base, _, endpoint, _ = check_table(0, dim, base, 0, layout, endpoint)
+    if dim % 2:
+        raise ValueError(f"dim: expected an even number (an unpaired sine cannot be rotated), got {shown(dim)}")
+    dtype = check_dtype(dtype)
+    wide = np.result_type(dtype, np.float64)
+    sines, cosines = columns_of(dim, layout)
+    angle = wide.type(delta) / periods(dim, base, endpoint, wide)
+    matrix = np.zeros((dim, dim), dtype)
+    matrix[sines, sines] = matrix[cosines, cosines] = np.cos(angle)
+    matrix[cosines, sines] = np.sin(angle)
+    matrix[sines, cosines] = -np.sin(angle)
+    return matrix
+
+
+class PositionalEncoding:
+    """dropout(x + P[:, :seq]), with P the table of `sinusoidal_encoding`: see `cattn.PositionalEncoding`.
+
+    x, out : arrays (..., seq, dim)
+    P : array (1, max_len, dim)
+    """
+
+    _table = staticmethod(sinusoidal_encoding)
+
+    def __init__(
+        self, dim: int, dropout: float = 0.0, max_len: int = 1000, *, base: float = 10000.0,
+        layout: str = "interleaved", endpoint: bool = False, dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.dim = check_int("dim", dim, 1)
+        self.dropout = check_dropout("dropout", dropout)
+        self._options = {"base": base, "layout": layout, "endpoint": endpoint, "dtype": dtype}
+        max_len = check_int("max_len", max_len, 0)
+        if max(max_len, 1) * self.dim > 2**58:
+            raise ValueError(f"max_len: expected at most 2**58 elements in the table, "
+                             f"got {shown(max_len)} * {shown(dim)}")
+        self.P = self._table(max_len, self.dim, **self._options)[None]
+
+    def __repr__(self) -> str:
+        own = self.__dict__ | self.__dict__.get("_options", {})
+        shape = getattr(own.get("P"), "shape", ())
+        if len(shape) == 3:
+            own["max_len"] = shape[1]
+        if "dtype" in own:
+            own["dtype"] = np.dtype(own["dtype"])
+        return layer_text(self, own, {
+            "dim": ..., "dropout": 0.0, "max_len": 1000, "base": 10000.0, "layout": "interleaved", "endpoint": False,
+            "dtype": np.dtype(np.float32)})
+
+    @np.errstate(all="ignore")
+    def __call__(self, x: ArrayLike, *, training: bool = False, seed: int | None = None) -> np.ndarray:
+        """Add the positions 0 to seq - 1.
+
+        Parameters
+        ----------
+        x : array (..., seq, dim)
+            What the positions are added to.
+        training : bool
+            Dropout happens only when True.
+        seed : int in [0, 2**64), optional
+            Of the dropout, fresh for each call when None. It is the generator of `dropout_keep`, with the
+            column as key, the position as query, the flat index over the leading axes as batch, and head
+            2**32 - 1, which no attention uses: a seed may serve both.
+
+        Returns
+        -------
+        out : array (..., seq, dim)
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, the rule and what came.
+        """
+        given, x = x, as_array("x", x)
+        if x.dtype != self.P.dtype:
+            raise_layer_dtype("x", x, given, self.P.dtype, "layer.P.dtype", self.dim)
+        if x.ndim < 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected (..., seq, {self.dim}), got shape {x.shape}")
+        *leading, seq, _ = x.shape
+        table = self.P  # another thread may replace it meanwhile
+        if np.ndim(table) != 3 or table.shape[::2] != (1, self.dim):
+            raise ValueError(f"P: expected (1, rows, {self.dim}), got shape {np.shape(table)}")
+        if seq > table.shape[1]:
+            table = self.P = self._table(max(seq, 2 * table.shape[1]), self.dim, **self._options)[None]
+        dropout = check_dropout("dropout", self.dropout) if check_bool("training", training) else 0.0
+        seed = check_seed(seed) if dropout else 0
+        batch_index = np.arange(math.prod(leading)).reshape(leading)
+        out = np.empty(x.shape, x.dtype)
+        for piece in pieces(x.shape):
+            *batch, rows, columns = piece
+            part = x[piece] + table[0, rows, columns]
+            if dropout:
+                keep = keep_of(seed, dropout, batch_index[tuple(batch)].ravel(), np.array([2**32 - 1]), rows, columns)
+                part = np.where(keep.reshape(part.shape), part / part.dtype.type(1 - dropout), part.dtype.type(0))
+            out[piece] = part
+        return out
+
+
+def periods(dim, base, endpoint, wide):
+    """For each pair of columns, what a position is divided by to give its angle."""
+    pair = np.arange((dim + 1) // 2).astype(wide)
+    return wide.type(base) ** (pair / (dim // 2 - 1) if endpoint else 2 * pair / dim)
+
+
+def columns_of(dim, layout):
+    """The columns of the sines and those of the cosines."""
+    columns = np.arange(dim)
+    if layout == "interleaved":
+        return columns[0::2], columns[1::2]
+    if layout == "concatenated":
+        return columns[: (dim + 1) // 2], columns[(dim + 1) // 2 :]
+    return columns[dim // 2 :], columns[: dim // 2]
