@@ -76,23 +76,32 @@ class Machine:
         # The shortest of some: a thread that waits for a CPU makes any probe long.
         while min(probe.seconds for probe in self.probe()) < PROBE:
             self.iterations *= 2
+        self.single = max(self._fma(1) for _ in range(PROBES))  # FMAs a second in one thread
 
     def probe(self, repeats=PROBES):
         return [self._probe() for _ in range(repeats)]
 
+    def _fma(self, num_threads):
+        start = time.perf_counter()
+        done = _kernels.f32.fma_flops(self.iterations, num_threads)
+        return done / (time.perf_counter() - start)
+
     def _probe(self):
         start, used = time.perf_counter(), time.process_time()
-        done = _kernels.f32.fma_flops(self.iterations, self.num_threads)
+        fma = self._fma(self.num_threads)
         seconds, used = time.perf_counter() - start, time.process_time() - used
-        probe = Probe(done / seconds, seconds, used, min(self.threads.map(nops, [NOP_ROUNDS] * self.cpus)))
+        probe = Probe(fma, seconds, used, min(self.threads.map(nops, [NOP_ROUNDS] * self.cpus)))
         self.fma, self.nop = max(self.fma, probe.fma), max(self.nop, probe.nop)
         return probe
 
     def seen(self, probes):
-        """What these probes saw: the part of the CPU time that they asked for, FMAs and NOPs a second."""
+        """What these probes saw: the part of the CPU time that they asked for, FMAs and NOPs a second. Some virtual
+        machines count too little time for the second CPU and further ones: where as many FMAs were done as by so many
+        single threads, the CPUs were there."""
         asked_for = self.cpus * sum(probe.seconds for probe in probes)
-        return {"time": sum(probe.used for probe in probes) / asked_for,
-                "fma": statistics.median(probe.fma for probe in probes),
+        fma = statistics.median(probe.fma for probe in probes)
+        return {"time": max(sum(probe.used for probe in probes) / asked_for, fma / (self.cpus * self.single)),
+                "fma": fma,
                 "nop": statistics.median(probe.nop for probe in probes)}
 
     def read(self, array, seconds=0.03):

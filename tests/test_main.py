@@ -385,9 +385,10 @@ def test_works():
     ([(100, 1.0, 2.0, 50), (40, 1.0, 2.0, 50), (40, 1.0, 2.0, 50)], 0.4, True),  # it has the CPUs, but they are slower
     ([(100, 1.0, 2.0, 30), (100, 1.0, 2.0, 30), (100, 1.0, 2.0, 50)], 0.6, True),  # and shares their decoders
     ([(90, 1.0, 1.9, 45)] * 3, 0.9, False),
+    ([(200, 1.0, 1.1, 50)] * 3, 1.0, False),  # a clock that does not see the second CPU
 ])
 def test_a_busy_machine_is_noticed(probes, quiet, busy):
-    seen = _speed.Machine.seen(SimpleNamespace(cpus=2), [_speed.Probe(*probe) for probe in probes])
+    seen = _speed.Machine.seen(SimpleNamespace(cpus=2, single=100.0), [_speed.Probe(*probe) for probe in probes])
     assert _speed.how_quiet(seen, {"fma": 100, "nop": 50}) == {"quiet": pytest.approx(quiet), "busy": busy}
 
 
