@@ -285,13 +285,15 @@ print(cattn.get_num_threads())
 
 def test_one_thread_inside_a_parallel_region(openmp_libraries):
     x = np.random.default_rng(0).standard_normal((4, 200, 64), np.float32)
-    expected = cattn.scaled_dot_product_attention(x, x, x)
+    layer = cattn.MultiHeadAttention(64, 4, seed=0)  # its tasks are shared otherwise than attention's
+    expected, expected_of_layer = cattn.scaled_dot_product_attention(x, x, x), layer(x)
     cattn.set_num_threads(3)
     inside = []
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     def region(_):
-        right = np.array_equal(cattn.scaled_dot_product_attention(x, x, x, num_threads=2), expected)
+        right = (np.array_equal(cattn.scaled_dot_product_attention(x, x, x, num_threads=2), expected)
+                 and np.array_equal(layer(x, num_threads=2), expected_of_layer))
         inside.append((cattn.get_num_threads(), _threads.source(), right))
 
     ctypes.CDLL(openmp_libraries[0]).GOMP_parallel(region, None, 2, 0)

@@ -351,23 +351,27 @@ cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_s
 
 
 cdef void do_rows(const void* what, char* scratch) noexcept nogil:
-    """What one thread does for a block of rows of a Linear. The first tasks of the block pack x; when all have been
-    taken, the rest waits until they are done. The caller waits for the others in the region's own barrier, where it
-    sees no signal: a task takes milliseconds."""
+    """What one thread does for a block of rows of a Linear: its share of packing x, then, when all have, features. The
+    first task goes by the thread's number, so that it has the same rows of W in its caches from call to call: 15 % of
+    16 x 384 on two threads (Xeon). The caller waits for the others in the region's own barrier, where it sees no
+    signal: a task takes milliseconds."""
     cdef const Linear* problem = <const Linear*> what
     cdef Py_ssize_t first_row = problem.first_row, rows = min(problem.block, problem.rows - first_row)
-    cdef Py_ssize_t number = take_task(problem.call)
     cdef Py_ssize_t num_blocks = ceil_div(problem.in_features, BLOCK_DIMS)
     cdef Py_ssize_t num_tasks = ceil_div(problem.out_features, FEATURES)
+    cdef Py_ssize_t threads = problem.call.num_threads
+    cdef Py_ssize_t own = threadid() if threads > 1 else 0  # one thread may be any of somebody else's region
+    cdef Py_ssize_t number = own
     cdef fp_mode before = own_mode()
     while number < num_blocks and not stopped_by_signal(problem.call):
         pack_dims(problem, scratch, first_row, rows, number * BLOCK_DIMS)
-        number = take_task(problem.call)
-    if problem.call.num_threads > 1:
+        number += threads
+    if threads > 1:
         await_team()
-    while number < num_blocks + num_tasks and not stopped_by_signal(problem.call):
-        do_features(problem, scratch, first_row, rows, (number - num_blocks) * FEATURES)
-        number = take_task(problem.call)
+    number = own
+    while number < num_tasks and not stopped_by_signal(problem.call):
+        do_features(problem, scratch, first_row, rows, number * FEATURES)
+        number = threads + take_task(problem.call)
     set_mode(before)
 
 
