@@ -17,12 +17,14 @@ from numpy.typing import ArrayLike
 
 from cattn import _kernels, _threads
 from cattn._checks import (
+    BF16,
     BOOL,
-    CARRIERS,
+    F16,
     F32_RANGE,
     F64,
     F64_RANGE,
     FAR,
+    KINDS,
     UNBOUNDED,
     as_array,
     check_bool,
@@ -212,15 +214,14 @@ def scaled_dot_product_attention(
     array([[0.804, 0.196],
            [1.56 , 1.996]])
     """
-    if (attn_mask is None and kv_lens is None and window is None and sinks is None and alibi_slopes is None
-            and seed is None and return_weights is False and return_logsumexp is False
+    # An option that attend_short does not take has to be off: test_no_option_is_lost_on_the_short_way.
+    if (attn_mask is None and sinks is None and alibi_slopes is None and seed is None and return_weights is False
             and (enable_gqa is False or enable_gqa is True)
             and type(dropout_p) is float and dropout_p == 0
-            and (softcap == 0 if type(softcap) is float else softcap is None)
-            and (q_offset is None or (type(q_offset) is int and -FAR <= q_offset <= FAR))
-            and (is_causal is False or is_causal is True)):
-        result = _kernels.f32.attend_plain(query, key, value, out, is_causal, scale, q_offset,
-                                           0 if num_threads is None else _threads.checked(num_threads))
+            and (softcap == 0 if type(softcap) is float else softcap is None)):
+        result = _kernels.f32.attend_short(
+            query, key, value, is_causal, scale, q_offset, window, kv_lens, return_logsumexp, out,
+            0 if num_threads is None else _threads.checked(num_threads), KINDS)
         if result is not None:
             return result
     given = query, key, value
@@ -278,27 +279,27 @@ def scaled_dot_product_attention(
     if mask_kind != BOOL:
         warn_of_0_and_1(given_mask, mask_kind)
     weights = np.empty((*rows_shape, seq_len_kv), compute_dtype) if return_weights else None
-    narrow_weights = np.empty(weights.shape, query.dtype) if return_weights and q_kind in CARRIERS else None
+    narrow_weights = np.empty(weights.shape, query.dtype) if return_weights and q_kind in (F16, BF16) else None
     logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
 
     module = _kernels.f64() if q_kind == F64 else _kernels.f32
-    arrays = [(query, q_kind), (key, kv_kind), (value, kv_kind), (attn_mask, mask_kind), (target, q_kind)]
-    batches = _batches([_four_axes(array, kind, leading, one_head) for array, kind in arrays], leading)
+    views = [_four_axes(array, leading, one_head) for array in (query, key, value, attn_mask, target)]
+    batches = _batches(views, leading)
     for batch_offset, (q, k, v, mask, result) in batches if target.size else ():
         batch = slice(batch_offset, batch_offset + q.shape[0])
         rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
         of_weights = slice(rows.start * seq_len_kv, rows.stop * seq_len_kv)
         module.attend(
-            q, k, v, mask, result,
-            None if weights is None else weights.reshape(-1)[of_weights],
-            None if narrow_weights is None else narrow_weights.view(np.uint16).reshape(-1)[of_weights],
-            None if logsumexp is None else logsumexp.reshape(-1)[rows],
-            q_kind, kv_kind, mask_kind, scale, softcap, left, right,
-            max(-FAR, min(FAR, q_offset)),
-            None if q_offsets is None else q_offsets[batch],
-            None if kv_lens is None else kv_lens[batch],
-            alibi_slopes if alibi_slopes is None or len(alibi_slopes) == 1 else alibi_slopes[batch],
-            sinks, dropout_p, seed, batch_offset, num_threads,
+            query=q, key=k, value=v, mask=mask, out=result,
+            weights=None if weights is None else weights.reshape(-1)[of_weights],
+            narrow_weights=None if narrow_weights is None else narrow_weights.view(np.uint16).reshape(-1)[of_weights],
+            logsumexp=None if logsumexp is None else logsumexp.reshape(-1)[rows],
+            q_kind=q_kind, kv_kind=kv_kind, mask_kind=mask_kind, scale=scale, softcap=softcap,
+            window_left=left, window_right=right, q_offset=max(-FAR, min(FAR, q_offset)),
+            q_offsets=None if q_offsets is None else q_offsets[batch],
+            kv_lens=None if kv_lens is None else kv_lens[batch],
+            slopes=alibi_slopes if alibi_slopes is None or len(alibi_slopes) == 1 else alibi_slopes[batch],
+            sinks=sinks, dropout_p=dropout_p, seed=seed, batch_offset=batch_offset, num_threads=num_threads,
         )
     if not (return_weights or return_logsumexp):
         return out
@@ -310,12 +311,10 @@ def scaled_dot_product_attention(
     return tuple(results)
 
 
-def _four_axes(array, kind, leading, one_head):
-    """A view of `array` as (*leading, heads, seq, dim), broadcast, in the dtype its kind travels in; None for None."""
+def _four_axes(array, leading, one_head):
+    """A view of `array` as (*leading, heads, seq, dim), broadcast; None for None."""
     if array is None:
         return None
-    if kind in CARRIERS:
-        array = array.view(CARRIERS[kind])
     if one_head:
         array = array[..., None, :, :]
     if not leading:

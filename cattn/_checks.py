@@ -13,10 +13,8 @@ import warnings
 
 import numpy as np
 
-F32, F64, F16, BF16, BOOL = range(5)  # as in _kernels/tensor.pxi
-_KINDS = {np.dtype(np.float32): F32, np.dtype(np.float64): F64, np.dtype(np.float16): F16}
-# The buffer protocol has no name for bfloat16 and Cython none for float16: they travel as uint16, bools as uint8.
-CARRIERS = {F16: np.uint16, BF16: np.uint16, BOOL: np.uint8}
+F32, F64, F16, BF16, BOOL = range(5)  # as in _kernels/base/tensor.pxi
+KINDS = {np.dtype(np.float32): F32, np.dtype(np.float64): F64, np.dtype(np.float16): F16}
 UNBOUNDED = -1
 FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64
 _MAX_HEAD_DIM = 2**31 - 1
@@ -266,7 +264,7 @@ def check_dtype(dtype, names=None):
 
 def check_kind(name, array, given=None):
     """The number of its dtype; `given`, what the array was made of, tells how to cast it."""
-    kind = _KINDS.get(array.dtype)
+    kind = KINDS.get(array.dtype)
     if kind is None:
         if not _is_bfloat16(array.dtype):
             cure = ""
@@ -277,7 +275,7 @@ def check_kind(name, array, given=None):
                 cure = "; tokens are looked up in an embedding first"
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16 in native byte order, "
                             f"got dtype {array.dtype}{cure}")
-        kind = _KINDS[array.dtype] = BF16
+        kind = KINDS[array.dtype] = BF16
     return kind
 
 
@@ -295,16 +293,6 @@ def check_kinds(query, key, value, given):
         raise TypeError(f"key: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 query), "
                         f"got {key.dtype}; {cast_cure('key', given[1], 'query.dtype')} casts")
     return q_kind, kv_kind
-
-
-def carried(array, kind):
-    """`array` in the dtype in which its kind travels, with axes of length 1 in front where it has less than 4; None for
-    None."""
-    if array is None:
-        return None
-    if kind in CARRIERS:
-        array = array.view(CARRIERS[kind])
-    return array[(None,) * (4 - array.ndim)]
 
 
 # Attention.
@@ -425,7 +413,7 @@ def check_mask(attn_mask, given, shape, leading):
         raise TypeError(f"attn_mask: expected an array, got {given}; for the causal mask: is_causal={given}")
     if attn_mask.dtype == bool:
         kind = BOOL
-    elif attn_mask.dtype in _KINDS or _is_bfloat16(attn_mask.dtype):
+    elif attn_mask.dtype in KINDS or _is_bfloat16(attn_mask.dtype):
         kind = check_kind("attn_mask", attn_mask)
     else:
         cure = ""

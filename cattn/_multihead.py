@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference
 from cattn._attention import scaled_dot_product_attention
-from cattn._checks import F64, carried, check_kind
+from cattn._checks import F64, check_kind
 from cattn._threads import checked
 
 __all__ = ["MultiHeadAttention"]
@@ -166,17 +166,17 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         )
 
     def _project(self, query, key, value, weight, bias, num_threads):
+        # What is the same array is projected in one go, and the heads of the result are told apart.
         if value is not key:
             return super()._project(query, key, value, weight, bias, num_threads)
-
-        def project(x, rows):
-            return self._linear(x, weight[rows], None if bias is None else bias[rows], num_threads)
-
-        q_rows, k_rows, v_rows = self._rows()
-        if key is not query:
-            return project(query, q_rows), *np.split(project(key, slice(k_rows.start, None)), 2, axis=-1)
-        qkv = project(query, slice(None))
-        return qkv[..., q_rows], qkv[..., k_rows], qkv[..., v_rows]
+        if key is query:
+            heads = self._split_heads(self._linear(query, weight, bias, num_threads))
+            q, kv = heads[:, : self.num_heads], heads[:, self.num_heads :]
+        else:
+            q_rows, kv_rows = slice(self.embed_dim), slice(self.embed_dim, None)
+            q, kv = (self._split_heads(self._linear(x, weight[rows], None if bias is None else bias[rows], num_threads))
+                     for x, rows in ((query, q_rows), (key, kv_rows)))
+        return q, kv[:, : self.num_kv_heads], kv[:, self.num_kv_heads :]
 
     def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
         # The heads are written side by side, so that the output projection reads contiguous memory.
@@ -192,6 +192,5 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
         kind = check_kind("x", x)
         module = _kernels.f64() if kind == F64 else _kernels.f32
-        module.linear(carried(x, kind), carried(weight, kind), carried(bias, kind), carried(out, kind), kind, kind,
-                      0 if num_threads is None else checked(num_threads))
+        module.linear(x, weight, bias, out, kind, kind, 0 if num_threads is None else checked(num_threads))
         return out

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cattn import _kernels, reference
-from cattn._checks import carried, check_dtype, check_kind, check_out, check_table
+from cattn._checks import check_dtype, check_kind, check_out, check_table
 from cattn.reference import relative_shift
 
 __all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]
@@ -97,7 +97,7 @@ def sinusoidal_encoding(
         with np.errstate(all="ignore"):  # a long double may be too small for a double
             positions = positions.astype(np.float64, copy=False)
     kind = check_kind("out", target)
-    _kernels.f32.sinusoid(carried(target, kind), kind, offset, positions, float(base), layout, endpoint)
+    _kernels.f32.sinusoid(target, kind, offset, positions, float(base), layout, endpoint)
     return out
 
 

@@ -434,39 +434,103 @@ def test_out(isa, layout, dtype, kv_dtype):
 
 
 def short_way(monkeypatch):
-    """The list that gets, for each call from now on that could be plain, whether it was."""
-    taken, attend_plain = [], cattn._kernels.f32.attend_plain
+    """The list that gets, for each call from now on that the door offers to the short way, whether that took it."""
+    taken, attend_short = [], cattn._kernels.f32.attend_short
 
     def watched(*arguments):
-        result = attend_plain(*arguments)
+        result = attend_short(*arguments)
         taken.append(result is not None)
         return result
 
-    monkeypatch.setattr(cattn._kernels, "f32", SimpleNamespace(attend=cattn._kernels.f32.attend, attend_plain=watched))
+    monkeypatch.setattr(cattn._kernels, "f32", SimpleNamespace(attend=cattn._kernels.f32.attend, attend_short=watched))
     return taken
 
 
+def lengths(*numbers, dtype=np.int64):
+    """For batches of 3, every second number of an array."""
+    return np.repeat(np.array(numbers, dtype), 2)[::2]
+
+
+SHORT = {
+    "plain": {},
+    "causal": {"is_causal": True, "q_offset": 0},
+    "scale": {"scale": 0.3},
+    "offset": {"is_causal": True, "q_offset": 7},
+    "negative offset": {"is_causal": True, "q_offset": -3},
+    "enable_gqa": {"enable_gqa": True},
+    "offsets": {"is_causal": True, "q_offset": lengths(0, -5, 40)},
+    "offsets of 32 bits": {"is_causal": True, "q_offset": lengths(12, 2, 1, dtype=np.int32)},
+    "kv_lens": {"kv_lens": lengths(1, 0, 1)},
+    "kv_lens of 32 bits": {"kv_lens": lengths(1, 1, 0, dtype=np.int32)},
+    "one of kv_lens for all": {"kv_lens": 1},
+    "window": {"window": (2, 0)},
+    "windows without bounds": {"window": (None, -1)},
+    "left window": {"window": (5, None)},
+    "logsumexp": {"return_logsumexp": True},
+    "all": {"is_causal": True, "q_offset": lengths(20, 0, 9), "kv_lens": lengths(1, 0, 1), "window": (3, 5),
+            "return_logsumexp": True, "scale": 2.0},
+}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [
-    {}, {"is_causal": True, "q_offset": 0}, {"scale": 0.3}, {"is_causal": True, "q_offset": 7},
-    {"is_causal": True, "q_offset": -3}, {"enable_gqa": True},
-], ids=str)
-def test_the_short_way_and_the_long_way(isa, monkeypatch, options, layout):
+@pytest.mark.parametrize("options", SHORT.values(), ids=SHORT)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [pair for pair in DTYPES if pair[0] != F64], ids=str)
+def test_the_short_way_and_the_long_way(isa, monkeypatch, options, layout, dtype, kv_dtype):
     """To the same bits, into the caller's array or a new one."""
     taken = short_way(monkeypatch)
-    for leading, sizes in [(2, (37, 50, 24, 40)), (1, (1, 300, 64)), (3, (1, 1, 1))]:
-        arrays = problem(*sizes, leading=(leading,), num_heads=4, num_kv_heads=2)
+    for batch, sizes in [(2, (37, 50, 24, 40)), (1, (1, 300, 64)), (3, (1, 1, 1))]:
+        arrays = problem(*sizes, leading=(batch,), num_heads=4, num_kv_heads=2, dtype=dtype, kv_dtype=kv_dtype)
         query, key, value = map(LAYOUTS[layout], arrays)
-        expected = attention(query, key, value, softcap=0, **options)  # an int, which no plain call has
-        assert taken == []
-        out = np.empty(expected.shape, F32)
-        heads_last = np.empty(expected.swapaxes(1, 2).shape, F32).swapaxes(1, 2)
-        assert attention(query, key, value, out=out, **options) is out
-        assert attention(query, key, value, out=heads_last, **options) is heads_last
-        for result in attention(query, key, value, **options), out, heads_last:
+        own = {name: option[:batch] if isinstance(option, np.ndarray) else option for name, option in options.items()}
+        expected = attention(query, key, value, softcap=0, **own)  # an int, which the short way does not take
+        taken.clear()
+        out = np.empty(query.shape[:-1] + value.shape[-1:], dtype)
+        heads_last = np.empty(out.swapaxes(1, 2).shape, dtype).swapaxes(1, 2)
+        assert_same_bits(attention(query, key, value, **own), expected)
+        for target in out, heads_last:
+            result = attention(query, key, value, out=target, **own)
+            assert (result[0] if "return_logsumexp" in own else result) is target
             assert_same_bits(result, expected)
         assert taken == [True] * 3
-        taken.clear()
+
+
+def test_no_option_is_lost_on_the_short_way(monkeypatch):
+    """Whatever an argument is but its default, the short way gets it or is not asked."""
+    one = np.ones(1)
+    others = {
+        "attn_mask": one, "dropout_p": 0.5, "is_causal": True, "scale": 2.0, "enable_gqa": 1, "q_offset": 1,
+        "window": (1, 1), "softcap": 1.0, "alibi_slopes": one, "sinks": one, "kv_lens": 1, "return_weights": True,
+        "return_logsumexp": True, "out": one, "num_threads": 2, "seed": 0,
+    }
+    parameters = inspect.signature(attention).parameters
+    arrays = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    assert others.keys() == parameters.keys() - set(arrays)  # a new argument needs a value here
+    taken_arguments = list(inspect.signature(cattn._kernels.f32.attend_short).parameters)
+    asked = []
+
+    class NotThisWayError(Exception):
+        """In place of the long way."""
+
+    def no_array(name, x):
+        raise NotThisWayError
+
+    kernels = SimpleNamespace(attend_short=lambda *arguments: asked.append(arguments) or "what it returns")
+    monkeypatch.setattr(cattn._kernels, "f32", kernels)
+    monkeypatch.setattr("cattn._attention.as_array", no_array)
+    for name, value in [(None, None), *others.items()]:
+        asked.clear()
+        options = {name: value} if name else {}
+        if name is None or name in taken_arguments:
+            assert attention(*arrays, **options) == "what it returns"
+            (arguments,) = asked
+            got = dict(zip(taken_arguments, arguments, strict=True))
+            expected = {name: parameter.default for name, parameter in parameters.items() if name in taken_arguments}
+            expected |= dict(zip(arrays, arrays, strict=True)) | {"num_threads": 0, "kinds": got["kinds"]} | options
+            assert got == expected
+        else:
+            with pytest.raises(NotThisWayError):
+                attention(*arrays, **options)
+            assert asked == []
 
 
 def test_the_short_way_when_causal_without_an_offset(monkeypatch):
@@ -475,25 +539,44 @@ def test_the_short_way_when_causal_without_an_offset(monkeypatch):
     for seq_len_q, seq_len_kv in [(1, 1), (5, 5), (9, 4)]:
         arrays = problem(seq_len_q, seq_len_kv, 8, num_heads=4, num_kv_heads=2)
         assert_same_bits(attention(*arrays, is_causal=True), attention(*arrays, is_causal=np.True_, q_offset=0))
-        assert taken == [True]
+        assert taken == [True, False]
         taken.clear()
 
 
 def test_what_the_short_way_leaves_alone(monkeypatch):
     taken = short_way(monkeypatch)
     x = normal(2, 3, 5, 8)
-    masked, wide = np.ma.array(x), x.astype(F64)
+    masked, wide, half = np.ma.array(x), x.astype(F64), x.astype(F16)
+    far = np.array([0, 2**61])
     for arrays, options in [
         ((x[0],) * 3, {}), ((x[:1], x, x), {}), ((x, x[:, :1], x), {}), ((x, x[..., :0, :], x[..., :0, :]), {}),
         ((masked,) * 3, {}), ((wide,) * 3, {}), ((x.tolist(),) * 3, {}), ((x,) * 3, {"scale": np.float64(2)}),
         ((x,) * 3, {"scale": 0.0}), ((x,) * 3, {"out": np.empty((*x.shape, 2), F32)[..., 0]}),
-        ((x,) * 3, {"out": np.empty_like(x)[::-1]}), ((x[..., :0, :], x, x), {}),
+        ((x,) * 3, {"out": np.empty_like(x)[::-1]}), ((x[..., :0, :], x, x), {}), ((x[None],) * 3, {}),
+        ((half, x, x), {}), ((x, half, x), {}), ((x, wide, wide), {}), ((half, *(x.astype(BFLOAT16),) * 2), {}),
+        ((x.astype(int),) * 3, {}), ((x.astype(bool),) * 3, {}), ((half,) * 3, {"out": np.empty_like(x)}),
+        ((x,) * 3, {"out": x}), ((half,) * 3, {"out": half}),
+        *(((x,) * 3, options) for options in (
+            {"is_causal": 1}, {"is_causal": np.False_}, {"return_logsumexp": 1},
+            {"kv_lens": -1}, {"kv_lens": 6}, {"kv_lens": np.array([5, 6])}, {"kv_lens": np.array([-1, 0])},
+            {"kv_lens": np.array(5)}, {"kv_lens": np.array([5])}, {"kv_lens": [5, 5]},
+            {"kv_lens": np.array([5.0, 5.0])}, {"kv_lens": True},
+            {"kv_lens": np.array([[5], [5]])}, {"kv_lens": np.array([5, 5], ">i8")},
+            {"kv_lens": np.array([5, 5], np.uint64)}, {"q_offset": 2**61}, {"q_offset": -(2**70)}, {"q_offset": far},
+            {"q_offset": -far}, {"q_offset": 1.0}, {"q_offset": np.int64(1)}, {"window": 3}, {"window": [1, 1]},
+            {"window": (1, 1, 1)}, {"window": (-2, 1)}, {"window": (1, 2**61)}, {"window": (1.0, 1)},
+            {"window": (True, 1)}, {"window": (np.int64(1), 1)},
+        )),
     ]:
         with contextlib.suppress(ValueError, TypeError):
             attention(*arrays, **options)
         assert taken == [False], (arrays, options)
         taken.clear()
-    for options in ({"enable_gqa": 1}, {"is_causal": 1}, {"is_causal": np.False_}, {"return_weights": 0}):
+    many = np.ones((65, 1, 1, 1), F32)
+    assert_same_bits(attention(many, many, many, kv_lens=np.ones(65, np.int64)), many)
+    assert taken == [False]
+    taken.clear()
+    for options in ({"enable_gqa": 1}, {"return_weights": 0}):
         with contextlib.suppress(TypeError):
             attention(x, x, x, **options)
         assert taken == [], options

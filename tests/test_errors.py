@@ -472,7 +472,7 @@ def test_other_forms_of_an_option(which, library):
 
 def test_softcap_of_none_takes_the_short_way(monkeypatch):
     entered = []
-    kernels = SimpleNamespace(attend_plain=lambda *args: entered.append(args) or "what it returns")
+    kernels = SimpleNamespace(attend_short=lambda *args: entered.append(args) or "what it returns")
     monkeypatch.setattr(cattn._kernels, "f32", kernels)
     assert [call(**options) for options in ({}, {"softcap": 0.0}, {"softcap": None})] == ["what it returns"] * 3
     assert len(entered) == 3
@@ -491,7 +491,8 @@ def test_result_beyond_memory(shape, seq_len_kv, return_weights):
 def test_failing_call_reads_nothing(monkeypatch):
     """The kernel is not entered; the short way lets no bad call in."""
     entered = []
-    kernels = SimpleNamespace(attend=lambda *args: entered.append(args), attend_plain=cattn._kernels.f32.attend_plain)
+    attend_short = cattn._kernels.f32.attend_short
+    kernels = SimpleNamespace(attend=lambda **options: entered.append(options), attend_short=attend_short)
     monkeypatch.setattr(cattn._kernels, "f32", kernels)
     call(softcap=1.0)
     assert len(entered) == 1

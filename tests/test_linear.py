@@ -8,7 +8,7 @@ from problems import BFLOAT16, FLOATS, LAYOUTS, assert_same_bits, normal
 from tolerance import HALF_ULP
 
 from cattn import _kernels
-from cattn._checks import carried, check_kind
+from cattn._checks import check_kind
 
 # On both sides of every edge: 1, 2, 4 and 8 rows are few; vectors and panels of them; blocks of 192. Features: tasks of
 # 48, vectors. Dimensions: vectors, blocks of 128.
@@ -23,8 +23,7 @@ def linear(x, weight, bias=None, *, num_threads=0, out=None):
     if out is None:
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
     module = _kernels.f64() if x.dtype == np.float64 else _kernels.f32
-    module.linear(carried(x, kind), carried(weight, weight_kind), carried(bias, kind), carried(out, kind), kind,
-                  weight_kind, num_threads)
+    module.linear(x, weight, bias, out, kind, weight_kind, num_threads)
     return out
 
 

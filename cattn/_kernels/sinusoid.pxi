@@ -262,8 +262,8 @@ cdef void fill_ranges(const void* what, char* scratch) noexcept nogil:
 
 
 def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, double base, layout, bint endpoint):
-    """table (OUT; (1, 1, length, dim), any strides, of this kind; 16-bit floats as uint16): row r is the encoding of
-    positions[r] or, without them, of offset + r. cattn/_positional.py has checked the arguments."""
+    """table (OUT; (length, dim), any strides, of this kind): row r is the encoding of positions[r] or, without them, of
+    offset + r. cattn/_positional.py has checked the arguments."""
     cdef Encoding e
     cdef Call call
     cdef double flops

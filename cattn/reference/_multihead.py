@@ -136,8 +136,7 @@ class MultiHeadAttention:
             kv_lens = kv_lens if type(kv_lens) is int else as_array("kv_lens", kv_lens)
         in_weight, in_bias, out_weight, out_bias = self._own_parameters().values()
 
-        projected = self._project(query, key, value, in_weight, in_bias, num_threads)
-        q, k, v = (self._split_heads(x) for x in projected)
+        q, k, v = self._project(query, key, value, in_weight, in_bias, num_threads)
         heads, weights = self._attend(q, k, v, attn_mask, return_weights, num_threads, is_causal=is_causal,
                                       kv_lens=kv_lens, dropout_p=dropout_p, **options)
         out = self._linear(heads, out_weight, out_bias, num_threads)
@@ -148,8 +147,8 @@ class MultiHeadAttention:
     # The steps that cattn.MultiHeadAttention does in its own way.
 
     def _project(self, query, key, value, weight, bias, num_threads):
-        """(..., seq, input_dim) each to (..., seq, heads * head_dim) each."""
-        return [self._linear(x, weight[rows], None if bias is None else bias[rows], num_threads)
+        """(batch, seq, input_dim) each, batch optional, to (batch, heads, seq, head_dim) each."""
+        return [self._split_heads(self._linear(x, weight[rows], None if bias is None else bias[rows], num_threads))
                 for x, rows in zip((query, key, value), self._rows(), strict=True)]
 
     def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
@@ -190,11 +189,12 @@ class MultiHeadAttention:
         """{parameter: a view that nobody else holds}, for one call: another thread may assign them meanwhile."""
         own, dtype = {}, self.dtype
         for name, shape in self._shapes().items():
-            array = own[name] = getattr(self, name)
+            array = getattr(self, name)
             if array is not None:
-                view = own[name] = array[...]
-                if not (view.shape == shape and view.dtype == dtype and view.flags.carray):  # rarely
-                    own[name] = check_parameter(name, view, shape, dtype)
+                array = array[...]
+                if not (array.shape == shape and array.dtype == dtype and array.flags.carray):  # rarely
+                    array = check_parameter(name, array, shape, dtype)
+            own[name] = array
         return own
 
     def _split_heads(self, x):

@@ -1,24 +1,31 @@
-# The entries of attention from Python. cattn/_attention.py has checked and normalised every argument: 4 axes (batch,
-# heads, seq, dim) by strides, equal batch, window and lengths in range.
+# The entries of attention from Python. `attend` takes what cattn/_attention.py has checked and normalised: 4 axes
+# (batch, heads, seq, dim) by strides, equal batch, window and lengths in range. `attend_short` checks by itself, in C:
+# small calls take less time than their checks in Python would.
 
 # In C variables: as names they were looked up eight times in a tiny call, 8 % of it.
 cdef object REAL = dtype("float64" if IS_DOUBLE else "float32")
+cdef object INT64 = dtype("int64")
+cdef object INT32 = dtype("int32")
 cdef object NDARRAY = ndarray
 cdef object EMPTY = empty
 
+cdef enum:
+    FEW_BATCH_ROWS = 64  # whose lengths fit a small array; the checks in Python are nothing beside more rows
+    # Offsets and windows beyond any key, FAR in cattn/_checks.py: sums of three of them still fit an int64.
+    FAR_LOG2 = 60
+
 
 cdef int describe_inputs(Problem* p, query, key, value, Kind q_kind, Kind kv_kind) except -1:
-    """q, k, v and the sizes of p (OUT)."""
-    describe(&p.q, query, q_kind)
-    describe(&p.k, key, kv_kind)
-    describe(&p.v, value, kv_kind)
+    """q, k, v and the sizes of p (OUT); the axes of all three together."""
+    cdef int num_axes = (
+        describe(&p.q, query, q_kind) + describe(&p.k, key, kv_kind) + describe(&p.v, value, kv_kind))
     p.batch_size, p.seq_len_q, p.head_dim = p.q.length[0], p.q.length[2], p.q.length[3]
     p.num_kv_heads, p.seq_len_kv, p.head_dim_v = p.k.length[1], p.k.length[2], p.v.length[3]
     p.group_size = p.q.length[1] // max(1, p.num_kv_heads)
-    return 0
+    return num_axes
 
 
-def attend(query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow_weights, real[::1] logsumexp,
+def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow_weights, real[::1] logsumexp,
            Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap, Py_ssize_t window_left,
            Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
            const real[:, ::1] slopes, const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
@@ -26,20 +33,27 @@ def attend(query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow
     """out, weights, these again in 16 bits, and logsumexp (OUT; flat, contiguous) of one attention problem; None: not
     given."""
     cdef Problem p
+    memset(&p, 0, sizeof(p))
     describe_inputs(&p, query, key, value, q_kind, kv_kind)
     describe(&p.out, out, q_kind)
-    p.mask.data = NULL
     if mask is not None:
         describe(&p.mask, mask, mask_kind)
-    p.weights = &weights[0] if weights is not None else NULL
-    p.narrow_weights = &narrow_weights[0] if narrow_weights is not None else NULL
-    p.logsumexp = &logsumexp[0] if logsumexp is not None else NULL
-    p.sinks = &sinks[0] if sinks is not None else NULL
-    p.slopes = &slopes[0, 0] if slopes is not None else NULL
-    p.slopes_stride = p.group_size * p.num_kv_heads if slopes is not None and slopes.shape[0] > 1 else 0
+    if weights is not None:
+        p.weights = &weights[0]
+    if narrow_weights is not None:
+        p.narrow_weights = &narrow_weights[0]
+    if logsumexp is not None:
+        p.logsumexp = &logsumexp[0]
+    if sinks is not None:
+        p.sinks = &sinks[0]
+    if slopes is not None:
+        p.slopes = &slopes[0, 0]
+        p.slopes_stride = slopes.shape[1] if slopes.shape[0] > 1 else 0
+    if q_offsets is not None:
+        p.q_offsets = &q_offsets[0]
+    if kv_lens is not None:
+        p.kv_lens = &kv_lens[0]
     p.q_offset = q_offset
-    p.q_offsets = &q_offsets[0] if q_offsets is not None else NULL
-    p.kv_lens = &kv_lens[0] if kv_lens is not None else NULL
     p.window_left, p.window_right = window_left, window_right
     p.softcap = <real> softcap
     choose_units(&p, scale)
@@ -51,7 +65,7 @@ def attend(query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow
     run(&p, num_threads)
 
 
-cdef bint is_plain(const Problem* p) noexcept:
+cdef bint sizes_fit(const Problem* p) noexcept:
     """True when the shapes fit together, no axis is empty, and no size is where it may be out of the door's ranges."""
     cdef const Py_ssize_t* q = p.q.length
     cdef const Py_ssize_t* k = p.k.length
@@ -72,12 +86,12 @@ cdef bint lies_apart(const Problem* p) noexcept:
     cdef int inner = 2 if out.stride[2] <= out.stride[1] else 1
     cdef int outer = 3 - inner, axis, i
     inputs[0], inputs[1], inputs[2] = &p.q, &p.k, &p.v
-    if not (out.stride[3] == sizeof(real) and out.stride[inner] >= out.length[3] * out.stride[3]
+    if not (out.stride[3] == size_of(out.kind) and out.stride[inner] >= out.length[3] * out.stride[3]
             and out.stride[outer] >= out.length[inner] * out.stride[inner]
             and out.stride[0] >= out.length[outer] * out.stride[outer]):
         return False
     for i in range(3):
-        start, end = inputs[i].data, inputs[i].data + sizeof(real)
+        start, end = inputs[i].data, inputs[i].data + size_of(inputs[i].kind)
         for axis in range(4):
             start += min(0, inputs[i].stride[axis] * (inputs[i].length[axis] - 1))
             end += max(0, inputs[i].stride[axis] * (inputs[i].length[axis] - 1))
@@ -91,37 +105,131 @@ cdef bint has_lengths(const Tensor* t, const Py_ssize_t* length) noexcept:
             and t.length[3] == length[3])
 
 
-def attend_plain(query, key, value, out, bint is_causal, scale, q_offset, Py_ssize_t num_threads):
-    """The short way of the plain call: arrays of this module's `real`, 4 axes, equal batches, no option but these.
-    Returns `out` (OUT), a new array where it is None; returns None, with nothing written, for anything else: the door
-    then finds out what it is."""
+cdef Py_ssize_t index_of(number) except? -1:
+    """An exact int as such; an OverflowError beyond +-2**FAR_LOG2."""
+    cdef Py_ssize_t index = number
+    if not -(1LL << FAR_LOG2) <= index <= 1LL << FAR_LOG2:
+        raise OverflowError
+    return index
+
+
+cdef bint read_lengths(int64_t* lengths, given, Py_ssize_t n, int64_t low, int64_t high) except -1:
+    """lengths[n] (OUT) = an int, or an array of one 64- or 32-bit int for each batch row: copies, which nobody changes
+    after they were looked at. False where it is anything else, or one is not within low..high."""
+    cdef Py_buffer view
+    cdef Py_ssize_t i
+    cdef int single
+    cdef bint wide, fits
+    if n > FEW_BATCH_ROWS:
+        return False
+    if type(given) is int:
+        lengths[0] = index_of(given)
+        for i in range(1, n):
+            lengths[i] = lengths[0]
+    else:
+        if type(given) is not NDARRAY:
+            return False
+        wide = given.dtype is INT64
+        if not wide and given.dtype is not INT32:
+            return False
+        PyObject_GetBuffer(given, &view, PyBUF_STRIDES)
+        fits = view.ndim == 1 and view.shape[0] == n and view.itemsize == (8 if wide else 4)
+        for i in range(n if fits else 0):
+            if wide:
+                memcpy(&lengths[i], <char*> view.buf + i * view.strides[0], 8)
+            else:
+                memcpy(&single, <char*> view.buf + i * view.strides[0], 4)
+                lengths[i] = single
+        PyBuffer_Release(&view)
+        if not fits:
+            return False
+    for i in range(n):
+        if not low <= lengths[i] <= high:
+            return False
+    return True
+
+
+cdef bint read_window(Problem* p, window) except -1:
+    """The window of p (OUT). False where it is no tuple of two ints from -1 on, or None."""
+    if type(window) is not tuple or len(window) != 2:
+        return False
+    left, right = window
+    if not (left is None or type(left) is int) or not (right is None or type(right) is int):
+        return False
+    p.window_left = -1 if left is None else index_of(left)
+    p.window_right = -1 if right is None else index_of(right)
+    return min(p.window_left, p.window_right) >= -1
+
+
+cdef Kind kind_of(array, dict kinds) except? BOOL:
+    """Its number in `kinds`, which are cattn/_checks.py's; BOOL: none that attention computes with."""
+    array_dtype = array.dtype
+    if array_dtype is REAL:
+        return real_kind()
+    kind = kinds.get(array_dtype)
+    return BOOL if kind is None else kind
+
+
+def attend_short(query, key, value, is_causal, scale, q_offset, window, kv_lens, return_logsumexp, out,
+                 Py_ssize_t num_threads, dict kinds):
+    """The short way: what the door returns, for the options that stand here and no other, where all is as plain as it
+    mostly is: arrays of 4 axes with equal batches, out apart from them, numbers of Python's own types. Returns None,
+    with nothing written, for anything else: the door then finds out what it is, an error or just not plain. So each
+    rule of the door's that stands here once more may be stricter, never laxer."""
     cdef Problem p
     cdef Py_ssize_t length[4]
-    if (type(query) is not NDARRAY or type(key) is not NDARRAY or type(value) is not NDARRAY
-            or query.dtype is not REAL or key.dtype is not REAL or value.dtype is not REAL):
+    cdef int64_t offsets[FEW_BATCH_ROWS]
+    cdef int64_t lens[FEW_BATCH_ROWS]
+    cdef Kind q_kind, kv_kind
+    if type(query) is not NDARRAY or type(key) is not NDARRAY or type(value) is not NDARRAY:
         return None
-    memset(&p, 0, sizeof(p))
-    try:
-        describe_inputs(&p, query, key, value, real_kind(), real_kind())
-        if out is not None:
-            if type(out) is not NDARRAY or out.dtype is not REAL or not out.flags.writeable:
-                return None
-            describe(&p.out, out, real_kind())
-    except ValueError:  # another number of axes
+    q_kind, kv_kind = kind_of(query, kinds), kind_of(key, kinds)
+    if (kind_of(value, kinds) != kv_kind or (q_kind == F64) != IS_DOUBLE
+            or (q_kind != kv_kind and (q_kind != F32 or kv_kind == F64)) or kv_kind == BOOL):
         return None
-    if not is_plain(&p) or (q_offset is None and is_causal and p.seq_len_q < p.seq_len_kv):  # of which the door warns
+    if (is_causal is not True and is_causal is not False) or (
+            return_logsumexp is not True and return_logsumexp is not False):
         return None
     if scale is not None and not (type(scale) is float and 1e-30 < scale < 1e30):
         return None
+    memset(&p, 0, sizeof(p))
+    p.window_left = p.window_right = -1
+    try:
+        if describe_inputs(&p, query, key, value, q_kind, kv_kind) != 12 or not sizes_fit(&p):
+            return None
+        if window is not None and not read_window(&p, window):
+            return None
+        if kv_lens is not None:
+            if not read_lengths(lens, kv_lens, p.batch_size, 0, p.seq_len_kv):
+                return None
+            p.kv_lens = lens
+        if q_offset is None:
+            if is_causal and p.seq_len_q < p.seq_len_kv:  # of which the door warns
+                return None
+        elif type(q_offset) is int:
+            p.q_offset = index_of(q_offset)
+        else:
+            if not read_lengths(offsets, q_offset, p.batch_size, -(1LL << FAR_LOG2), 1LL << FAR_LOG2):
+                return None
+            p.q_offsets = offsets
+        if out is not None:
+            if type(out) is not NDARRAY or kind_of(out, kinds) != q_kind or not out.flags.writeable:
+                return None
+            describe(&p.out, out, q_kind)
+    except (ValueError, OverflowError):  # more than 4 axes; an int that is far away
+        return None
+    if is_causal:
+        p.window_right = 0
     choose_units(&p, scale)
     length[:] = [p.batch_size, p.q.length[1], p.seq_len_q, p.head_dim_v]
     if out is None:
-        out = EMPTY((length[0], length[1], length[2], length[3]), REAL)
-        describe_new(&p.out, out, length)
+        out = EMPTY((length[0], length[1], length[2], length[3]), query.dtype)
+        describe_new(&p.out, out, q_kind, length)
     elif not has_lengths(&p.out, length) or not lies_apart(&p):
         return None
-    p.window_left, p.window_right = -1, 0 if is_causal else -1
-    p.q_offset = 0 if q_offset is None else q_offset
+    if return_logsumexp:
+        logsumexp = EMPTY((length[0], length[1], length[2]), REAL)
+        p.logsumexp = <real*> data_of(logsumexp)
     p.keep_scale = 1.0
     run(&p, num_threads)
-    return out
+    return (out, logsumexp) if return_logsumexp else out

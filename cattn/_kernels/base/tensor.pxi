@@ -118,46 +118,51 @@ cdef void transpose(real* out, Py_ssize_t out_stride, const real* a, Py_ssize_t 
         r += 1
 
 
+cdef inline bint is_of_kind(const Py_buffer* view, Kind kind) noexcept:
+    """By the letter of the format, behind the sign that NumPy gives native numbers at odd addresses."""
+    cdef const char* format = view.format
+    if kind == BF16:
+        return view.itemsize == 2
+    format += format[0] == c"="
+    return format[1] == 0 and format[0] == (
+        c"f" if kind == F32 else c"d" if kind == F64 else c"e" if kind == F16 else c"?")
+
+
 cdef int describe(Tensor* t, array, Kind kind) except -1:
-    """t (OUT) = where the array's numbers are. The caller's reference keeps them there: numpy resizes no array that
-    is referenced. 16-bit floats arrive as uint16, bools as uint8, since buffers have no name for them."""
-    cdef const float[:, :, :, :] f32
-    cdef const double[:, :, :, :] f64
-    cdef const uint16_t[:, :, :, :] half
-    cdef const uint8_t[:, :, :, :] flags
-    cdef int axis
-    t.kind = kind
-    if kind == F32:
-        f32 = array
-        t.data = <char*> &f32[0, 0, 0, 0]
-        for axis in range(4):
-            t.length[axis], t.stride[axis] = f32.shape[axis], f32.strides[axis]
-    elif kind == F64:
-        f64 = array
-        t.data = <char*> &f64[0, 0, 0, 0]
-        for axis in range(4):
-            t.length[axis], t.stride[axis] = f64.shape[axis], f64.strides[axis]
-    elif kind == BOOL:
-        flags = array
-        t.data = <char*> &flags[0, 0, 0, 0]
-        for axis in range(4):
-            t.length[axis], t.stride[axis] = flags.shape[axis], flags.strides[axis]
-    else:
-        half = array
-        t.data = <char*> &half[0, 0, 0, 0]
-        for axis in range(4):
-            t.length[axis], t.stride[axis] = half.shape[axis], half.strides[axis]
-    return 0
-
-
-cdef int describe_new(Tensor* t, array, const Py_ssize_t* length) except -1:
-    """describe() of a new contiguous array of `real`, by its bytes alone: takes 8 % of a tiny call less."""
+    """t (OUT) = where the array's numbers are, and how many axes it has; those that it lacks, of 4, come first and have
+    length 1. The caller's reference keeps the numbers there: numpy resizes no array that is referenced. The buffer of
+    bfloat16 is asked for without a format, which has no name for it. Typed memoryviews of query, key, value took 0.6 us
+    more, of 2.2 (Xeon)."""
     cdef Py_buffer view
-    cdef int axis = 4
-    cdef Py_ssize_t stride = sizeof(real)
-    PyObject_GetBuffer(array, &view, PyBUF_WRITABLE)
-    t.kind, t.data = real_kind(), <char*> view.buf
+    cdef int axis = 4, num_axes, own
+    cdef bint fits
+    PyObject_GetBuffer(array, &view, PyBUF_STRIDES if kind == BF16 else PyBUF_RECORDS_RO)
+    fits = view.ndim <= 4 and is_of_kind(&view, kind)
+    t.data, t.kind, num_axes = <char*> view.buf, kind, view.ndim
+    own = num_axes if fits else 0
+    while axis:
+        axis, own = axis - 1, own - 1
+        t.length[axis] = view.shape[own] if own >= 0 else 1
+        t.stride[axis] = view.strides[own] if own >= 0 else 0
     PyBuffer_Release(&view)
+    if not fits:
+        raise ValueError(f"expected at most 4 axes of kind {kind}, got {num_axes} of dtype {array.dtype}")
+    return num_axes
+
+
+cdef char* data_of(array) except NULL:
+    """Where the bytes of a new, contiguous array are."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_WRITABLE)
+    PyBuffer_Release(&view)
+    return <char*> view.buf
+
+
+cdef int describe_new(Tensor* t, array, Kind kind, const Py_ssize_t* length) except -1:
+    """describe() of a new contiguous array, by its bytes alone: takes 8 % of a tiny call less."""
+    cdef int axis = 4
+    cdef Py_ssize_t stride = size_of(kind)
+    t.kind, t.data = kind, data_of(array)
     while axis:
         axis -= 1
         t.length[axis], t.stride[axis] = length[axis], stride
