@@ -165,6 +165,31 @@ print(len(os.listdir("/proc/self/task")) - before, results)
     assert limited.split(" ", 1)[1] == free.split(" ", 1)[1]
 
 
+def test_teams_that_openmp_makes_smaller(openmp_libraries):
+    """OMP_DYNAMIC: a region may get fewer threads than it asks for, here the number of CPUs at most."""
+    done = in_new_process("""
+import os
+import numpy as np
+import cattn
+many = 4 * os.cpu_count()
+x = np.random.default_rng(0).standard_normal((2, 170, 64), np.float32)
+layer = cattn.MultiHeadAttention(64, 4, input_dim=64, seed=0)
+wide = cattn.MultiHeadAttention(960, 1, input_dim=64, seed=0)
+one_query = x[:, None, :1].repeat(8, 1)
+keys = np.random.default_rng(1).standard_normal((2, 8, 20000, 64), np.float32)
+for call in (
+    lambda: layer(x, num_threads=threads), lambda: wide(x[:1, :40], num_threads=threads),
+    lambda: cattn.scaled_dot_product_attention(one_query, keys, keys, num_threads=threads),
+    lambda: cattn.set_num_threads(threads) or cattn.sinusoidal_encoding(5000, 64),
+):
+    results = []
+    for threads in (1, many):
+        results.append(call())
+    np.testing.assert_array_equal(*results)
+""", OMP_DYNAMIC="true")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_number_too_large_to_print():
     with pytest.raises(ValueError, match="num_threads: expected 1 to 2147483647, got an integer of 16610 bits"):
         cattn.set_num_threads(10**5000)
