@@ -1,4 +1,4 @@
-"""One pair of extension modules per line of the ISA table (cattn/_kernels/isa.py), all from the same sources.
+"""The extension modules of each row of the ISA table (cattn/_kernels/isa.py), all from the same sources.
 
 Switches, from the environment:
     CATTN_SANITIZE=address,undefined    build with these sanitizers
@@ -48,6 +48,9 @@ SANITIZE = [
     "-O1",  # with the checks in them, the kernels take 3 minutes a module to compile at -O3, 1 at -O1
     "-fexpensive-optimizations",  # where GCC makes FMAs: without, -O1 has none, and exp2 is less exact than promised
 ] if os.environ.get("CATTN_SANITIZE") else []
+
+# What tells the sources their precision, which is float32.
+PRECISIONS = {"f32": [], "f64": [("CATTN_DOUBLE", None)]}
 
 # One wheel for every Python from 3.11 on, the first whose limited API has buffers. Free-threaded interpreters have no
 # limited API: a wheel for each version.
@@ -118,8 +121,8 @@ def extensions():
     yield extension(CPU.rpartition(".")[2], [])
     for isa in ISAS:
         flags = [*(f"-m{feature}" for feature in isa.features), *isa.flags]
-        yield extension(isa.name, flags)
-        yield extension(f"{isa.name}_f64", flags, [("CATTN_DOUBLE", None)])
+        for precision, name in isa.modules.items():
+            yield extension(name, flags, PRECISIONS[precision])
 
 
 setup(
