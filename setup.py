@@ -19,10 +19,11 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 KERNELS = Path("cattn/_kernels")
-CPU = "cattn._kernels.cpu"
-ISAS = runpy.run_path(str(KERNELS / "isa.py"))["compiled_for"](platform.machine())
+TABLE = KERNELS / "isa.py"
+ISAS = runpy.run_path(str(TABLE))["compiled_for"](platform.machine())
 if os.environ.get("CATTN_ISAS"):
     wanted, known = os.environ["CATTN_ISAS"].split(","), [isa.name for isa in ISAS]
     if not set(wanted) <= set(known):
@@ -77,10 +78,9 @@ class BuildExt(build_ext):
         if not openmp:
             self.warn("the compiler has no OpenMP: cattn will use one thread")
         for extension in self.extensions:
-            if extension.name == CPU:  # imported before the choice of what OpenMP is told: must not load it
-                continue
-            extension.extra_compile_args += openmp
-            extension.extra_link_args += openmp
+            if extension.name != "cattn._kernels.cpu":  # imported before OpenMP is told anything: must not load it
+                extension.extra_compile_args += openmp
+                extension.extra_link_args += openmp
         self.parallel = self.parallel or os.cpu_count()
         self.start, self.built = time.monotonic(), 0
         super().build_extensions()
@@ -89,7 +89,7 @@ class BuildExt(build_ext):
         super().build_extension(extension)
         self.built += 1
         seconds = time.monotonic() - self.start
-        print(f"cattn: {extension.name} compiled, {self.built} of {len(self.extensions)}, {seconds:.0f} s",
+        print(f"cattn: {extension.name} is ready, {self.built} of {len(self.extensions)}, {seconds:.0f} s",
               file=sys.stderr, flush=True)
 
     def _compiles(self, flag):
@@ -99,7 +99,7 @@ class BuildExt(build_ext):
             try:
                 objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
                 self.compiler.link_executable(objects, str(Path(folder, "openmp")), extra_postargs=[flag])
-            except Exception:  # distutils raises CompileError or LinkError, from whichever distutils is in use
+            except (CompileError, LinkError):
                 return False
         return True
 
@@ -109,7 +109,7 @@ def extension(name, flags, macros=()):
         f"cattn._kernels.{name}",
         [str(KERNELS / f"{name}.pyx")],
         include_dirs=[str(KERNELS / "base")],
-        depends=[str(KERNELS / "base/simd.h")],
+        depends=["setup.py", str(TABLE)],  # the flags; Cython adds the headers
         define_macros=[*macros, *LIMITED_API],
         py_limited_api=bool(LIMITED_API),
         extra_compile_args=[*FLAGS, *flags, *SANITIZE],
@@ -118,7 +118,7 @@ def extension(name, flags, macros=()):
 
 
 def extensions():
-    yield extension(CPU.rpartition(".")[2], [])
+    yield extension("cpu", [])
     for isa in ISAS:
         flags = [*(f"-m{feature}" for feature in isa.features), *isa.flags]
         for precision, name in isa.modules.items():
