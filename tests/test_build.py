@@ -104,6 +104,40 @@ def test_a_row_without_float64(monkeypatch):
     assert _kernels.f64().__name__ == f"cattn._kernels.{best}_f64"
 
 
+@pytest.fixture
+def sources(tmp_path):
+    """What setup.py reads before it compiles: itself, and a table that has another row, first."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("not a checkout")
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools")
+
+    def plant(row):
+        kernels = tmp_path / "cattn" / "_kernels"
+        kernels.mkdir(parents=True)
+        shutil.copy(ROOT / "setup.py", tmp_path)
+        table = (ROOT / "cattn/_kernels/isa.py").read_text()
+        (kernels / "isa.py").write_text(f"{table}\n\nISAS = ({row!r}, *ISAS)\n")
+        return tmp_path
+    return plant
+
+
+def test_extensions_are_those_of_the_table(sources):
+    done = python("from setuptools import Extension; import distutils.core, json\n"
+                  "made = distutils.core.run_setup('setup.py', stop_after='init').ext_modules\n"
+                  "print(json.dumps([extension.name for extension in made]))", sources(PLANTED), CATTN_ISAS="")
+    assert done.returncode == 0, done.stderr
+    named = [name for row in (PLANTED, *compiled_for(platform.machine())) for name in row.modules.values()]
+    assert json.loads(done.stdout) == [f"cattn._kernels.{name}" for name in ["cpu", *named]]
+
+
+def test_a_feature_that_the_compiler_does_not_know(sources):
+    """Said before anything is compiled: what would be compiled is not there."""
+    folder = sources(Isa("planted", (), ("nonsense",)))
+    done = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=folder, capture_output=True, text=True)
+    assert last_error(done).startswith(f"{Path('cattn/_kernels/isa.py')}: row planted: feature 'nonsense': expected a ")
+
+
 @pytest.mark.parametrize(("nonsense", "got"), [
     ("nonsense", "'nonsense'"), ("\udcff", r"'\udcff'"), ("x" * 5000, f"'{'x' * 40}'... (5000 characters)"),
 ], ids=["word", "no UTF-8", "long"])
