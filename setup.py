@@ -1,4 +1,4 @@
-"""One pair of extension modules per line of the ISA table (cattn/_kernels/isa.py), all from the same sources.
+"""The extension modules of each row of the ISA table (cattn/_kernels/isa.py), all from the same sources.
 
 Switches, from the environment:
     CATTN_SANITIZE=address,undefined    build with these sanitizers
@@ -19,15 +19,16 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 KERNELS = Path("cattn/_kernels")
-CPU = "cattn._kernels.cpu"
-ISAS = runpy.run_path(str(KERNELS / "isa.py"))["compiled_for"](platform.machine())
-if os.environ.get("CATTN_ISAS"):
-    wanted, known = os.environ["CATTN_ISAS"].split(","), [isa.name for isa in ISAS]
-    if not set(wanted) <= set(known):
-        raise SystemExit(f"CATTN_ISAS: expected some of {', '.join(known)}, got {os.environ['CATTN_ISAS']!r}")
-    ISAS = [isa for isa in ISAS if isa.name in wanted]
+TABLE = KERNELS / "isa.py"
+ISAS = runpy.run_path(str(TABLE))["compiled_for"](platform.machine())
+FEATURES = list(dict.fromkeys(feature for isa in ISAS for feature in isa.features))
+WANTED = [name for name in os.environ.get("CATTN_ISAS", "").split(",") if name] or [isa.name for isa in ISAS]
+if not set(WANTED) <= {isa.name for isa in ISAS}:
+    known = ", ".join(isa.name for isa in ISAS)
+    raise SystemExit(f"CATTN_ISAS: expected some of {known}, got {os.environ['CATTN_ISAS']!r}")
 
 FLAGS = [
     # -O3 and forced inlining make the register tiles: without either the kernels are 5 to 8 times slower, and
@@ -49,6 +50,9 @@ SANITIZE = [
     "-fexpensive-optimizations",  # where GCC makes FMAs: without, -O1 has none, and exp2 is less exact than promised
 ] if os.environ.get("CATTN_SANITIZE") else []
 
+# What tells the sources their precision, which is float32.
+PRECISIONS = {"f32": [], "f64": [("CATTN_DOUBLE", None)]}
+
 # One wheel for every Python from 3.11 on, the first whose limited API has buffers. Free-threaded interpreters have no
 # limited API: a wheel for each version.
 LIMITED_API = [] if sysconfig.get_config_var("Py_GIL_DISABLED") else [("Py_LIMITED_API", "0x030B0000")]
@@ -65,19 +69,31 @@ DIRECTIVES = {
     "freethreading_compatible": True,
 }
 
+OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() == 0; }\n"
+
 
 class BuildExt(build_ext):
-    """Asks the compiler at hand whether it has OpenMP; without, the loops over tasks are serial."""
+    """Asks the compiler at hand whether it knows the features of the table, and whether it has OpenMP; without, the
+    loops over tasks are serial. All that before anything is translated to C."""
 
     def build_extensions(self):
-        openmp = ["-fopenmp"] if self._compiles("-fopenmp") else []
+        self._check_features()
+        openmp = ["-fopenmp"] if self._compiles(OPENMP, "-fopenmp") else []
         if not openmp:
             self.warn("the compiler has no OpenMP: cattn will use one thread")
         for extension in self.extensions:
-            if extension.name == CPU:  # imported before the choice of what OpenMP is told: must not load it
-                continue
-            extension.extra_compile_args += openmp
-            extension.extra_link_args += openmp
+            if extension.name != "cattn._kernels.cpu":  # imported before OpenMP is told anything: must not load it
+                extension.extra_compile_args += openmp
+                extension.extra_link_args += openmp
+        translated = cythonize(
+            list(self.extensions),
+            compiler_directives=DIRECTIVES,
+            annotate=bool(os.environ.get("CATTN_ANNOTATE")),
+            build_dir="build/cython",
+            nthreads=TRANSLATORS,
+        )
+        for extension, in_c in zip(self.extensions, translated, strict=True):
+            extension.sources, extension.depends = in_c.sources, in_c.depends
         self.parallel = self.parallel or os.cpu_count()
         self.start, self.built = time.monotonic(), 0
         super().build_extensions()
@@ -86,17 +102,33 @@ class BuildExt(build_ext):
         super().build_extension(extension)
         self.built += 1
         seconds = time.monotonic() - self.start
-        print(f"cattn: {extension.name} compiled, {self.built} of {len(self.extensions)}, {seconds:.0f} s",
+        print(f"cattn: {extension.name} is ready, {self.built} of {len(self.extensions)}, {seconds:.0f} s",
               file=sys.stderr, flush=True)
 
-    def _compiles(self, flag):
+    def _check_features(self):
+        if self._knows(FEATURES) or not self._knows([]):  # where nothing compiles, the compiler says why below
+            return
+        known = [feature for feature in FEATURES if self._knows([feature])]
+        for isa in ISAS:
+            for feature in isa.features:
+                if feature not in known:
+                    raise SystemExit(
+                        f"{TABLE}: row {isa.name}: feature {feature!r}: expected a name that the compiler has both in "
+                        f'-m{feature} and in __builtin_cpu_supports("{feature}"); of the table it knows '
+                        f"{', '.join(known) or 'none'}")
+
+    def _knows(self, features):
+        asks = "".join(f' && __builtin_cpu_supports("{feature}")' for feature in features)
+        return self._compiles(f"int main(void) {{ return 1{asks}; }}\n", *(f"-m{feature}" for feature in features))
+
+    def _compiles(self, program, *flags):
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "openmp.c")
-            source.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() == 0; }\n")
+            source = Path(folder, "program.c")
+            source.write_text(program)
             try:
-                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[flag])
-                self.compiler.link_executable(objects, str(Path(folder, "openmp")), extra_postargs=[flag])
-            except Exception:  # distutils raises CompileError or LinkError, from whichever distutils is in use
+                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=list(flags))
+                self.compiler.link_executable(objects, str(Path(folder, "program")), extra_postargs=list(flags))
+            except (CompileError, LinkError):
                 return False
         return True
 
@@ -106,7 +138,7 @@ def extension(name, flags, macros=()):
         f"cattn._kernels.{name}",
         [str(KERNELS / f"{name}.pyx")],
         include_dirs=[str(KERNELS / "base")],
-        depends=[str(KERNELS / "base/simd.h")],
+        depends=["setup.py", str(TABLE)],  # the flags; Cython adds the headers
         define_macros=[*macros, *LIMITED_API],
         py_limited_api=bool(LIMITED_API),
         extra_compile_args=[*FLAGS, *flags, *SANITIZE],
@@ -115,21 +147,17 @@ def extension(name, flags, macros=()):
 
 
 def extensions():
-    yield extension(CPU.rpartition(".")[2], [])
+    asks = " ".join(f'X("{feature}")' for feature in FEATURES)
+    yield extension("cpu", [], [("CATTN_CPU_FEATURES", asks)])
     for isa in ISAS:
-        flags = [*(f"-m{feature}" for feature in isa.features), *isa.flags]
-        yield extension(isa.name, flags)
-        yield extension(f"{isa.name}_f64", flags, [("CATTN_DOUBLE", None)])
+        if isa.name in WANTED:
+            flags = [*(f"-m{feature}" for feature in isa.features), *isa.flags]
+            for precision, name in isa.modules.items():
+                yield extension(name, flags, PRECISIONS[precision])
 
 
 setup(
-    ext_modules=cythonize(
-        list(extensions()),
-        compiler_directives=DIRECTIVES,
-        annotate=bool(os.environ.get("CATTN_ANNOTATE")),
-        build_dir="build/cython",
-        nthreads=TRANSLATORS,
-    ),
+    ext_modules=list(extensions()),
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
 )

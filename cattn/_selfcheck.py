@@ -84,9 +84,9 @@ def _result_or_error(call):
 def kernels_of(isa):
     """Calls go to the modules of this instruction set. For the whole process: nothing else may call meanwhile."""
     before = _kernels.f32, _kernels.f64
-    f32 = _kernels._load(isa)
+    f32, f64 = (_kernels.module_name(isa, precision) for precision in ("f32", "f64"))
     try:
-        _kernels.f32, _kernels.f64 = f32, lambda: _kernels._load(f"{isa}_f64")
+        _kernels.f32, _kernels.f64 = _kernels._load(f32), lambda: _kernels._load(f64)
         yield
     finally:
         _kernels.f32, _kernels.f64 = before

@@ -1,4 +1,4 @@
-"""What was built: one pair of modules for each instruction set of the table, with the flags that make them fast, and a
+"""What was built: the modules of each instruction set of the table, with the flags that make them fast, and a
 package that is cheap to import."""
 
 import importlib.machinery
@@ -19,7 +19,7 @@ import pytest
 
 import cattn
 from cattn import _kernels
-from cattn._kernels.isa import ISAS, compiled_for
+from cattn._kernels.isa import ISAS, Isa, compiled_for
 
 ROOT = Path(cattn.__file__).parents[1]
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0] if sysconfig.get_config_var("Py_GIL_DISABLED") else ".abi3.so"
@@ -64,7 +64,7 @@ def test_modules_are_those_of_the_table():
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     built = [path.name for suffix in suffixes for path in folder.glob(f"*{suffix}")
              if "." not in path.name.removesuffix(suffix)]
-    named = [name for row in compiled_for(platform.machine()) for name in (row.name, f"{row.name}_f64")]
+    named = [name for row in compiled_for(platform.machine()) for name in row.modules.values()]
     assert sorted(built) == sorted(f"{name}{SUFFIX}" for name in [*named, "cpu"])
 
 
@@ -72,17 +72,70 @@ def test_table():
     for machine in ("x86_64", "AMD64", "aarch64", "riscv64"):
         names = [row.name for row in compiled_for(machine)]
         assert names[-1] == "baseline" and len(set(names)) == len(names)
+        assert all("f32" in row.precisions for row in compiled_for(machine))
         assert ("avx2" in names) == (machine in ("x86_64", "AMD64"))
-    assert ISAS[-1].features == () and ISAS[-1].machines == ()
+    assert ISAS[-1].features == () and ISAS[-1].machines == () and ISAS[-1].precisions == ("f32", "f64")
     for better, worse in itertools.pairwise(ISAS):  # best first: more features
         assert set(worse.features) <= set(better.features)
 
 
 def test_every_available_module_works(isa):
-    assert _kernels.f32.__name__.endswith(isa) and _kernels.f64().__name__.endswith(f"{isa}_f64")
+    for module, precision in ((_kernels.f32, "f32"), (_kernels.f64(), "f64")):
+        assert module.__name__ == f"cattn._kernels.{_kernels.module_name(isa, precision)}"
     for dtype in (np.float32, np.float64):
         x = np.eye(3, dtype=dtype)
         np.testing.assert_allclose(cattn.scaled_dot_product_attention(x, x, x, scale=1000), x)
+
+
+PLANTED = Isa("planted", (), (), precisions=("f32",))
+
+
+def test_a_row_without_float64(monkeypatch):
+    """Its own module in float32, and in float64 that of the best available row that has one."""
+    [best, *_] = cattn.available_isas()
+    asked = []
+    monkeypatch.setattr(_kernels, "compiled_for", lambda machine: (PLANTED, *compiled_for(machine)))
+    monkeypatch.setattr(_kernels, "find_spec", lambda name: asked.append(name) or True)
+    available = _kernels._find_isas()
+    assert asked[0] == "cattn._kernels.planted" and [*available][:2] == ["planted", best]
+    monkeypatch.setattr(_kernels, "_AVAILABLE", available)
+    assert [_kernels.module_name("planted", precision) for precision in ("f32", "f64")] == ["planted", f"{best}_f64"]
+    monkeypatch.setattr(_kernels, "isa", "planted")
+    assert _kernels.f64().__name__ == f"cattn._kernels.{best}_f64"
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """What setup.py reads before it compiles: itself, and a table that has another row, first."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("not a checkout")
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools")
+
+    def plant(row):
+        kernels = tmp_path / "cattn" / "_kernels"
+        kernels.mkdir(parents=True)
+        shutil.copy(ROOT / "setup.py", tmp_path)
+        table = (ROOT / "cattn/_kernels/isa.py").read_text()
+        (kernels / "isa.py").write_text(f"{table}\n\nISAS = ({row!r}, *ISAS)\n")
+        return tmp_path
+    return plant
+
+
+def test_extensions_are_those_of_the_table(sources):
+    done = python("from setuptools import Extension; import distutils.core, json\n"
+                  "made = distutils.core.run_setup('setup.py', stop_after='init').ext_modules\n"
+                  "print(json.dumps([extension.name for extension in made]))", sources(PLANTED), CATTN_ISAS="")
+    assert done.returncode == 0, done.stderr
+    named = [name for row in (PLANTED, *compiled_for(platform.machine())) for name in row.modules.values()]
+    assert json.loads(done.stdout) == [f"cattn._kernels.{name}" for name in ["cpu", *named]]
+
+
+def test_a_feature_that_the_compiler_does_not_know(sources):
+    """Said before anything is compiled: what would be compiled is not there."""
+    folder = sources(Isa("planted", (), ("nonsense",)))
+    done = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=folder, capture_output=True, text=True)
+    assert last_error(done).startswith(f"{Path('cattn/_kernels/isa.py')}: row planted: feature 'nonsense': expected a ")
 
 
 @pytest.mark.parametrize(("nonsense", "got"), [
@@ -104,7 +157,8 @@ def test_isa_from_the_environment(wanted):
     assert done.returncode == 0, done.stderr
     chosen, modules = json.loads(done.stdout)
     assert chosen == (wanted or cattn.available_isas()[0])
-    assert set(modules) == {f"cattn._kernels.{name}" for name in ("cpu", "isa", chosen, f"{chosen}_f64")}
+    kernels = [_kernels.module_name(chosen, precision) for precision in ("f32", "f64")]
+    assert set(modules) == {f"cattn._kernels.{name}" for name in ("cpu", "isa", *kernels)}
 
 
 def test_import_is_light():
@@ -191,10 +245,10 @@ def test_an_installation_without_kernels(installation):
 
 def test_an_installation_without_float64(installation):
     code = "import numpy as np, cattn; x = np.eye(2, dtype={}); cattn.scaled_dot_product_attention(x, x, x)"
-    folder = installation("*_f64*")
+    folder, double = installation("*_f64*"), _kernels.module_name(cattn.available_isas()[0], "f64")
     assert python(code.format("'f4'"), folder).returncode == 0
     assert last_error(python(code.format("'f8'"), folder)).startswith(
-        f"ImportError: cattn: the compiled module cattn._kernels.{cattn.available_isas()[0]}_f64 is missing: `pip")
+        f"ImportError: cattn: the compiled module cattn._kernels.{double} is missing: `pip")
 
 
 def test_a_frozen_application_without_modules(installation):
@@ -287,7 +341,7 @@ print(json.dumps([hidden, [name for name in sys.modules if name.startswith(("cat
 """)
     assert done.returncode == 0, done.stderr
     hidden, modules = json.loads(done.stdout)
-    named = [name for row in compiled_for(platform.machine()) for name in (row.name, f"{row.name}_f64")]
+    named = [name for row in compiled_for(platform.machine()) for name in row.modules.values()]
     assert sorted(hidden) == sorted(f"cattn._kernels.{name}" for name in ["cpu", *named])
     assert modules == []
 

@@ -127,7 +127,7 @@ def test_threads_row_follows_set_num_threads(config):
 def test_isa_is_the_one_in_use():
     assert cattn.isa in cattn.available_isas()
     assert _kernels.f32.__name__ == f"cattn._kernels.{cattn.isa}"
-    assert _kernels.f64().__name__ == f"cattn._kernels.{cattn.isa}_f64"
+    assert _kernels.f64().__name__ == f"cattn._kernels.{_kernels.module_name(cattn.isa, 'f64')}"
 
 
 def test_every_module_says_how_it_was_built(isa):

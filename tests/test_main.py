@@ -239,8 +239,9 @@ def test_every_isa_computes_its_own_calls(monkeypatch):
 
     for kind in (_selfcheck.Attention, _selfcheck.Layer, _selfcheck.Table):
         def counted(call, run=kind.run):
-            asked[_kernels.f32.__name__.rpartition(".")[2]] += 1
-            assert _kernels.f64().__name__ == f"{_kernels.f32.__name__}_f64"
+            isa = _kernels.f32.__name__.rpartition(".")[2]
+            asked[isa] += 1
+            assert _kernels.f64().__name__ == f"cattn._kernels.{_kernels.module_name(isa, 'f64')}"
             return run(call)
         monkeypatch.setattr(kind, "run", counted)
     *_, results = _selfcheck.run(10)

@@ -145,7 +145,7 @@ def test_without_preload(wall):
 def test_what_preload_imports():
     code = """
 import sys, cattn
-late = [f"cattn._kernels.{cattn.isa}_f64", "numpy.random"]
+late = [f"cattn._kernels.{cattn._kernels.module_name(cattn.isa, 'f64')}", "numpy.random"]
 print([name in sys.modules for name in late], cattn.preload(), [name in sys.modules for name in late])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -164,6 +164,7 @@ def test_threads_are_those_of_a_call(monkeypatch, number):
 
 
 def test_a_missing_module_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, f"cattn._kernels.{cattn.isa}_f64", None)
-    with pytest.raises(ImportError, match=f"cattn._kernels.{cattn.isa}_f64 is missing: "):
+    name = f"cattn._kernels.{_kernels.module_name(cattn.isa, 'f64')}"
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f"{name} is missing: "):
         cattn.preload()

@@ -9,5 +9,5 @@ import runpy
 _compiled_for = runpy.run_path(os.path.join(os.path.dirname(__file__), os.pardir, "_kernels", "isa.py"))["compiled_for"]
 
 hiddenimports = ["cattn._kernels.cpu"] + [
-    f"cattn._kernels.{row.name}{suffix}" for row in _compiled_for(platform.machine()) for suffix in ("", "_f64")
+    f"cattn._kernels.{name}" for row in _compiled_for(platform.machine()) for name in row.modules.values()
 ]

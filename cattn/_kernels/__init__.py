@@ -11,14 +11,14 @@ import re
 import sys
 from importlib.util import find_spec
 
-from cattn._kernels.isa import compiled_for
+from cattn._kernels.isa import Isa, compiled_for
 
 _FOLDER = os.path.dirname(__file__)
 
 
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that are built into this installation and that this CPU runs, best first."""
-    return _AVAILABLE
+    return tuple(_AVAILABLE)
 
 
 def shown(text: str) -> str:
@@ -69,21 +69,27 @@ def _cure_of_openmp(error: str) -> str | None:
 cpu = _load("cpu")
 
 
-def _find_isas() -> tuple[str, ...]:
-    return tuple(
-        row.name
+def _find_isas() -> dict[str, Isa]:
+    return {
+        row.name: row
         for row in compiled_for(platform.machine())
-        if all(cpu.supports(feature) for feature in row.features) and find_spec(f"{__name__}.{row.name}")
-    )
+        if all(cpu.supports(feature) for feature in row.features) and find_spec(f"{__name__}.{row.modules['f32']}")
+    }
 
 
 def _choose() -> str:
     if not _AVAILABLE:
-        _load(compiled_for(platform.machine())[-1].name)  # every CPU runs it: it is missing, and that is raised
-    wanted = os.environ.get("CATTN_ISA") or _AVAILABLE[0]
+        _load(compiled_for(platform.machine())[-1].modules["f32"])  # runs on every CPU: it is missing, as is raised
+    wanted = os.environ.get("CATTN_ISA") or next(iter(_AVAILABLE))
     if wanted not in _AVAILABLE:
         raise ImportError(f"CATTN_ISA: expected one of {', '.join(_AVAILABLE)} on this CPU, got {shown(wanted)}")
     return wanted
+
+
+def module_name(isa: str, precision: str) -> str:
+    """The instruction set's module of this precision; where it has none, that of the best available one that has."""
+    rows = (_AVAILABLE[isa], *_AVAILABLE.values())
+    return next(row.modules[precision] for row in rows if precision in row.precisions)
 
 
 def _count_cpus() -> int:
@@ -115,13 +121,13 @@ def _load_with_short_spin(name: str):
 _AVAILABLE = _find_isas()  # asked once: where rights are dropped after the import, the folder may be out of sight later
 isa = _choose()
 cpus = _count_cpus()
-f32 = _load_with_short_spin(isa)
+f32 = _load_with_short_spin(module_name(isa, "f32"))
 cpus = max(cpus, f32.bound_cpus())  # another library had loaded OpenMP, which has bound this thread since
 
 
 def f64():
     """The module that computes in float64, imported when it is first asked for."""
-    return _load(f"{isa}_f64")
+    return _load(module_name(isa, "f64"))
 
 
 fma_flops = f32.fma_flops

@@ -16,19 +16,14 @@ cdef extern from *:
     #include <stdlib.h>
     #include <string.h>
     #include <time.h>
-    #if defined(__x86_64__) || defined(_M_X64)
-    /* The builtin wants literal names, and asks the operating system (XGETBV) as well as the CPU. */
-    #define CATTN_CPU_FEATURES(X) X("avx2") X("fma") X("f16c") X("avx512f") X("avx512dq") X("avx512bw") X("avx512vl")
+    /* Of the table's features for this machine, X("avx2") X("fma") ... from setup.py: the builtin wants literal names. It
+       asks the operating system (XGETBV) as well as the CPU. */
     static int cattn_cpu_supports(const char *feature) {
-        __builtin_cpu_init();
         #define X(name) if (strcmp(feature, name) == 0) return __builtin_cpu_supports(name) != 0;
-        CATTN_CPU_FEATURES(X)
+        CATTN_CPU_FEATURES
         #undef X
         return 0;
     }
-    #else
-    static int cattn_cpu_supports(const char *feature) { (void)feature; return 0; }
-    #endif
     /* So that AddressSanitizer sees each call's end of its scratch, none is kept. */
     #if defined(__SANITIZE_ADDRESS__)
     #define CATTN_KEPT_SCRATCH 0

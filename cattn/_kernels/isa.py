@@ -1,8 +1,8 @@
 """The instruction sets that cattn is compiled for: the one table that both setup.py and the importer read.
 
-Each row is one pair of extension modules (`<name>` computes in float32, `<name>_f64` in float64) made from the same
-sources. A row may be used when the machine matches and the CPU has every listed feature; the compiler gets exactly
-these features as `-m` flags, so what is asked for and what is compiled cannot drift apart.
+Each row is an extension module for each of its precisions, all made from the same sources. A row may be used when the
+machine matches and the CPU has every listed feature; the compiler gets exactly these features as `-m` flags, so what is
+asked for and what is compiled cannot drift apart.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,13 @@ class Isa(NamedTuple):
     machines: tuple[str, ...]  # platform.machine() values; empty: any
     features: tuple[str, ...]  # names that both `gcc -m<name>` and `__builtin_cpu_supports("<name>")` know
     flags: tuple[str, ...] = ()  # further compiler flags
+    precisions: tuple[str, ...] = ("f32", "f64")  # every row has f32, the last one both
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The module of each precision, made from the file of that name: <name> of f32, <name>_f64 of f64."""
+        return {precision: self.name if precision == "f32" else f"{self.name}_{precision}"
+                for precision in self.precisions}
 
 
 X86_64 = ("x86_64", "AMD64")
