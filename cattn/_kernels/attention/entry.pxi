@@ -161,12 +161,11 @@ cdef bint read_window(Problem* p, window) except -1:
     return min(p.window_left, p.window_right) >= -1
 
 
-cdef Kind kind_of(array, dict kinds) except? BOOL:
+cdef Kind kind_of(dtype, dict kinds) except? BOOL:
     """Its number in `kinds`, which are cattn/_checks.py's; BOOL: none that attention computes with."""
-    array_dtype = array.dtype
-    if array_dtype is REAL:
+    if dtype is REAL:
         return real_kind()
-    kind = kinds.get(array_dtype)
+    kind = kinds.get(dtype)
     return BOOL if kind is None else kind
 
 
@@ -183,8 +182,9 @@ def attend_short(query, key, value, is_causal, scale, q_offset, window, kv_lens,
     cdef Kind q_kind, kv_kind
     if type(query) is not NDARRAY or type(key) is not NDARRAY or type(value) is not NDARRAY:
         return None
-    q_kind, kv_kind = kind_of(query, kinds), kind_of(key, kinds)
-    if (kind_of(value, kinds) != kv_kind or (q_kind == F64) != IS_DOUBLE
+    q_dtype = query.dtype  # once: another thread may set it
+    q_kind, kv_kind = kind_of(q_dtype, kinds), kind_of(key.dtype, kinds)
+    if (kind_of(value.dtype, kinds) != kv_kind or (q_kind == F64) != IS_DOUBLE
             or (q_kind != kv_kind and (q_kind != F32 or kv_kind == F64)) or kv_kind == BOOL):
         return None
     if (is_causal is not True and is_causal is not False) or (
@@ -213,7 +213,7 @@ def attend_short(query, key, value, is_causal, scale, q_offset, window, kv_lens,
                 return None
             p.q_offsets = offsets
         if out is not None:
-            if type(out) is not NDARRAY or kind_of(out, kinds) != q_kind or not out.flags.writeable:
+            if type(out) is not NDARRAY or kind_of(out.dtype, kinds) != q_kind or not out.flags.writeable:
                 return None
             describe(&p.out, out, q_kind)
     except (ValueError, OverflowError):  # more than 4 axes; an int that is far away
@@ -223,7 +223,7 @@ def attend_short(query, key, value, is_causal, scale, q_offset, window, kv_lens,
     choose_units(&p, scale)
     length[:] = [p.batch_size, p.q.length[1], p.seq_len_q, p.head_dim_v]
     if out is None:
-        out = EMPTY((length[0], length[1], length[2], length[3]), query.dtype)
+        out = EMPTY((length[0], length[1], length[2], length[3]), q_dtype)
         describe_new(&p.out, out, q_kind, length)
     elif not has_lengths(&p.out, length) or not lies_apart(&p):
         return None
