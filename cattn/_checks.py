@@ -606,7 +606,8 @@ def check_rows(offset, positions, shape):
     if positions is None:
         if offset + seq > 2**53:
             raise ValueError(f"offset: expected positions within 2**53, got {shown(offset)} and {seq} rows")
-        return offset, None, offset + seq if math.prod(shape) else 0
+        offset = offset if math.prod(shape) else 0
+        return offset, None, offset + seq
     if offset:
         raise ValueError(f"offset: expected 0 with positions, got {shown(offset)}")
     given, positions = positions, as_array("positions", positions)

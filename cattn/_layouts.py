@@ -142,12 +142,13 @@ def _keys_behind(prefix, state):
 
 
 def _closest(layer, keys, parameters):
-    """The layout that shares the most keys, and of these lacks the fewest."""
+    """The layout that shares the most keys, or the most ends of keys, and lacks the fewest."""
     keys = set(keys)
 
     def rank(layout):
         entries = _entries(layer, layout)
-        return len(entries.keys() & keys), -len(_without(entries, parameters).keys() - keys)
+        ends = sum(any(key.endswith((f".{end}", f"/{end}")) for key in keys) for end in entries)
+        return len(entries.keys() & keys), ends, -len(_without(entries, parameters).keys() - keys)
 
     return max(_LAYOUTS, key=rank)
 

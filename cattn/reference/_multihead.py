@@ -55,8 +55,8 @@ class _Parameter:
         if self.name not in shapes:
             if value is None:
                 return
-            raise ValueError(f"{self.name}: expected None, got {shown(value)}; a layer whose kdim = {layer.kdim} and "
-                             f"vdim = {layer.vdim} (input_dim = {layer.input_dim}) has {', '.join(shapes)}")
+            raise ValueError(f"{self.name}: expected None, got a {type(value).__name__}; a layer with input_dim, kdim, "
+                             f"vdim = {layer.input_dim}, {layer.kdim}, {layer.vdim} has {', '.join(shapes)}")
         array = check_parameter(self.name, value, shapes[self.name], layer.dtype)
         layer.__dict__[self.name] = array if array is None or array.flags.writeable else copy(array, array.dtype)
 
@@ -234,7 +234,7 @@ class MultiHeadAttention:
             if name in own:
                 own[argument] = own[name] is not None
         sizes = [own.get(name) for name in ("embed_dim", "num_heads", "head_dim")]
-        if None not in sizes and sizes[0] == sizes[1] * sizes[2]:
+        if all(type(size) is int for size in sizes) and sizes[0] == sizes[1] * sizes[2]:
             del own["head_dim"]
         return layer_text(self, own, {
             "embed_dim": ..., "num_heads": ..., "num_kv_heads": own.get("num_heads"), "head_dim": None,

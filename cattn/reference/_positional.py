@@ -178,7 +178,7 @@ class PositionalEncoding:
             raise_layer_dtype("x", x, given, self.P.dtype, "layer.P.dtype", self.dim)
         if x.ndim < 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected (..., seq, {self.dim}), got shape {x.shape}")
-        *leading, seq, _ = x.shape
+        leading = x.shape[:-2]
         offset, positions, end = check_rows(offset, positions, x.shape[:-1])
         table = self.P  # another thread may replace it meanwhile
         if np.ndim(table) != 3 or table.shape[::2] != (1, self.dim):
