@@ -53,7 +53,6 @@ SIZES = (*SIZES_OF_WEIGHTS, "hidden_size", "num_hidden_layers", "num_attention_h
 # tokens take 25 % longer. Numbers in L2, and NumPy's calls are a fifth of the time. (Xeon with AVX-512.)
 ROWS, ROWS_OF_GELU = 1024, 32
 LOG_TAIL = (-3.280732663e-4, 4.910642736e-3, -3.592400919e-2, -3.188424567e-1, -7.976653575e-1, -6.931732581e-1)
-PROJECTIONS = {"q_proj": "self.query", "k_proj": "self.key", "v_proj": "self.value", "o_proj": "output.dense"}
 
 
 class UsageError(Exception):
@@ -197,11 +196,7 @@ class Encoder:
         for i in range(config["num_hidden_layers"]):
             prefix = f"encoder.layer.{i}."
             attention = attention_class(config["hidden_size"], config["num_attention_heads"])
-            state = {}
-            for ours, theirs in PROJECTIONS.items():
-                for kind in ("weight", "bias"):
-                    state[f"{ours}.{kind}"] = weights[f"{prefix}attention.{theirs}.{kind}"]
-            attention.load_state_dict(state)
+            attention.load_state_dict(weights, prefix=f"{prefix}attention.")
             self.layers.append((prefix, attention))
 
     def __call__(self, token_ids, lengths):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from .minilm import PROJECTIONS, load_model, timed_embed
+from .minilm import load_model, timed_embed
 
 
 class TorchEncoder:
@@ -28,7 +28,7 @@ class TorchEncoder:
         self.layers = []
         for i in range(config["num_hidden_layers"]):
             prefix = f"encoder.layer.{i}."
-            names = [f"{prefix}attention.{PROJECTIONS[f'{x}_proj']}" for x in "qkv"]
+            names = [f"{prefix}attention.self.{x}" for x in ("query", "key", "value")]
             in_proj = [torch.cat([self.weights[f"{name}.{kind}"] for name in names]) for kind in ("weight", "bias")]
             self.layers.append((prefix, in_proj))
 

@@ -131,6 +131,18 @@ def _torch_text(x):
     return f"{what} that {' and '.join(reasons)}; pass its {calls}{bits}" if reasons else ""
 
 
+def of_torch(x):
+    """A torch tensor on the CPU as an array that has its numbers, those of a bfloat16 one as float32; anything else as
+    it is."""
+    if not _is_torch(x) or str(getattr(x, "device", "")) != "cpu":
+        return x
+    x = x.detach()
+    if str(x.dtype) != "torch.bfloat16":
+        return x
+    bits = x.view(sys.modules["torch"].int16).numpy().view(np.uint16)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def _is_on_cpu(x):
     """Whether x offers its memory by DLPack, and NumPy could read it: 1 is the device "CPU" of DLPack's header."""
     try:
@@ -195,6 +207,11 @@ def check_bool(name, value):
     if value is not True and value is not False and not isinstance(value, np.bool_):
         raise TypeError(f"{name}: expected a bool, got {shown(value)}")
     return bool(value)
+
+
+def check_text(name, value):
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {shown(value)}")
 
 
 def check_int(name, value, minimum=None):
@@ -582,6 +599,33 @@ def _check_positions(positions, length):
     return checked
 
 
+def check_rows(offset, positions, shape):
+    """Of rows of this shape: the offset, an int array of positions or None, and the end of the table that has them."""
+    offset = check_int("offset", offset, 0)
+    seq = shape[-1]
+    if positions is None:
+        if offset + seq > 2**53:
+            raise ValueError(f"offset: expected positions within 2**53, got {shown(offset)} and {seq} rows")
+        offset = offset if math.prod(shape) else 0
+        return offset, None, offset + seq
+    if offset:
+        raise ValueError(f"offset: expected 0 with positions, got {shown(offset)}")
+    given, positions = positions, as_array("positions", positions)
+    if positions.dtype.kind not in "iu":
+        cure = f"; {cast_cure('positions', given, 'int')} casts" if positions.dtype.kind == "f" else ""
+        raise TypeError(f"positions: expected integers, got dtype {positions.dtype}{cure}")
+    try:
+        broadcast = np.broadcast_to(positions, shape)
+    except ValueError:
+        raise ValueError(f"positions: expected one for each row, shape {shape} or axes that broadcast to it, "
+                         f"got shape {positions.shape}") from None
+    smallest, largest = (positions.min().item(), positions.max().item()) if broadcast.size else (0, -1)
+    if smallest < 0 or largest >= 2**53:
+        raise ValueError("positions: expected ints from 0 to below 2**53, got "
+                         f"{shown(smallest if smallest < 0 else largest)}")
+    return 0, broadcast.astype(np.int64), largest + 1
+
+
 # Layers.
 
 
@@ -607,9 +651,10 @@ def check_layer_inputs(layer, query, key, value):
     value = (key if value is None or value is given_key else query if value is given_query
              else as_array("value", value))
     dim = layer.input_dim
-    for name, x, given in (("query", query, given_query), ("key", key, given_key), ("value", value, given_value)):
+    for name, x, given, size in (("query", query, given_query, dim), ("key", key, given_key, layer.kdim),
+                                 ("value", value, given_value, layer.vdim)):
         if x.dtype != layer.dtype:
-            raise_layer_dtype(name, x, given, layer.dtype, "layer.dtype", dim)
+            raise_layer_dtype(name, x, given, layer.dtype, "layer.dtype", size)
     if query.ndim not in (2, 3) or query.shape[-1] != dim:
         cure = ""
         if query.shape == (dim,):
@@ -620,12 +665,39 @@ def check_layer_inputs(layer, query, key, value):
             cure = f"; a layer with input_dim={query.shape[-1]} takes it"
         raise ValueError(f"query: expected (batch, seq_len_q, {dim}) or (seq_len_q, {dim}), "
                          f"got shape {query.shape}{cure}")
-    if key.ndim != query.ndim or key.shape[:-2] != query.shape[:-2] or key.shape[-1] != dim:
-        expected = ", ".join(str(size) for size in (*query.shape[:-2], "seq_len_kv", dim))
-        raise ValueError(f"key: expected ({expected}), got shape {key.shape}")
-    if value.shape != key.shape:
-        raise ValueError(f"value: expected the shape of key, {key.shape}, got shape {value.shape}")
+    if key.ndim != query.ndim or key.shape[:-2] != query.shape[:-2] or key.shape[-1] != layer.kdim:
+        expected = ", ".join(map(str, (*query.shape[:-2], "seq_len_kv", layer.kdim)))
+        cure = ""
+        if given_key is None:
+            cure = ", the query's, since key is None"
+        elif key.ndim == query.ndim and key.shape[:-2] == query.shape[:-2] and key.shape[-1]:
+            cure = f"; a layer with kdim={key.shape[-1]} takes it"
+        raise ValueError(f"key: expected ({expected}), got shape {key.shape}{cure}")
+    if value.shape != (*key.shape[:-1], layer.vdim):
+        expected = "the shape of key, " if layer.vdim == layer.kdim else ""
+        cure = ""
+        if given_value is None:
+            cure = ", the key's, since value is None"
+        elif value.shape[:-1] == key.shape[:-1] and value.shape[-1]:
+            cure = f"; a layer with vdim={value.shape[-1]} takes it"
+        raise ValueError(f"value: expected {expected}{(*key.shape[:-1], layer.vdim)}, got shape {value.shape}{cure}")
     return query, key, value
+
+
+def check_key_mask(key_mask, key):
+    """A bool array (batch, seq_len_kv) for a key of 2 or 3 axes."""
+    given, key_mask = key_mask, as_array("key_mask", key_mask)
+    if key_mask.dtype != bool:
+        cure = ""
+        if is_number(key_mask.dtype):
+            cure = (f"; for 1 = attend: {cast_cure('key_mask', given, 'bool')}; what is added to the scores of keys: "
+                    f"attn_mask=mask[:, None, None, :]")
+        raise TypeError(f"key_mask: expected bool (True = attend), got dtype {key_mask.dtype}{cure}")
+    if key_mask.shape != key.shape[:-1]:
+        text = "(batch, seq_len_kv)" if key.ndim == 3 else "(seq_len_kv,)"
+        cure = "; (seq_len_q, seq_len_kv) and more is attn_mask" if key_mask.ndim else ""
+        raise ValueError(f"key_mask: expected shape {text} = {key.shape[:-1]}, got shape {key_mask.shape}{cure}")
+    return key_mask if key.ndim == 3 else key_mask[None]
 
 
 def check_layer_mask(layer, attn_mask, query, key):
@@ -636,10 +708,8 @@ def check_layer_mask(layer, attn_mask, query, key):
     expected = allowed.get(attn_mask.ndim)
     if expected is None or any(n not in (1, m) for n, m in zip(attn_mask.shape, expected, strict=True)):
         cure = ""
-        if attn_mask.shape == (rows[1],):
-            cure = "; for a padding mask: mask[None, :], or kv_lens"
-        elif attn_mask.shape == (batch, rows[1]):
-            cure = "; for a padding mask: mask[:, None, None, :], or kv_lens"
+        if attn_mask.shape in ((rows[1],), (batch, rows[1])):
+            cure = "; for a padding mask: key_mask, or kv_lens"
         elif attn_mask.shape == (batch * layer.num_heads, *rows):
             cure = f"; for one mask per batch row and head: mask.reshape{allowed[4]}"
         raise ValueError(f"attn_mask: expected {allowed[2]}, {allowed[3]} or {allowed[4]} (axes of 1 broadcast), "

@@ -23,15 +23,21 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     Parameters
     ----------
     embed_dim : int
-        Size of the result; a multiple of num_heads. head_dim = embed_dim / num_heads.
+        Size of the result.
     num_heads : int
         Attentions side by side, each in head_dim columns of its own.
     num_kv_heads : int, optional
         Heads of keys and values, a divisor of num_heads (the default); fewer is grouped-query attention.
+    head_dim : int, optional
+        Size of a head; embed_dim / num_heads when None, which num_heads has to divide then.
     input_dim : int, optional
-        Size of the inputs; embed_dim when None.
+        Size of the query's rows; embed_dim when None.
+    kdim, vdim : int, optional
+        Sizes of the key's and the value's rows; input_dim when None.
     bias : bool
-        Whether the projections have one.
+        Whether the projections of query, key and value have one.
+    out_bias : bool, optional
+        Whether the last projection has one; as `bias` when None.
     dropout : float in [0, 1)
         Of the attention weights, in calls with training=True.
     dtype : dtype
@@ -41,10 +47,14 @@ class MultiHeadAttention(reference.MultiHeadAttention):
 
     Attributes
     ----------
-    in_proj_weight : array (embed_dim + 2 * num_kv_heads * head_dim, input_dim)
+    in_proj_weight : array ((num_heads + 2 * num_kv_heads) * head_dim, input_dim), or None
         Rows of all query heads, then of all key heads, then of all value heads.
-    in_proj_bias : array (embed_dim + 2 * num_kv_heads * head_dim,), or None
-    out_proj_weight : array (embed_dim, embed_dim)
+    q_proj_weight : None, or array (num_heads * head_dim, input_dim)
+    k_proj_weight : None, or array (num_kv_heads * head_dim, kdim)
+    v_proj_weight : None, or array (num_kv_heads * head_dim, vdim)
+        Instead of in_proj_weight where kdim or vdim is not input_dim, as in PyTorch.
+    in_proj_bias : array ((num_heads + 2 * num_kv_heads) * head_dim,), or None
+    out_proj_weight : array (embed_dim, num_heads * head_dim)
     out_proj_bias : array (embed_dim,), or None
 
     Raises
@@ -58,9 +68,8 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     to the dtype of the layer; a C-contiguous, aligned, writeable array of this dtype is not copied. Each bias
     may be None, and an array again.
 
-    Weights start Xavier-uniform, U(-b, b) with b = sqrt(6 / (fan_in + fan_out)): fan_in = input_dim and
-    fan_out = all rows of in_proj_weight together, as for one Linear(input_dim, 3 * embed_dim). Biases start
-    at 0.
+    Weights start Xavier-uniform, U(-b, b) with b = sqrt(6 / (fan_in + fan_out)), where (fan_out, fan_in) is the
+    shape: of in_proj_weight as for one Linear(input_dim, 3 * embed_dim). Biases start at 0.
 
     Vaswani et al. 2017, "Attention is all you need", section 3.2.2; grouped queries: Ainslie et al. 2023.
 
@@ -81,9 +90,9 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     @typing.overload
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
-        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        attn_mask: ArrayLike | None = None, key_mask: ArrayLike | None = None, is_causal: bool = False,
+        q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+        softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: Literal[False] = False, training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
     ) -> np.ndarray: ...
@@ -91,9 +100,9 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     @typing.overload
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
-        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        attn_mask: ArrayLike | None = None, key_mask: ArrayLike | None = None, is_causal: bool = False,
+        q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+        softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: Literal[True], training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]: ...
@@ -101,18 +110,18 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     @typing.overload
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
-        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        attn_mask: ArrayLike | None = None, key_mask: ArrayLike | None = None, is_causal: bool = False,
+        q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+        softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]: ...
 
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
-        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        attn_mask: ArrayLike | None = None, key_mask: ArrayLike | None = None, is_causal: bool = False,
+        q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+        softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None, num_threads: int | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -122,15 +131,19 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         ----------
         query : array (batch, seq_len_q, input_dim) or (seq_len_q, input_dim)
             A row for each token that looks at others.
-        key : array (batch, seq_len_kv, input_dim) or (seq_len_kv, input_dim), optional
+        key : array (batch, seq_len_kv, kdim) or (seq_len_kv, kdim), optional
             A row for each token that is looked at; the query when None: self-attention.
-        value : array of the key's shape, optional
+        value : array (batch, seq_len_kv, vdim) or (seq_len_kv, vdim), optional
             What these tokens give; the key when None.
         attn_mask : bool or float array, optional
             Which keys each query may see, or what is added to its scores. (seq_len_q, seq_len_kv), (batch,
             seq_len_q, seq_len_kv) or (batch, num_heads, seq_len_q, seq_len_kv); axes of length 1 broadcast.
             True = attend, as in scaled_dot_product_attention and the opposite of torch.nn.MultiheadAttention,
             where True = ignore.
+        key_mask : bool array (batch, seq_len_kv) or (seq_len_kv,), optional
+            Which keys may be seen at all: True = attend, as in the attention_mask of a tokenizer; the opposite of
+            PyTorch's key_padding_mask, where True = ignore (key_mask=~key_padding_mask). With attn_mask, both
+            have to allow a key. For padding on the right `kv_lens` is faster: what is behind is not read.
         is_causal, q_offset, window, softcap, alibi_slopes, sinks, kv_lens
             As in `scaled_dot_product_attention`.
         return_weights : bool
@@ -160,22 +173,23 @@ class MultiHeadAttention(reference.MultiHeadAttention):
             As `scaled_dot_product_attention` does.
         """
         return self._forward(
-            query, key, value, attn_mask, is_causal, return_weights, training,
+            query, key, value, attn_mask, key_mask, is_causal, return_weights, training,
             q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             kv_lens=kv_lens, seed=seed, num_threads=num_threads,
         )
 
-    def _project(self, query, key, value, weight, bias, num_threads):
+    def _project(self, query, key, value, own, num_threads):
         # What is the same array is projected in one go, and the heads of the result are told apart.
-        if value is not key:
-            return super()._project(query, key, value, weight, bias, num_threads)
+        weight, bias = own.get("in_proj_weight"), own["in_proj_bias"]
+        if value is not key or weight is None:
+            return super()._project(query, key, value, own, num_threads)
         if key is query:
             heads = self._split_heads(self._linear(query, weight, bias, num_threads))
             q, kv = heads[:, : self.num_heads], heads[:, self.num_heads :]
         else:
-            q_rows, kv_rows = slice(self.embed_dim), slice(self.embed_dim, None)
+            q_rows = self.num_heads * self.head_dim
             q, kv = (self._split_heads(self._linear(x, weight[rows], None if bias is None else bias[rows], num_threads))
-                     for x, rows in ((query, q_rows), (key, kv_rows)))
+                     for x, rows in ((query, slice(q_rows)), (key, slice(q_rows, None))))
         return q, kv[:, : self.num_kv_heads], kv[:, self.num_kv_heads :]
 
     def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
@@ -186,7 +200,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
             q, k, v, attn_mask, out=out.swapaxes(1, 2), return_weights=return_weights, num_threads=num_threads,
             **options,
         )
-        return out.reshape(batch, seq_len_q, self.embed_dim), result[1] if return_weights else None
+        return out.reshape(batch, seq_len_q, num_heads * head_dim), result[1] if return_weights else None
 
     def _linear(self, x, weight, bias, num_threads):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)

@@ -102,7 +102,7 @@ def sinusoidal_encoding(
 
 
 class PositionalEncoding(reference.PositionalEncoding):
-    """dropout(x + P[:, :seq]), with P the table of `sinusoidal_encoding`.
+    """dropout(x + P[:, positions]), with P the table of `sinusoidal_encoding`, and positions from 0, or from an offset.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class PositionalEncoding(reference.PositionalEncoding):
     dropout : float in [0, 1)
         In calls with training=True.
     max_len : int >= 0
-        Rows of the table to begin with; it grows when a longer input comes.
+        Rows of the table to begin with; it grows when a longer input or a later position comes.
     base, layout, endpoint, dtype
         As in `sinusoidal_encoding`; inputs have this dtype.
 
@@ -133,6 +133,9 @@ class PositionalEncoding(reference.PositionalEncoding):
     >>> layer = PositionalEncoding(32)
     >>> out = layer(np.zeros((1, 60, 32), np.float32))
     >>> bool((out == layer.P[:, :60]).all())
+    True
+    >>> step = layer(np.zeros((1, 1, 32), np.float32), offset=60)       # the next token
+    >>> bool((step == layer.P[:, 60:61]).all())
     True
     """
 

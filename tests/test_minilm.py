@@ -45,7 +45,8 @@ def weights():
     linear = {"embeddings.LayerNorm": (dim,)}
     for i in range(CONFIG["num_hidden_layers"]):
         layer = f"encoder.layer.{i}."
-        linear |= {f"{layer}attention.{name}": (dim, dim) for name in minilm.PROJECTIONS.values()}
+        linear |= {f"{layer}attention.{name}": (dim, dim)
+                   for name in ("self.query", "self.key", "self.value", "output.dense")}
         linear |= {f"{layer}{name}.LayerNorm": (dim,) for name in ("attention.output", "output")}
         linear |= {f"{layer}intermediate.dense": (inner, dim), f"{layer}output.dense": (dim, inner)}
     for name, shape in linear.items():
@@ -250,7 +251,7 @@ def save_model(directory, weights, config, last_token=49):
         (CONFIG | {"hidden_size": 10**6}, "expected embeddings.word_embeddings.weight of shape (50, 1000000)"),
         (CONFIG | {"intermediate_size": 10**20}, "expected encoder.layer.0.intermediate.dense.weight of shape "),
         (CONFIG | {"num_attention_heads": 5}, "not the files of a whole BERT model: "),
-        (CONFIG | {"num_hidden_layers": 3}, "not the files of a whole BERT model: 'encoder.layer.2."),
+        (CONFIG | {"num_hidden_layers": 3}, "begin with, got 'encoder.layer.2.attention.'"),
     ],
 )
 def test_another_model(capsys, tmp_path, weights, config, message):

@@ -122,9 +122,9 @@ def test_reference_points_to_the_public_one(name):
     ("sinusoidal_encoding(", "P[r, 2i] = sin(pos / base^(2i / dim))"),
     ("relative_shift(", "R with P[pos + delta] = P[pos] @ R"),
     ("MultiHeadAttention(", "Multi-head attention: concat_h("),
-    ("PositionalEncoding(", "dropout(x + P[:, :seq])"),
+    ("PositionalEncoding(", "dropout(x + P[:, positions])"),
     ("MultiHeadAttention.__call__(", "Project, attend, project back."),
-    ("PositionalEncoding.__call__(", "Add the positions 0 to seq - 1."),
+    ("PositionalEncoding.__call__(", "Add the positions offset to offset + seq - 1"),
     ("MultiHeadAttention.state_dict(", "A copy of the parameters"),
     ("set_num_threads(", "Sets the number of threads"),
     ("preload(", "Imports every module that a call may need"),
@@ -236,11 +236,11 @@ def test_repr_says_what_the_layer_is_at_the_time():
     layer = cattn.MultiHeadAttention(16, 4)
     layer.in_proj_bias = None
     layer.dropout = 0.25
-    assert repr(layer) == "MultiHeadAttention(embed_dim=16, num_heads=4, in_proj_bias=None, dropout=0.25)"
+    assert repr(layer) == "MultiHeadAttention(embed_dim=16, num_heads=4, bias=False, out_bias=True, dropout=0.25)"
     layer.out_proj_bias = None
     assert repr(layer) == "MultiHeadAttention(embed_dim=16, num_heads=4, bias=False, dropout=0.25)"
     layer.in_proj_bias = np.zeros(48)
-    assert repr(layer) == "MultiHeadAttention(embed_dim=16, num_heads=4, out_proj_bias=None, dropout=0.25)"
+    assert repr(layer) == "MultiHeadAttention(embed_dim=16, num_heads=4, out_bias=False, dropout=0.25)"
     positions = cattn.PositionalEncoding(4, max_len=2)
     positions(np.zeros((3, 4), np.float32))
     assert repr(positions) == "PositionalEncoding(dim=4, max_len=4)"
@@ -257,7 +257,7 @@ def test_repr_of_layers_that_are_half_made_or_changed():
     assert repr(cattn.PositionalEncoding.__new__(cattn.PositionalEncoding)) == "PositionalEncoding()"
     layer, positions = cattn.MultiHeadAttention(4, 2), cattn.PositionalEncoding(4)
     for thing in (None, 10**5000, np.zeros(3), np.float32(np.nan), "x" * 1000, object(), [1]):
-        for name in ("embed_dim", "num_heads", "num_kv_heads", "dropout", "dtype"):
+        for name in ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "kdim", "dropout", "dtype"):
             setattr(layer, name, thing)
         positions.dim = positions.P = positions.dropout = thing
         assert len(repr(layer)) < 1500

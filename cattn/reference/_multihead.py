@@ -17,6 +17,7 @@ from cattn._checks import (
     check_dropout,
     check_dtype,
     check_int,
+    check_key_mask,
     check_layer_inputs,
     check_layer_mask,
     check_parameter,
@@ -45,31 +46,47 @@ class _Parameter:
         try:
             return layer.__dict__[self.name]
         except KeyError:
+            if "dtype" in layer.__dict__ and self.name not in layer._shapes():
+                return None
             raise AttributeError(f"this layer has no {self.name} yet") from None
 
     def __set__(self, layer: Any, value: ArrayLike | None) -> None:
-        array = check_parameter(self.name, value, layer._shapes()[self.name], layer.dtype)
+        shapes = layer._shapes()
+        if self.name not in shapes:
+            if value is None:
+                return
+            raise ValueError(f"{self.name}: expected None, got a {type(value).__name__}; a layer with input_dim, kdim, "
+                             f"vdim = {layer.input_dim}, {layer.kdim}, {layer.vdim} has {', '.join(shapes)}")
+        array = check_parameter(self.name, value, shapes[self.name], layer.dtype)
         layer.__dict__[self.name] = array if array is None or array.flags.writeable else copy(array, array.dtype)
 
 
 class MultiHeadAttention:
     """Multi-head attention: concat_h(attention(x_q W_q,h^T, x_k W_k,h^T, x_v W_v,h^T)) @ W_o^T + b_o.
 
-    in_proj_weight : array (embed_dim + 2 * num_kv_heads * head_dim, input_dim)
-    in_proj_bias : array (embed_dim + 2 * num_kv_heads * head_dim,), or None
-    out_proj_weight : array (embed_dim, embed_dim)
+    in_proj_weight : array ((num_heads + 2 * num_kv_heads) * head_dim, input_dim)
+    in_proj_bias : array ((num_heads + 2 * num_kv_heads) * head_dim,), or None
+    out_proj_weight : array (embed_dim, num_heads * head_dim)
     out_proj_bias : array (embed_dim,), or None
+
+    Where kdim or vdim is not input_dim, in_proj_weight is None, and its rows are these:
+
+    q_proj_weight : array (num_heads * head_dim, input_dim)
+    k_proj_weight : array (num_kv_heads * head_dim, kdim)
+    v_proj_weight : array (num_kv_heads * head_dim, vdim)
 
     The arguments are described at `cattn.MultiHeadAttention`. Vaswani et al. 2017, section 3.2.2.
     """
 
     _dtypes = None  # names of the dtypes allowed; None: every float dtype
 
-    in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias = (_Parameter() for _ in range(4))
+    in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = (_Parameter() for _ in range(4))
+    in_proj_bias, out_proj_weight, out_proj_bias = (_Parameter() for _ in range(3))
 
     def __init__(
-        self, embed_dim: int, num_heads: int, *, num_kv_heads: int | None = None,
-        input_dim: int | None = None, bias: bool = True, dropout: float = 0.0, dtype: DTypeLike = np.float32,
+        self, embed_dim: int, num_heads: int, *, num_kv_heads: int | None = None, head_dim: int | None = None,
+        input_dim: int | None = None, kdim: int | None = None, vdim: int | None = None, bias: bool = True,
+        out_bias: bool | None = None, dropout: float = 0.0, dtype: DTypeLike = np.float32,
         seed: int | np.random.Generator | None = None,
     ) -> None:
         self.embed_dim = check_int("embed_dim", embed_dim, 1)
@@ -77,84 +94,90 @@ class MultiHeadAttention:
         num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
         self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, 1)
         self.input_dim = check_int("input_dim", embed_dim if input_dim is None else input_dim, 1)
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim = {shown(embed_dim)}, "
-                             f"got {shown(num_heads)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a divisor of num_heads = {shown(num_heads)}, got {shown(num_kv_heads)}"
-            )
-        self.head_dim = self.embed_dim // self.num_heads
+        self.kdim = check_int("kdim", self.input_dim if kdim is None else kdim, 1)
+        self.vdim = check_int("vdim", self.input_dim if vdim is None else vdim, 1)
+        if head_dim is None and self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads: expected a divisor of embed_dim = {shown(embed_dim)}, got {shown(num_heads)}"
+                             "; head_dim=... makes heads of another size")
+        self.head_dim = check_int("head_dim", self.embed_dim // self.num_heads if head_dim is None else head_dim, 1)
         self.dropout = check_dropout("dropout", dropout)
         self.dtype = check_dtype(dtype, self._dtypes)
         bias = check_bool("bias", bias)
+        out_bias = bias if out_bias is None else check_bool("out_bias", out_bias)
 
         try:
             rng = np.random.default_rng(seed)
         except (TypeError, ValueError) as error:
             raise type(error)(f"seed: expected an int >= 0 or a Generator, got {shown(seed)}") from None
         shapes = self._shapes()
-        if shapes["in_proj_weight"][0] * max(self.input_dim, self.embed_dim) > 2**58:
-            raise ValueError(f"embed_dim: expected at most 2**58 elements in a weight, got embed_dim = {embed_dim} and "
-                             f"input_dim = {self.input_dim}")
+        for name, shape in shapes.items():
+            if math.prod(shape) > 2**58:
+                raise ValueError(f"embed_dim: expected at most 2**58 elements in a weight, got {name} of shape {shape}")
         for name, shape in shapes.items():
             if len(shape) == 2:
                 setattr(self, name, _xavier_uniform(rng, *shape, self.dtype))
             else:
-                setattr(self, name, np.zeros(shape, self.dtype) if bias else None)
+                has_bias = out_bias if name == "out_proj_bias" else bias
+                setattr(self, name, np.zeros(shape, self.dtype) if has_bias else None)
 
     def __call__(
         self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-        attn_mask: ArrayLike | None = None, is_causal: bool = False, q_offset: ArrayLike | None = None,
-        window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
-        alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        attn_mask: ArrayLike | None = None, key_mask: ArrayLike | None = None, is_causal: bool = False,
+        q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+        softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
         kv_lens: ArrayLike | None = None, return_weights: bool = False, training: bool = False,
         seed: int | None = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Project, attend, project back: see `cattn.MultiHeadAttention`, which has num_threads besides.
 
         query : array (batch, seq_len_q, input_dim) or (seq_len_q, input_dim)
-        key, value : arrays (batch, seq_len_kv, input_dim) or (seq_len_kv, input_dim); the query, the key when None
+        key : array (batch, seq_len_kv, kdim) or (seq_len_kv, kdim); the query when None
+        value : array (batch, seq_len_kv, vdim) or (seq_len_kv, vdim); the key when None
         out : array (batch, seq_len_q, embed_dim) or (seq_len_q, embed_dim)
         weights : array (batch, num_heads, seq_len_q, seq_len_kv); with return_weights
         """
         return self._forward(
-            query, key, value, attn_mask, is_causal, return_weights, training,
+            query, key, value, attn_mask, key_mask, is_causal, return_weights, training,
             q_offset=q_offset, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             kv_lens=kv_lens, seed=seed,
         )
 
-    def _forward(self, query, key, value, attn_mask, is_causal, return_weights, training, *, kv_lens, num_threads=None,
-                 **options):
+    def _forward(self, query, key, value, attn_mask, key_mask, is_causal, return_weights, training, *, kv_lens,
+                 num_threads=None, **options):
         query, key, value = check_layer_inputs(self, query, key, value)
         if attn_mask is not None:
             attn_mask = check_layer_mask(self, attn_mask, query, key)
+        if key_mask is not None:
+            attn_mask = _with_key_mask(attn_mask, check_key_mask(key_mask, key))
         is_causal, return_weights = check_bool("is_causal", is_causal), check_bool("return_weights", return_weights)
         dropout_p = check_dropout("dropout", self.dropout) if check_bool("training", training) else 0.0
         batched = query.ndim == 3
         if kv_lens is not None:
             kv_lens = kv_lens if type(kv_lens) is int else as_array("kv_lens", kv_lens)
-        in_weight, in_bias, out_weight, out_bias = self._own_parameters().values()
+        own = self._own_parameters()
 
-        q, k, v = self._project(query, key, value, in_weight, in_bias, num_threads)
+        q, k, v = self._project(query, key, value, own, num_threads)
         heads, weights = self._attend(q, k, v, attn_mask, return_weights, num_threads, is_causal=is_causal,
                                       kv_lens=kv_lens, dropout_p=dropout_p, **options)
-        out = self._linear(heads, out_weight, out_bias, num_threads)
+        out = self._linear(heads, own["out_proj_weight"], own["out_proj_bias"], num_threads)
         if not batched:
             out, weights = out[0], weights[0] if return_weights else None
         return (out, weights) if return_weights else out
 
     # The steps that cattn.MultiHeadAttention does in its own way.
 
-    def _project(self, query, key, value, weight, bias, num_threads):
-        """(batch, seq, input_dim) each, batch optional, to (batch, heads, seq, head_dim) each."""
-        return [self._split_heads(self._linear(x, weight[rows], None if bias is None else bias[rows], num_threads))
-                for x, rows in zip((query, key, value), self._rows(), strict=True)]
+    def _project(self, query, key, value, own, num_threads):
+        """(batch, seq, size) each, batch optional, to (batch, heads, seq, head_dim) each, by `own` parameters."""
+        weight, bias, rows = own.get("in_proj_weight"), own["in_proj_bias"], self._rows()
+        weights = ([own[f"{x}_proj_weight"] for x in "qkv"] if weight is None else [weight[part] for part in rows])
+        biases = [None if bias is None else bias[part] for part in rows]
+        return [self._split_heads(self._linear(x, *parameters, num_threads))
+                for x, *parameters in zip((query, key, value), weights, biases, strict=True)]
 
     def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
-        """(batch, heads, seq, head_dim) each to (batch, seq_len_q, embed_dim), and the weights if wanted."""
+        """(batch, heads, seq, head_dim) each to (batch, seq_len_q, num_heads * head_dim), and the weights if wanted."""
         out, weights = scaled_dot_product_attention(q, k, v, attn_mask, return_weights=True, **options)
-        return out.swapaxes(1, 2).reshape(len(q), q.shape[2], self.embed_dim), weights
+        return out.swapaxes(1, 2).reshape(len(q), q.shape[2], q.shape[1] * q.shape[3]), weights
 
     @np.errstate(all="ignore")
     def _linear(self, x, weight, bias, num_threads):
@@ -169,20 +192,23 @@ class MultiHeadAttention:
 
     def _shapes(self):
         """{parameter: its shape}, for sizes that fit together: they are plain attributes."""
-        if (self.num_kv_heads < 1 or self.num_heads * self.head_dim != self.embed_dim
-                or self.num_heads % self.num_kv_heads):
-            raise ValueError(
-                f"embed_dim: expected num_heads * head_dim, and num_heads a multiple of num_kv_heads, got embed_dim = "
-                f"{self.embed_dim}, num_heads = {self.num_heads}, head_dim = {self.head_dim}, "
-                f"num_kv_heads = {self.num_kv_heads}"
-            )
-        rows = self.embed_dim + 2 * self.num_kv_heads * self.head_dim
-        return {"in_proj_weight": (rows, self.input_dim), "in_proj_bias": (rows,),
-                "out_proj_weight": (self.embed_dim, self.embed_dim), "out_proj_bias": (self.embed_dim,)}
+        num_kv_heads, input_dim = self.num_kv_heads, self.input_dim
+        if num_kv_heads < 1 or self.num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {shown(self.num_heads)}, "
+                             f"got {shown(num_kv_heads)}")
+        q_rows, kv_rows = self.num_heads * self.head_dim, num_kv_heads * self.head_dim
+        rows = q_rows + 2 * kv_rows
+        if self.kdim == self.vdim == input_dim:
+            weights = {"in_proj_weight": (rows, input_dim)}
+        else:
+            weights = {"q_proj_weight": (q_rows, input_dim), "k_proj_weight": (kv_rows, self.kdim),
+                       "v_proj_weight": (kv_rows, self.vdim)}
+        return {**weights, "in_proj_bias": (rows,), "out_proj_weight": (self.embed_dim, q_rows),
+                "out_proj_bias": (self.embed_dim,)}
 
     def _rows(self):
-        """The rows of in_proj_weight and in_proj_bias that make q, k and v."""
-        k_start, v_start = self.embed_dim, self.embed_dim + self.num_kv_heads * self.head_dim
+        """Of what is projected, in in_proj_weight and in_proj_bias: those that make q, k and v."""
+        k_start, v_start = self.num_heads * self.head_dim, (self.num_heads + self.num_kv_heads) * self.head_dim
         return slice(0, k_start), slice(k_start, v_start), slice(v_start, 2 * v_start - k_start)
 
     def _own_parameters(self):
@@ -204,16 +230,20 @@ class MultiHeadAttention:
 
     def __repr__(self) -> str:
         own = dict(self.__dict__)
-        biases = {name: own.pop(name) for name in ("in_proj_bias", "out_proj_bias") if name in own}
-        lacking = [name for name, bias in biases.items() if bias is None]
-        own |= {"bias": False} if len(lacking) == 2 else dict.fromkeys(lacking)
+        for name, argument in ("in_proj_bias", "bias"), ("out_proj_bias", "out_bias"):
+            if name in own:
+                own[argument] = own[name] is not None
+        sizes = [own.get(name) for name in ("embed_dim", "num_heads", "head_dim")]
+        if all(type(size) is int for size in sizes) and sizes[0] == sizes[1] * sizes[2]:
+            del own["head_dim"]
         return layer_text(self, own, {
-            "embed_dim": ..., "num_heads": ..., "num_kv_heads": own.get("num_heads"), "input_dim": own.get("embed_dim"),
-            "bias": True, "in_proj_bias": ..., "out_proj_bias": ..., "dropout": 0.0, "dtype": np.dtype(np.float32)})
+            "embed_dim": ..., "num_heads": ..., "num_kv_heads": own.get("num_heads"), "head_dim": None,
+            "input_dim": own.get("embed_dim"), "kdim": own.get("input_dim"), "vdim": own.get("input_dim"),
+            "bias": True, "out_bias": own.get("bias", True), "dropout": 0.0, "dtype": np.dtype(np.float32)})
 
     # State dicts.
 
-    def state_dict(self, layout: str = "torch") -> dict[str, np.ndarray]:
+    def state_dict(self, layout: str = "torch", prefix: str = "") -> dict[str, np.ndarray]:
         """A copy of the parameters, under the names and in the row order of another library.
 
         Parameters
@@ -223,11 +253,17 @@ class MultiHeadAttention:
 
             * "torch": in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias of its MultiheadAttention.
             * "torch_split": q_proj_weight, k_proj_weight, v_proj_weight for in_proj_weight, as it has them
-              where kdim or vdim differ.
+              where kdim or vdim differ. ("torch" is the same for such a layer.)
             * "tutorial": qkv_proj.* and o_proj.*, the rows of qkv_proj ordered [head][q, k, v][head_dim]; only
-              for num_kv_heads == num_heads.
+              for num_kv_heads == num_heads and kdim == vdim == input_dim.
             * "d2l": W_q.*, W_k.*, W_v.*, W_o.*
-            * "huggingface": q_proj.*, k_proj.*, v_proj.*, o_proj.*
+            * "huggingface": q_proj.*, k_proj.*, v_proj.*, o_proj.* (Llama, Qwen, Gemma)
+            * "bart": q_proj.*, k_proj.*, v_proj.*, out_proj.* (BART, CLIP, Whisper)
+            * "bert": self.query.*, self.key.*, self.value.*, output.dense.* (BERT, RoBERTa)
+            * "keras": query/kernel (input_dim, num_heads, head_dim) and query/bias (num_heads, head_dim), likewise
+              key and value; attention_output/kernel (num_heads, head_dim, embed_dim) and attention_output/bias
+        prefix : str
+            What the names begin with, as "encoder.layer.3.attention." of a whole model.
 
         Returns
         -------
@@ -237,29 +273,46 @@ class MultiHeadAttention:
         ------
         ValueError
             If there is no such layout, or not for this layer.
+        TypeError
+            If `prefix` is no str.
         """
-        return _layouts.state_dict(self, layout)
+        return _layouts.state_dict(self, layout, prefix)
 
-    def load_state_dict(self, state: Mapping[str, ArrayLike], layout: str | None = None) -> None:
+    def load_state_dict(self, state: Mapping[str, ArrayLike], layout: str | None = None, prefix: str = "") -> None:
         """Take all parameters from a state dict; change nothing if anything is wrong with it.
 
         Parameters
         ----------
         state : mapping of str to float array
-            Anything that numpy.asarray reads; cast to the dtype of the layer.
+            Anything that numpy.asarray reads, and torch tensors on the CPU, of bfloat16 and with gradients as
+            well; cast to the dtype of the layer.
         layout : str, optional
-            As in `state_dict`; from the names in `state` when None.
+            As in `state_dict`; from the names in `state` when None. The norm that BERT has beside its layer,
+            output.LayerNorm.*, is left alone.
+        prefix : str
+            Of the names that count, such as "encoder.layer.3.attention."; those that begin otherwise are
+            ignored.
 
         Raises
         ------
         ValueError
-            If keys are missing or unknown (both are listed), or a shape is wrong (key and both shapes are
-            named).
+            If keys are missing or unknown (the closest layout, the first three of them, and what takes the state
+            are named), or a shape is wrong (key and both shapes are named).
         TypeError
             If `state` is not a mapping of names to float arrays.
         """
-        for name, array in _layouts.parameters_of(self, state, layout).items():
+        for name, array in _layouts.parameters_of(self, state, layout, prefix).items():
             setattr(self, name, array)
+
+
+def _with_key_mask(attn_mask, key_mask):
+    """attn_mask, of 2 or 4 axes or None, without the keys that key_mask (batch, seq_len_kv) hides."""
+    key_mask = key_mask[:, None, None, :]
+    if attn_mask is None:
+        return key_mask
+    if attn_mask.dtype == bool:
+        return attn_mask & key_mask
+    return np.where(key_mask, attn_mask, attn_mask.dtype.type(-np.inf))
 
 
 def _xavier_uniform(rng, fan_out, fan_in, dtype):

@@ -13,6 +13,7 @@ from cattn._checks import (
     check_dropout,
     check_dtype,
     check_int,
+    check_rows,
     check_seed,
     check_table,
     layer_text,
@@ -108,9 +109,10 @@ def relative_shift(
 
 
 class PositionalEncoding:
-    """dropout(x + P[:, :seq]), with P the table of `sinusoidal_encoding`: see `cattn.PositionalEncoding`.
+    """dropout(x + P[:, positions]), with P the table of `sinusoidal_encoding`: see `cattn.PositionalEncoding`.
 
     x, out : arrays (..., seq, dim)
+    positions : from offset on, or int array (..., seq), the leading axes optional
     P : array (1, max_len, dim)
     """
 
@@ -141,8 +143,11 @@ class PositionalEncoding:
             "dtype": np.dtype(np.float32)})
 
     @np.errstate(all="ignore")
-    def __call__(self, x: ArrayLike, *, training: bool = False, seed: int | None = None) -> np.ndarray:
-        """Add the positions 0 to seq - 1.
+    def __call__(
+        self, x: ArrayLike, *, training: bool = False, seed: int | None = None, offset: int = 0,
+        positions: ArrayLike | None = None,
+    ) -> np.ndarray:
+        """Add the positions offset to offset + seq - 1, or these.
 
         Parameters
         ----------
@@ -152,8 +157,12 @@ class PositionalEncoding:
             Dropout happens only when True.
         seed : int in [0, 2**64), optional
             Of the dropout, fresh for each call when None. It is the generator of `dropout_keep`, with the
-            column as key, the position as query, the flat index over the leading axes as batch, and head
+            column as key, offset + row as query, the flat index over the leading axes as batch, and head
             2**32 - 1, which no attention uses: a seed may serve both.
+        offset : int >= 0
+            Position of the first row: that of a token that is decoded. The table grows where it is too short.
+        positions : int array (..., seq), optional
+            Of each row, from 0 on; of the shape of x without its last axis, or of axes that broadcast to it.
 
         Returns
         -------
@@ -169,21 +178,24 @@ class PositionalEncoding:
             raise_layer_dtype("x", x, given, self.P.dtype, "layer.P.dtype", self.dim)
         if x.ndim < 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected (..., seq, {self.dim}), got shape {x.shape}")
-        *leading, seq, _ = x.shape
+        leading = x.shape[:-2]
+        offset, positions, end = check_rows(offset, positions, x.shape[:-1])
         table = self.P  # another thread may replace it meanwhile
         if np.ndim(table) != 3 or table.shape[::2] != (1, self.dim):
             raise ValueError(f"P: expected (1, rows, {self.dim}), got shape {np.shape(table)}")
-        if seq > table.shape[1]:
-            table = self.P = self._table(max(seq, 2 * table.shape[1]), self.dim, **self._options)[None]
+        if end > table.shape[1]:
+            table = self.P = self._table(max(end, 2 * table.shape[1]), self.dim, **self._options)[None]
         dropout = check_dropout("dropout", self.dropout) if check_bool("training", training) else 0.0
         seed = check_seed(seed) if dropout else 0
         batch_index = np.arange(math.prod(leading)).reshape(leading)
         out = np.empty(x.shape, x.dtype)
         for piece in pieces(x.shape):
             *batch, rows, columns = piece
-            part = x[piece] + table[0, rows, columns]
+            shifted = slice(offset + rows.start, offset + rows.stop)
+            part = x[piece] + table[0, shifted if positions is None else positions[piece[:-1]], columns]
             if dropout:
-                keep = keep_of(seed, dropout, batch_index[tuple(batch)].ravel(), np.array([2**32 - 1]), rows, columns)
+                keep = keep_of(seed, dropout, batch_index[tuple(batch)].ravel(), np.array([2**32 - 1]), shifted,
+                               columns)
                 part = np.where(keep.reshape(part.shape), part / part.dtype.type(1 - dropout), part.dtype.type(0))
             out[piece] = part
         return out
