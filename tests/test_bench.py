@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import python
 
 from bench import peers, probes, readme, report, runner, worker
 from bench.__main__ import main
@@ -674,5 +675,4 @@ def test_list(capsys):
 
 def test_the_processes_of_other_peers_are_free_of_cattn():
     code = "import sys, bench.worker; print([name for name in sys.modules if name.startswith('cattn')])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=runner.ROOT, capture_output=True, text=True)
-    assert result.stdout == "[]\n"
+    assert python(code, folder=runner.ROOT).stdout == "[]\n"

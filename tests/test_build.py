@@ -12,22 +12,20 @@ import sys
 import sysconfig
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 
 import cattn
 from cattn import _kernels
 from cattn._kernels.isa import ISAS, Isa, compiled_for
 
-ROOT = Path(cattn.__file__).parents[1]
+ROOT = processes.ROOT
+python = partial(processes.python, without=("CATTN_ISA",))
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0] if sysconfig.get_config_var("Py_GIL_DISABLED") else ".abi3.so"
-
-
-def python(code, folder=ROOT, **variables):
-    environment = {name: value for name, value in os.environ.items() if name != "CATTN_ISA"} | variables
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_flags_are_in_force(isa):
@@ -125,7 +123,7 @@ def sources(tmp_path):
 def test_extensions_are_those_of_the_table(sources):
     done = python("from setuptools import Extension; import distutils.core, json\n"
                   "made = distutils.core.run_setup('setup.py', stop_after='init').ext_modules\n"
-                  "print(json.dumps([extension.name for extension in made]))", sources(PLANTED), CATTN_ISAS="")
+                  "print(json.dumps([extension.name for extension in made]))", folder=sources(PLANTED), CATTN_ISAS="")
     assert done.returncode == 0, done.stderr
     named = [name for row in (PLANTED, *compiled_for(platform.machine())) for name in row.modules.values()]
     assert json.loads(done.stdout) == [f"cattn._kernels.{name}" for name in ["cpu", *named]]
@@ -221,7 +219,7 @@ def last_error(done):
 
 def test_a_checkout_that_is_not_built(installation):
     folder = installation("*.so", checkout=True)
-    done = python("import cattn", folder)
+    done = python("import cattn", folder=folder)
     assert last_error(done) == ("ImportError: cattn: the compiled module cattn._kernels.cpu is missing: "
                                 f"`pip install -e .` in {folder} builds it")
     assert "ModuleNotFoundError: No module named 'cattn._kernels.cpu'\n\nThe above exception was" in done.stderr
@@ -229,7 +227,7 @@ def test_a_checkout_that_is_not_built(installation):
 
 def test_an_installation_without_modules(installation):
     folder = installation("*.so")
-    assert last_error(python("import cattn", folder)) == (
+    assert last_error(python("import cattn", folder=folder)) == (
         "ImportError: cattn: the compiled module cattn._kernels.cpu is missing: "
         f"`pip install --force-reinstall --no-deps cattn` brings it back to {folder / 'cattn' / '_kernels'}")
 
@@ -237,7 +235,7 @@ def test_an_installation_without_modules(installation):
 def test_an_installation_without_kernels(installation):
     """The last of the table, which every CPU runs."""
     missing = (f"{row.name}*.so" for row in ISAS)
-    done = python("import cattn", installation(*missing, checkout=True))
+    done = python("import cattn", folder=installation(*missing, checkout=True))
     assert last_error(done).startswith(
         "ImportError: cattn: the compiled module cattn._kernels.baseline is missing: `pip install -e .`")
     assert "ModuleNotFoundError" in done.stderr
@@ -246,13 +244,13 @@ def test_an_installation_without_kernels(installation):
 def test_an_installation_without_float64(installation):
     code = "import numpy as np, cattn; x = np.eye(2, dtype={}); cattn.scaled_dot_product_attention(x, x, x)"
     folder, double = installation("*_f64*"), _kernels.module_name(cattn.available_isas()[0], "f64")
-    assert python(code.format("'f4'"), folder).returncode == 0
-    assert last_error(python(code.format("'f8'"), folder)).startswith(
+    assert python(code.format("'f4'"), folder=folder).returncode == 0
+    assert last_error(python(code.format("'f8'"), folder=folder)).startswith(
         f"ImportError: cattn: the compiled module cattn._kernels.{double} is missing: `pip")
 
 
 def test_a_frozen_application_without_modules(installation):
-    done = python("import sys; sys.frozen = True; import cattn", installation("*.so"))
+    done = python("import sys; sys.frozen = True; import cattn", folder=installation("*.so"))
     assert last_error(done) == (
         "ImportError: cattn: the compiled module cattn._kernels.cpu is missing: freeze the application with all "
         "modules of cattn._kernels, which are imported by name: PyInstaller finds them by the hook of an installed "
@@ -314,7 +312,7 @@ def test_modules_whose_openmp_runtime_is_not_on_the_system(installation):
         pytest.skip("built with another OpenMP runtime, or none")
     for path in modules:
         path.write_bytes(path.read_bytes().replace(b"libgomp.so.1\0", b"libgomp.so.9\0"))
-    done = python("import cattn", folder)
+    done = python("import cattn", folder=folder)
     assert last_error(done).startswith(
         "ImportError: cattn: the OpenMP runtime libgomp.so.9 is not on this system: `apt-get install libgomp1` (Debian")
     assert f"ImportError: libgomp.so.9: {NOT_FOUND}\n\nThe above exception was" in done.stderr

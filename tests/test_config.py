@@ -4,13 +4,12 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import python
 
 import cattn
 from cattn import _config, _kernels, _threads
@@ -141,7 +140,5 @@ def test_every_module_says_how_it_was_built(isa):
     {"OMP_THREAD_LIMIT": "9" * 5000}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, {"LC_ALL": "no_SUCH.locale"},
 ], ids=lambda variables: " ".join(variables))
 def test_odd_environments(variables):
-    root = Path(cattn.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", "import cattn; cattn.show_config()"], cwd=root,
-                          env=os.environ | variables, capture_output=True, text=True)
+    done = python("import cattn; cattn.show_config()", **variables)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 9, done.stderr

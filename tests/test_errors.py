@@ -3,16 +3,14 @@
 import inspect
 import math
 import operator
-import subprocess
-import sys
 import warnings
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
+from processes import python
 
 import cattn
 from cattn import _threads, reference
@@ -767,8 +765,7 @@ def test_masked_arrays_are_known_without_importing_them():
         cattn.MultiHeadAttention(2, 1, dtype=float).load_state_dict(cattn.MultiHeadAttention(2, 1).state_dict())
         assert "numpy.ma" not in sys.modules
         """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(cattn.__file__).parents[1], capture_output=True,
-                          text=True)
+    done = python(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -11,10 +11,10 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import ROOT
 
 import cattn
 from cattn import _kernels
@@ -22,7 +22,6 @@ from cattn import _kernels
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
 OPENMP = _kernels.f32.build_info()["openmp"]
-ROOT = Path(cattn.__file__).parents[1]
 ARRAYS = np.random.default_rng(0).standard_normal((3, 2, 4, 200, 64)).astype(np.float32)
 
 

@@ -5,13 +5,11 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 import cattn
-
-ROOT = Path(cattn.__file__).parents[1]
 
 # Machine code: a function that sets the mode, and one that reads it.
 CODE = {

@@ -1,12 +1,10 @@
 """Nothing outside an array is read or written, not one byte: guarded.py, in processes that a SIGSEGV may end."""
 
-import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import program_of, python
 
 import cattn
 
@@ -15,10 +13,7 @@ each_isa = pytest.mark.parametrize("isa", cattn.available_isas())
 
 
 def run(code, isa=cattn.isa):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import guarded; {code}"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(cattn.__file__).parents[1], env=os.environ | {"CATTN_ISA": isa}, capture_output=True, text=True)
+    return python(program_of("guarded", code), CATTN_ISA=isa)
 
 
 def assert_clean(code, isa):

@@ -6,12 +6,9 @@ What is drawn starts from problems.calls(), whose arrays then get hostile values
 
 import inspect
 import mmap
-import os
-import subprocess
 import sys
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 
 import hypothesis
 import ml_dtypes
@@ -20,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import BFLOAT16, FLOATS, INF, LAYOUTS, NAN, calls, problem
+from processes import python
 from tolerance import assert_possible, everything
 
 import cattn
@@ -384,8 +382,7 @@ for call, array, shapes in [
                     reason="without a GIL, NumPy's own reading of a shape is a race")
 def test_shapes_that_another_thread_sets():
     """Each call is of one shape or the other, or an error that names an argument."""
-    done = subprocess.run([sys.executable, "-c", FLIPPED], cwd=Path(cattn.__file__).parents[1], env=os.environ,
-                          capture_output=True, text=True)
+    done = python(FLIPPED)
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr[-2000:]}"
 
 

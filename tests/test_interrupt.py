@@ -11,16 +11,14 @@ import sys
 import sysconfig
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
-import cattn
 from cattn import _kernels
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
-ROOT = Path(cattn.__file__).parents[1]
 
 # `key` reaches any length by stride 0. Dropout makes a call slow on every instruction set.
 START = """

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import ROOT, python
 
 import cattn
 from cattn import __main__ as command
 from cattn import _kernels, _plain, _selfcheck, _speed, reference
-
-ROOT = Path(cattn.__file__).parents[1]
 
 
 def start(*arguments, **options):
@@ -47,8 +46,8 @@ def small(monkeypatch):
 
 def test_import_leaves_it_out():
     code = "import sys, cattn; print([name for name in sys.modules if name.startswith('cattn.')])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "cattn._config" in done.stdout
+    done = python(code)
+    assert "cattn._config" in done.stdout, done.stderr
     assert not any(name in done.stdout for name in ("__main__", "_selfcheck", "_speed", "_plain"))
 
 
@@ -201,7 +200,7 @@ def test_streams_that_cannot_be_written(redirection, status, out, err):
 ])
 def test_exit_status(raised, status):
     code = f"from cattn.__main__ import exit_after\ndef main():\n    raise {raised}\nexit_after(main)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python(code)
     assert (done.returncode, done.stderr) == (status, "error: text\n" if "text" in raised else "")
 
 

@@ -2,17 +2,15 @@
 
 import ctypes
 import itertools
-import os
-import subprocess
 import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 from problems import assert_same_bits, normal, problem
+from processes import program_of, python
 
 import cattn
 from cattn import _kernels
@@ -26,10 +24,7 @@ starts_threads = pytest.mark.skipif(
 
 
 def run(code, **variables):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import leaks; {code}"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(cattn.__file__).parents[1], env=os.environ | variables, capture_output=True, text=True)
+    done = python(program_of("leaks", code), **variables)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import ROOT, python
 from test_types import documented
 
 import cattn
@@ -28,7 +29,6 @@ from matplotlib.text import Annotation  # noqa: E402
 
 from cattn import plots  # noqa: E402
 
-ROOT = Path(cattn.__file__).parents[1]
 LAYOUTS = ["interleaved", "concatenated", "cosines_first"]
 WORDS = ["I", "love", "my", "dog"]
 TABLE = cattn.sinusoidal_encoding(20, 8)
@@ -539,10 +539,6 @@ def test_bad_axes_of_weights():
 
 
 # Imports.
-
-
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_cattn_does_not_import_it():

@@ -1,17 +1,14 @@
 """preload(): after it, no call imports anything or starts another thread."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import python
 
 import cattn
 from cattn import _kernels
-
-ROOT = Path(cattn.__file__).parents[1]
 
 # What makes imports impossible.
 WALLS = {
@@ -113,8 +110,7 @@ print(isas, started, more, sorted(set(sys.modules) - modules))
 def serve(wall, preload="cattn.preload()", **variables):
     code = SERVER.replace("PRELOAD", preload).replace("WALL", WALLS[wall])
     # One thread of numpy's: it has others of its own.
-    environment = os.environ | {"CATTN_NUM_THREADS": "5", "OPENBLAS_NUM_THREADS": "1"} | variables
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return python(code, **{"CATTN_NUM_THREADS": "5", "OPENBLAS_NUM_THREADS": "1"} | variables)
 
 
 @pytest.fixture(params=WALLS)
@@ -148,7 +144,7 @@ import sys, cattn
 late = [f"cattn._kernels.{cattn._kernels.module_name(cattn.isa, 'f64')}", "numpy.random"]
 print([name in sys.modules for name in late], cattn.preload(), [name in sys.modules for name in late])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python(code)
     assert done.stdout == "[False, False] None [True, True]\n", done.stderr
 
 

@@ -3,8 +3,6 @@ the CPUs say and what limits OpenMP leaves."""
 
 import ctypes
 import os
-import subprocess
-import sys
 import sysconfig
 import threading
 import time
@@ -16,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from problems import DTYPES, assert_same_bits, normal, problem
+from processes import python
 
 import cattn
 from cattn import _kernels, _threads
 from cattn._threads import _cgroup_quota
 
-ROOT = Path(cattn.__file__).parents[1]
 VARIABLES = "CATTN_NUM_THREADS", "OMP_NUM_THREADS"
 
 
@@ -31,8 +29,7 @@ def beginning(parameter):
 
 
 def in_new_process(code, **variables):
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | variables
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return python(code, without=VARIABLES, **variables)
 
 
 def number_and_source(**variables):

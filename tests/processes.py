@@ -1,0 +1,22 @@
+"""The code of a test in a Python process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cattn
+
+ROOT = Path(cattn.__file__).parents[1]  # there, a new process imports this cattn
+
+
+def python(code, *, folder=ROOT, without=(), **variables):
+    """The ended process of this code in this folder, its output as text. Its environment is this process's, `without`
+    some variables, with these."""
+    environment = {name: value for name, value in os.environ.items() if name not in without} | variables
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def program_of(module, code):
+    """Code that finds this module, which lies beside the tests."""
+    return f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {module}; {code}"
