@@ -6,6 +6,9 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
+import cattn
+from cattn import _kernels
+
 INF, NAN = math.inf, math.nan
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
@@ -13,13 +16,39 @@ FLOATS = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLO
 # (query's dtype, key's and value's dtype): all that attention takes.
 DTYPES = [(dtype, dtype) for dtype in FLOATS] + [(FLOATS[0], FLOATS[2]), (FLOATS[0], BFLOAT16)]
 
-# On both sides of every edge in the kernels. Query rows: 2, 4, 8 and 16 lanes, panels of 1 to 3 vectors, and where a
-# second block begins, after 192 rows and a third in whole vectors. Keys: register tiles of 4 and 8, blocks of 64, 128
-# and 256. head_dim: lanes, tiles, and 64, 128 and 256, where the number of keys in a block changes or long sums end.
-ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 80, 96, 97, 240,
-        241, 248, 249, 252, 253, 254, 255, 385]
-KEYS = [1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513]
-HEAD_DIMS = [1, 3, 4, 5, 8, 17, 64, 65, 80, 128, 129, 256, 257, 513]
+
+def _edges():
+    """{what: its sizes in all modules that this CPU runs}."""
+    modules = [_kernels._load(_kernels.module_name(isa, precision))
+               for isa in cattn.available_isas() for precision in ("f32", "f64")]
+    return {name: sorted({module.edges()[name] for module in modules}) for name in modules[0].edges()}
+
+
+def around(*sizes):
+    return {size + step for size in sizes for step in (-1, 0, 1)} - {0}
+
+
+def last_row_of_one_block(lanes, block_rows):
+    """As `plan` has it, for one thread: a third more than a block, in whole vectors, is one block still."""
+    vectors = block_rows // lanes
+    return (2 * vectors - vectors * 2 // 3 - 1) * lanes
+
+
+EDGES = _edges()
+# On both sides of every edge in the kernels. Query rows: those that decode takes, lanes, panels of 1 to 3 vectors, and
+# where a second block begins.
+_LANES, (_BLOCK_ROWS,) = EDGES["lanes"], EDGES["block_rows"]
+_LAST_ROWS = [last_row_of_one_block(lanes, _BLOCK_ROWS) for lanes in _LANES]
+ROWS = sorted({1, 2, 3, 5} | around(*EDGES["decode_rows"], *(n * lanes for lanes in _LANES for n in (1, 2, 3, 4)))
+              | {n * max(_LANES) for n in (5, 6)} | {6 * max(_LANES) + 1, 2 * _BLOCK_ROWS + 1}
+              | {row + step for row in _LAST_ROWS for step in (0, 1)})
+# Keys: register tiles, blocks, several of these.
+_BLOCKS = EDGES["decode_keys"] + EDGES["prefill_keys"] + EDGES["wide_prefill_keys"]
+KEYS = sorted({1, 2, 3, 4 * max(_BLOCKS) + 1} | around(*EDGES["tile_rows"], *_BLOCKS, 2 * max(_BLOCKS)))
+# head_dim: lanes, common sizes, where the number of keys in a block changes, and where long sums end.
+_DIMS = EDGES["narrow_dims"] + EDGES["dims_at_once"]
+HEAD_DIMS = sorted({1, 3, 5, 64, 65, 80, 128, 129, max(_LANES) + 1, 2 * max(_DIMS) + 1, *_LANES}
+                   | {dim + step for dim in _DIMS for step in (0, 1)})
 
 
 def normal(*shape, dtype=np.float32, seed=0):

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from problems import (
     BFLOAT16,
     DTYPES,
+    EDGES,
     FLOATS,
     HEAD_DIMS,
     INF,
@@ -20,6 +21,7 @@ from problems import (
     LAYOUTS,
     NAN,
     ROWS,
+    around,
     assert_same_bits,
     calls,
     normal,
@@ -35,6 +37,7 @@ from cattn.reference import dropout_keep
 F16, F32, F64 = (np.dtype(name) for name in ("float16", "float32", "float64"))
 attention = cattn.scaled_dot_product_attention
 
+(DECODE_SPLIT,), (PREFILL_SPLIT,) = EDGES["decode_split"], EDGES["prefill_split"]
 both_precisions = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 all_dtypes = pytest.mark.parametrize(
     ("dtype", "kv_dtype"), DTYPES, ids=[f"{q}" if q == kv else f"{q}-{kv}" for q, kv in DTYPES]
@@ -89,7 +92,8 @@ def test_keys(isa, seq_len_kv, dtype):
 
 @both_precisions
 @pytest.mark.parametrize(("seq_len_q", "seq_len_kv"), [
-    (1, 1023), (1, 1024), (1, 1025), (3, 2049), (8, 5000), (20, 4095), (20, 4096), (20, 4097), (9, 8193), (1, 16384),
+    *((1, n) for n in sorted(around(DECODE_SPLIT))), (3, 2 * DECODE_SPLIT + 1), (8, 5 * DECODE_SPLIT - 120),
+    *((20, n) for n in sorted(around(PREFILL_SPLIT))), (9, 2 * PREFILL_SPLIT + 1), (1, 16 * DECODE_SPLIT),
 ])
 def test_many_keys(isa, seq_len_q, seq_len_kv, dtype):
     """Where keys are cut into splits whose results are merged."""
@@ -1007,7 +1011,7 @@ def test_errors_do_not_grow_with_the_number_of_keys(isa, rows, dtype):
         shape = 1, 1, seq_len_kv
         return attention(query, np.broadcast_to(key, (*shape, 8)), np.broadcast_to(value, (*shape, 20)))
 
-    one_split = mean_of(4096 if rows > 8 else 1024)
+    one_split = mean_of(DECODE_SPLIT if rows == 1 else PREFILL_SPLIT)
     for seq_len_kv in (2**16, 2**19):
         np.testing.assert_allclose(mean_of(seq_len_kv), one_split, rtol=2 * np.finfo(dtype).eps, atol=0)
 

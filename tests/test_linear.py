@@ -4,17 +4,20 @@ import itertools
 
 import numpy as np
 import pytest
-from problems import BFLOAT16, FLOATS, LAYOUTS, assert_same_bits, normal
+from problems import BFLOAT16, EDGES, FLOATS, LAYOUTS, around, assert_same_bits, normal
 from tolerance import HALF_ULP
 
 from cattn import _kernels
 from cattn._checks import check_kind
 
-# On both sides of every edge: 1, 2, 4 and 8 rows are few; vectors and panels of them; blocks of 192. Features: tasks of
-# 48, vectors. Dimensions: vectors, blocks of 128.
-ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 31, 33, 49, 191, 192, 193, 200]
-OUT = [1, 7, 8, 15, 17, 47, 48, 49, 97, 150]
-IN = [1, 3, 8, 17, 64, 127, 128, 129, 256, 300]
+# On both sides of every edge: half a vector of rows are few; vectors and panels of them; blocks. Features: vectors,
+# tasks. Dimensions: vectors, blocks.
+(BLOCK_ROWS,), (FEATURES,), (BLOCK_DIMS,) = (EDGES[name] for name in ("block_rows", "features", "block_dims"))
+MOST_LANES = max(EDGES["lanes"])
+ROWS = sorted({1, 2, 3, 5, 24, 31, 33, 49, BLOCK_ROWS + 8} | around(*(n // 2 for n in EDGES["lanes"]), BLOCK_ROWS)
+              | {n + step for n in EDGES["lanes"] for step in (0, 1)})
+OUT = sorted({1, 7, 8, 2 * FEATURES + 1, 3 * FEATURES + 6} | around(MOST_LANES, FEATURES))
+IN = sorted({1, 3, 8, MOST_LANES + 1, BLOCK_DIMS // 2, 2 * BLOCK_DIMS, 300} | around(BLOCK_DIMS))
 
 
 def linear(x, weight, bias=None, *, num_threads=0, out=None):

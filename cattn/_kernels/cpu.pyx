@@ -16,8 +16,8 @@ cdef extern from *:
     #include <stdlib.h>
     #include <string.h>
     #include <time.h>
-    /* Of the table's features for this machine, X("avx2") X("fma") ... from setup.py: the builtin wants literal names. It
-       asks the operating system (XGETBV) as well as the CPU. */
+    /* Of the table's features for this machine, X("avx2") X("fma") ... from setup.py: the builtin wants literal names.
+       It asks the operating system (XGETBV) as well as the CPU. */
     static int cattn_cpu_supports(const char *feature) {
         #define X(name) if (strcmp(feature, name) == 0) return __builtin_cpu_supports(name) != 0;
         CATTN_CPU_FEATURES

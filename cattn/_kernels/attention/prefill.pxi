@@ -27,6 +27,7 @@
 # (but for `run_signal_handlers`, tasks.pxi).
 
 cdef enum:
+    NARROW_DIMS = 256   # of a head: wider ones have 64 keys in a block
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
@@ -51,7 +52,7 @@ cdef struct Softmax:            # a tile's pass of exponentials, under way
 cdef Py_ssize_t keys_per_block(Py_ssize_t head_dim, Py_ssize_t head_dim_v) noexcept nogil:
     """128: 32 KB of K at head_dim 64, and 12 KB of scores. 256 keys are 1 % slower on Zen 5 (48 KB of L1) and 1 %
     faster on Zen 3, 64 keys cost 2 to 6 % in loads and stores of acc. Depends on nothing else: it decides bits."""
-    return 128 if max(head_dim, head_dim_v) <= 256 else 64
+    return 128 if max(head_dim, head_dim_v) <= NARROW_DIMS else 64
 
 
 cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf* tile_max, const real* q,
