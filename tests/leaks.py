@@ -188,7 +188,8 @@ def no_page_more_each_call():
 
 def out_of_memory(repeats):
     """The address space ends at each allocation of a call in turn; the next call, with memory, is right."""
-    rows, head_dim = 2**24, 2**16  # results of 64 MiB each: never from what malloc has kept
+    # Results of 64 MiB each: never from what malloc has kept. Scratch beyond the 8 MiB left, with narrow vectors too.
+    rows, head_dim = 2**24, 2**18
     query = np.broadcast_to(np.float32(0), (rows, head_dim))
     key = query[:1]
 
@@ -196,7 +197,7 @@ def out_of_memory(repeats):
         attention(query, key, key[:, :1], return_weights=True, return_logsumexp=True, num_threads=1)
 
     def attend_wide():
-        x = np.broadcast_to(0.0, (9, 4 * head_dim))
+        x = np.broadcast_to(0.0, (9, head_dim))
         attention(x, x, x[:, :1], num_threads=1)
 
     def table():
