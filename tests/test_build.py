@@ -308,8 +308,8 @@ def test_other_errors_of_the_dynamic_linker(monkeypatch, error):
 def test_modules_whose_openmp_runtime_is_not_on_the_system(installation):
     folder = installation()
     modules = [path for path in folder.glob(f"cattn/_kernels/*{SUFFIX}") if b"libgomp.so.1\0" in path.read_bytes()]
-    if not modules:
-        pytest.skip("built with another OpenMP runtime, or none")
+    if not modules or (folder / "cattn.libs").exists():
+        pytest.skip("built with another OpenMP runtime, a copy of its own, or none")
     for path in modules:
         path.write_bytes(path.read_bytes().replace(b"libgomp.so.1\0", b"libgomp.so.9\0"))
     done = python("import cattn", folder=folder)

@@ -186,11 +186,11 @@ def test_streams_that_cannot_be_written(redirection, status, out, err):
     code = ("import subprocess\nfrom cattn.__main__ import *\n"
             "def main():\n"
             "    Progress(json_only=True).show('progress', at_once=True)\n"
-            "    subprocess.run(['sh', '-c', 'echo child >&2'], check=True)\n"
+            "    subprocess.run(['/bin/sh', '-c', 'echo child >&2'], check=True)\n"
             "    print('result')\n"
             "    return 0\n"
             "exit_after(main)")
-    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, code], cwd=ROOT,
+    done = subprocess.run(["/bin/sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, code], cwd=ROOT,
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
 
