@@ -508,7 +508,8 @@ def test_rows_appear_when_they_are_measured(data, fake_run, tmp_path, capsys):
     assert [child.name for child in tmp_path.iterdir()] == ["bench.json"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), runner.PeerError("its process ended with status -11")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), runner.PeerError("its process ended with status -11")],
+                         ids=["interrupt", "peer"])
 def test_rows_are_kept_when_a_run_ends_early(data, fake_run, tmp_path, capsys, error):
     def meanwhile(count):
         if count:

@@ -55,7 +55,7 @@ def test_dicts(capsys):
     assert (found["blas"]["name"], found["blas"]["version"]) == (blas["name"], blas["version"])
 
 
-@pytest.mark.parametrize("mode", ["dict", "", None, 1, ["dicts"], b"dicts", np.array(["dicts", "dicts"])])
+@pytest.mark.parametrize("mode", ["dict", "", None, 1, ["dicts"], b"dicts", np.array(["dicts", "dicts"])], ids=repr)
 def test_unknown_mode(capsys, mode):
     with pytest.raises(ValueError) as raised:
         cattn.show_config(mode)

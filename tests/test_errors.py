@@ -480,7 +480,7 @@ def test_softcap_of_none_takes_the_short_way(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "seq_len_kv", "return_weights"), [
     ((2**45, 1, 1, 1), 1, False), ((2**20, 1, 2**20, 1), 2**10, True),
-])
+], ids=["out", "weights"])
 def test_result_beyond_memory(shape, seq_len_kv, return_weights):
     """It fits an index, so it is for the allocator to refuse."""
     keys = giant(1, 1, seq_len_kv, 1)
@@ -999,7 +999,7 @@ CAUSAL_CALLS = {  # (arguments, options, the warning)
 
 
 @pytest.mark.parametrize("which", CAUSAL_CALLS)
-@pytest.mark.parametrize("axes", [(1, 2), (1,)])
+@pytest.mark.parametrize("axes", [(1, 2), (1,)], ids=["heads", "no heads"])
 def test_warning_of_causal_with_fewer_queries(which, axes):
     sizes, options, message = CAUSAL_CALLS[which]
     query, key = (tokens(n, axes) for n in sizes)
@@ -1055,7 +1055,7 @@ def test_warning_of_masks_of_0_and_1(which, dtype):
     assert warned(lambda: reference.scaled_dot_product_attention(x, x, x, mask)) == []
 
 
-@pytest.mark.parametrize("shape", [(300, 300), (1, 1, 300, 300), (2, 4, 300, 300), (300, 2000)])
+@pytest.mark.parametrize("shape", [(300, 300), (1, 1, 300, 300), (2, 4, 300, 300), (300, 2000)], ids=str)
 def test_warning_of_large_masks_of_0_and_1(shape):
     mask = np.tril(np.ones(shape, F32))
     query, key = tokens(shape[-2], (2, 4)), tokens(shape[-1], (2, 4))

@@ -137,7 +137,8 @@ def test_batches_hold_every_sentence_once():
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("attention_class", [cattn.MultiHeadAttention, cattn.reference.MultiHeadAttention])
+@pytest.mark.parametrize("attention_class", [cattn.MultiHeadAttention, cattn.reference.MultiHeadAttention],
+                         ids=["public", "reference"])
 def test_encoder_against_the_formulas(weights, attention_class, num_threads, monkeypatch):
     monkeypatch.setattr(minilm, "ROWS", 2)  # several times, also with 3 threads
     token_ids = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
@@ -260,7 +261,7 @@ def test_another_model(capsys, tmp_path, weights, config, message):
 
 
 @pytest.mark.parametrize("name", ["embeddings.LayerNorm.weight", "encoder.layer.1.output.dense.bias"])
-@pytest.mark.parametrize("shape", [None, (7,)])
+@pytest.mark.parametrize("shape", [None, (7,)], ids=["missing", "another shape"])
 def test_weights_that_are_missing_or_do_not_fit(capsys, tmp_path, weights, name, shape):
     damaged = {key: weight for key, weight in weights.items() if key != name}
     save_model(tmp_path, damaged if shape is None else damaged | {name: np.ones(shape, np.float32)}, CONFIG)

@@ -109,7 +109,7 @@ def test_without_a_batch_axis(library):
 @both
 @pytest.mark.parametrize("shape", [
     (5, 7), (1, 7), (5, 1), (2, 5, 7), (1, 5, 7), (2, 1, 7), (2, 3, 5, 7), (2, 1, 1, 7), (1, 3, 5, 1)
-])
+], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_masks(library, shape, kind):
     layer = random_layer(library, 12, 3)
@@ -168,7 +168,7 @@ def test_options_reach_the_attention(library):
 
 
 @both
-@pytest.mark.parametrize("shape", [(0, 3, 12), (2, 0, 12), (0, 12)])
+@pytest.mark.parametrize("shape", [(0, 3, 12), (2, 0, 12), (0, 12)], ids=str)
 def test_empty(library, shape):
     layer = random_layer(library, 12, 3)
     assert layer(np.empty(shape)).shape == shape
@@ -771,7 +771,8 @@ def test_errstate_raises_nothing(library, dtype, state):
 @both
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
-@pytest.mark.parametrize("without", [("in_proj_bias",), ("out_proj_bias",), ("in_proj_bias", "out_proj_bias")])
+@pytest.mark.parametrize("without", [("in_proj_bias",), ("out_proj_bias",), ("in_proj_bias", "out_proj_bias")],
+                         ids=" and ".join)
 def test_each_bias_by_itself(library, without, num_kv_heads, layout):
     """None counts as 0; state dicts have the other one alone."""
     if layout == "tutorial" and num_kv_heads != 4:
@@ -814,7 +815,7 @@ def set_in_place(array, attribute, value):
     ("in_proj_weight", (12, 36)), ("in_proj_weight", (432, 1)), ("in_proj_weight", (432,)), ("in_proj_bias", (1, 36)),
     ("out_proj_weight", (144, 1)), ("out_proj_weight", (1, 144)), ("out_proj_weight", (3, 4, 12)),
     ("out_proj_bias", (12, 1)),
-])
+], ids=str)
 def test_shape_set_in_place(library, name, shape):
     """Of the array that the layer holds: refused where it is used, right again when it is set back. An array that was
     assigned is its caller's, who can set its shape."""
@@ -875,7 +876,7 @@ def test_frozen_in_place(library):
     ("num_kv_heads", 1, "in_proj_weight"), ("num_kv_heads", 2, "num_kv_heads"), ("input_dim", 6, "query"),
     ("input_dim", 24, "query"), ("dtype", np.dtype(np.float64), "query"), ("dropout", 1.5, "dropout"),
     ("dropout", "0", "dropout"),
-])
+], ids=str)
 def test_attributes_that_do_not_fit(library, attribute, value, name):
     layer = library.MultiHeadAttention(12, 3)
     setattr(layer, attribute, value)

@@ -271,7 +271,7 @@ def test_tokens_are_shown_as_they_are():
     ax.figure.canvas.draw()
 
 
-@pytest.mark.parametrize(("shape", "step"), [((64, 64), 1), ((200, 200), 3), ((6, 64, 64), 3)])
+@pytest.mark.parametrize(("shape", "step"), [((64, 64), 1), ((200, 200), 3), ((6, 64, 64), 3)], ids=str)
 def test_many_tokens_are_named_in_part(shape, step):
     """Those for which there is room."""
     tokens = [f"t{i}" for i in range(shape[-1])]

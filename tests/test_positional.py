@@ -469,7 +469,7 @@ def test_other_dtypes_of_the_reference(dtype):
     lambda n, d, dtype: np.empty((d, n), dtype).T,
     lambda n, d, dtype: np.empty(n * d * np.dtype(dtype).itemsize + 1, np.uint8)[1:].view(dtype).reshape(n, d),
 ], ids=["contiguous", "columns", "rows reversed", "strided", "columns reversed", "transposed", "unaligned"])
-@pytest.mark.parametrize("shape", [(70, 9), (3, 1), (0, 4), (1, 5), (3, 1300)])
+@pytest.mark.parametrize("shape", [(70, 9), (3, 1), (0, 4), (1, 5), (3, 1300)], ids=str)
 def test_out(dtype, make, shape):
     out = make(*shape, dtype)
     assert cattn.sinusoidal_encoding(*shape, offset=3, dtype=dtype, out=out) is out
@@ -512,7 +512,7 @@ def test_relative_shift(library, dim, base, delta, layout, endpoint):
 
 
 @both
-@pytest.mark.parametrize("shape", [(7, 6), (2, 7, 6), (2, 3, 7, 6), (2, 0, 6), (0, 7, 6)])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 7, 6), (2, 3, 7, 6), (2, 0, 6), (0, 7, 6)], ids=str)
 def test_layer_adds_the_table(library, shape):
     layer = library.PositionalEncoding(6, max_len=10)
     assert layer.P.shape == (1, 10, 6) and layer.P.dtype == np.float32
@@ -586,7 +586,8 @@ def plain_layer(x, table, dropout=0.0, seed=0):
 
 
 @pytest.mark.parametrize("shape", [
-    (300_000,), (3, 100_001), (100_000, 1, 5), (5, 3, 20_000, 2), (2, 70, 4000), (2, 0, 4000), (0, 700_000, 7)])
+    (300_000,), (3, 100_001), (100_000, 1, 5), (5, 3, 20_000, 2), (2, 70, 4000), (2, 0, 4000), (0, 700_000, 7),
+], ids=str)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_layer_in_pieces(shape, dtype):
     """Larger than a piece along any axis, and cut where no multiple of 4 is near: the bits of the whole."""

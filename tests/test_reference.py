@@ -316,7 +316,7 @@ def test_score_of_minus_inf_has_weight_0():
     assert math.isnan(everything(query, key, value)[0].item())
 
 
-@pytest.mark.parametrize("low", [np.finfo(np.float32).min, -1e300, np.finfo(np.float64).min])
+@pytest.mark.parametrize("low", [np.finfo(np.float32).min, -1e300, np.finfo(np.float64).min], ids=str)
 def test_finite_mask_value_is_a_bias(low):
     """A row of such values is uniform, whatever their size; -inf would make it empty."""
     query, key = np.zeros((1, 4), np.float32), np.zeros((3, 4), np.float32)
