@@ -120,22 +120,25 @@ def test_grouped_queries(isa, num_heads, num_kv_heads, seq_len_q, dtype):
     check(*arrays, is_causal=True, q_offset=20, alibi_slopes=np.linspace(0.1, 1, num_heads), sinks=np.ones(num_heads))
 
 
-@pytest.mark.parametrize(("query", "key", "value", "leading"), [
-    ((5, 8), (7, 8), (7, 3), ()),
-    ((2, 5, 8), (2, 7, 8), (2, 7, 3), (2,)),
-    ((2, 5, 8), (1, 7, 8), (2, 7, 3), (2,)),
-    ((1, 5, 8), (3, 7, 8), (1, 7, 3), (3,)),
-    ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), (2,)),
-    ((1, 4, 5, 8), (2, 2, 7, 8), (1, 2, 7, 3), (2,)),
-    ((2, 4, 5, 8), (2, 2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
-    ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
-    ((2, 3, 4, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 3), (2, 3)),
-    ((2, 3, 4, 5, 8), (3, 2, 7, 8), (2, 1, 2, 7, 3), (2, 3)),
-    ((1, 1, 4, 5, 8), (2, 1, 1, 7, 8), (1, 3, 1, 7, 3), (2, 3)),
-    ((4, 5, 8), (4, 7, 8), (1, 7, 3), (4,)),
-    ((1, 4, 5, 8), (2, 1, 3, 2, 7, 8), (3, 2, 7, 3), (2, 1, 3)),
-    ((2, 1, 3, 2, 4, 5, 8), (2, 3, 1, 4, 7, 8), (1, 1, 1, 2, 4, 7, 3), (2, 2, 3, 2)),
-])
+SHAPES = {
+    "2 axes": ((5, 8), (7, 8), (7, 3), ()),
+    "3 axes": ((2, 5, 8), (2, 7, 8), (2, 7, 3), (2,)),
+    "one key for all": ((2, 5, 8), (1, 7, 8), (2, 7, 3), (2,)),
+    "one query and one value for all": ((1, 5, 8), (3, 7, 8), (1, 7, 3), (3,)),
+    "4 axes": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), (2,)),
+    "one query for all": ((1, 4, 5, 8), (2, 2, 7, 8), (1, 2, 7, 3), (2,)),
+    "a leading axis more in key and value": ((2, 4, 5, 8), (2, 2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
+    "a leading axis more in value": ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
+    "5 axes": ((2, 3, 4, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 3), (2, 3)),
+    "key without the first axis": ((2, 3, 4, 5, 8), (3, 2, 7, 8), (2, 1, 2, 7, 3), (2, 3)),
+    "each broadcasts": ((1, 1, 4, 5, 8), (2, 1, 1, 7, 8), (1, 3, 1, 7, 3), (2, 3)),
+    "one value for all": ((4, 5, 8), (4, 7, 8), (1, 7, 3), (4,)),
+    "key with two axes more": ((1, 4, 5, 8), (2, 1, 3, 2, 7, 8), (3, 2, 7, 3), (2, 1, 3)),
+    "all with other axes": ((2, 1, 3, 2, 4, 5, 8), (2, 3, 1, 4, 7, 8), (1, 1, 1, 2, 4, 7, 3), (2, 2, 3, 2)),
+}
+
+
+@pytest.mark.parametrize(("query", "key", "value", "leading"), SHAPES.values(), ids=SHAPES)
 def test_axes_and_broadcasting(isa, query, key, value, leading):
     arrays = [normal(*shape, seed=number) for number, shape in enumerate((query, key, value))]
     heads = query[-3:-2] if len(query) > 3 else ()
