@@ -42,6 +42,7 @@ both_precisions = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 all_dtypes = pytest.mark.parametrize(
     ("dtype", "kv_dtype"), DTYPES, ids=[f"{q}" if q == kv else f"{q}-{kv}" for q, kv in DTYPES]
 )
+mask_dtypes = pytest.mark.parametrize("kind", [bool, *FLOATS], ids=lambda kind: np.dtype(kind).name)
 
 
 @settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -65,7 +66,7 @@ def test_signature():
 
 
 @all_dtypes
-@pytest.mark.parametrize("leading", [None, (2,)])
+@pytest.mark.parametrize("leading", [None, (2,)], ids=str)
 def test_dtypes(isa, dtype, kv_dtype, leading):
     arrays = problem(37, 150, 24, 20, dtype=dtype, kv_dtype=kv_dtype, leading=leading)
     check(*arrays)
@@ -123,22 +124,25 @@ def test_grouped_queries(isa, num_heads, num_kv_heads, seq_len_q, dtype):
     check(*arrays, is_causal=True, q_offset=20, alibi_slopes=np.linspace(0.1, 1, num_heads), sinks=np.ones(num_heads))
 
 
-@pytest.mark.parametrize(("query", "key", "value", "leading"), [
-    ((5, 8), (7, 8), (7, 3), ()),
-    ((2, 5, 8), (2, 7, 8), (2, 7, 3), (2,)),
-    ((2, 5, 8), (1, 7, 8), (2, 7, 3), (2,)),
-    ((1, 5, 8), (3, 7, 8), (1, 7, 3), (3,)),
-    ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), (2,)),
-    ((1, 4, 5, 8), (2, 2, 7, 8), (1, 2, 7, 3), (2,)),
-    ((2, 4, 5, 8), (2, 2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
-    ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
-    ((2, 3, 4, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 3), (2, 3)),
-    ((2, 3, 4, 5, 8), (3, 2, 7, 8), (2, 1, 2, 7, 3), (2, 3)),
-    ((1, 1, 4, 5, 8), (2, 1, 1, 7, 8), (1, 3, 1, 7, 3), (2, 3)),
-    ((4, 5, 8), (4, 7, 8), (1, 7, 3), (4,)),
-    ((1, 4, 5, 8), (2, 1, 3, 2, 7, 8), (3, 2, 7, 3), (2, 1, 3)),
-    ((2, 1, 3, 2, 4, 5, 8), (2, 3, 1, 4, 7, 8), (1, 1, 1, 2, 4, 7, 3), (2, 2, 3, 2)),
-])
+SHAPES = {
+    "2 axes": ((5, 8), (7, 8), (7, 3), ()),
+    "3 axes": ((2, 5, 8), (2, 7, 8), (2, 7, 3), (2,)),
+    "one key for all": ((2, 5, 8), (1, 7, 8), (2, 7, 3), (2,)),
+    "one query and one value for all": ((1, 5, 8), (3, 7, 8), (1, 7, 3), (3,)),
+    "4 axes": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 3), (2,)),
+    "one query for all": ((1, 4, 5, 8), (2, 2, 7, 8), (1, 2, 7, 3), (2,)),
+    "a leading axis more in key and value": ((2, 4, 5, 8), (2, 2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
+    "a leading axis more in value": ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 2, 7, 3), (2, 2)),
+    "5 axes": ((2, 3, 4, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 3), (2, 3)),
+    "key without the first axis": ((2, 3, 4, 5, 8), (3, 2, 7, 8), (2, 1, 2, 7, 3), (2, 3)),
+    "each broadcasts": ((1, 1, 4, 5, 8), (2, 1, 1, 7, 8), (1, 3, 1, 7, 3), (2, 3)),
+    "one value for all": ((4, 5, 8), (4, 7, 8), (1, 7, 3), (4,)),
+    "key with two axes more": ((1, 4, 5, 8), (2, 1, 3, 2, 7, 8), (3, 2, 7, 3), (2, 1, 3)),
+    "all with other axes": ((2, 1, 3, 2, 4, 5, 8), (2, 3, 1, 4, 7, 8), (1, 1, 1, 2, 4, 7, 3), (2, 2, 3, 2)),
+}
+
+
+@pytest.mark.parametrize(("query", "key", "value", "leading"), SHAPES.values(), ids=SHAPES)
 def test_axes_and_broadcasting(isa, query, key, value, leading):
     arrays = [normal(*shape, seed=number) for number, shape in enumerate((query, key, value))]
     heads = query[-3:-2] if len(query) > 3 else ()
@@ -182,7 +186,7 @@ def random_mask(kind, shape, seed=0):
     return np.asarray(seen) if kind is bool else np.where(seen, rng.standard_normal(shape), -INF).astype(kind)
 
 
-@pytest.mark.parametrize("kind", [bool, *FLOATS], ids=str)
+@mask_dtypes
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_mask_shapes(isa, shape, kind):
     arrays = problem(35, 70, 8, num_heads=4, num_kv_heads=2)
@@ -191,7 +195,7 @@ def test_mask_shapes(isa, shape, kind):
     check(*arrays, attn_mask=mask, is_causal=True, q_offset=30, kv_lens=np.array([50, 70]), window=(20, None))
 
 
-@pytest.mark.parametrize("kind", [bool, *FLOATS], ids=str)
+@mask_dtypes
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_mask_dtypes(isa, dtype, kind):
     check(*problem(5, 70, 8, dtype=dtype), attn_mask=random_mask(kind, (2, 1, 5, 70)))
@@ -201,8 +205,8 @@ def test_mask_dtypes(isa, dtype, kind):
     (None, (9, 13)), (None, (13,)), (None, (9, 1)),
     ((3,), (3, 9, 13)), ((3,), (3, 1, 13)), ((3,), (9, 13)),
     ((2, 3), (2, 3, 2, 9, 13)), ((2, 3), (3, 1, 9, 13)), ((2, 3), (2, 1, 1, 1, 13)),
-])
-@pytest.mark.parametrize("kind", [bool, F32], ids=str)
+], ids=str)
+@pytest.mark.parametrize("kind", [bool, F32], ids=["bool", "float32"])
 def test_mask_axes(isa, leading, shape, kind):
     arrays = problem(leading=leading)
     if leading == (3,):
@@ -211,7 +215,7 @@ def test_mask_axes(isa, leading, shape, kind):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", [bool, *FLOATS], ids=str)
+@mask_dtypes
 def test_mask_layouts(isa, layout, kind):
     arrays = problem(35, 70, 8)
     mask = random_mask(kind, (2, 2, 35, 70))
@@ -312,7 +316,7 @@ def test_kv_lens_of_one_sequence(isa):
 
 
 @both_precisions
-@pytest.mark.parametrize("scale", [None, 1, 0.05, 0, -0.3, 1 / 3, np.float32(0.2)])
+@pytest.mark.parametrize("scale", [None, 1, 0.05, 0, -0.3, 1 / 3, np.float32(0.2)], ids=str)
 def test_scale(isa, scale, dtype):
     check(*problem(dtype=dtype), scale=scale)
 
@@ -327,7 +331,8 @@ def test_softcap(isa, softcap, sharpness, dtype, kv_dtype):
     check(query * query.dtype.type(sharpness), key, value, softcap=softcap, is_causal=True, q_offset=3)
 
 
-@pytest.mark.parametrize(("dtype", "softcap"), [(F32, 2e-38), (F32, 1e30), (F32, 8e37), (F64, 3e-308), (F64, 1e300)])
+@pytest.mark.parametrize(("dtype", "softcap"), [(F32, 2e-38), (F32, 1e30), (F32, 8e37), (F64, 3e-308), (F64, 1e300)],
+                         ids=str)
 def test_softcap_at_the_ends_of_its_range(isa, dtype, softcap):
     arrays = problem(dtype=dtype)
     check(*arrays, softcap=softcap)
@@ -342,7 +347,7 @@ def test_softcap_bounds_infinite_scores(isa):
 
 @both_precisions
 @pytest.mark.parametrize("q_offset", [0, 100, -7, np.array([3, 130])], ids=str)
-@pytest.mark.parametrize("slopes", [(2,), (2, 2)])
+@pytest.mark.parametrize("slopes", [(2,), (2, 2)], ids=str)
 def test_alibi(isa, slopes, q_offset, dtype):
     arrays = problem(20, 140, 8, dtype=dtype)
     slopes = np.random.default_rng(0).random(slopes)
@@ -367,7 +372,7 @@ def test_alibi_dtypes(isa):
 
 
 @all_dtypes
-@pytest.mark.parametrize("sinks", [(0, 1), (-INF, 5), (100, -100), (1e4, INF), (3e38, -3e38)])
+@pytest.mark.parametrize("sinks", [(0, 1), (-INF, 5), (100, -100), (1e4, INF), (3e38, -3e38)], ids=str)
 def test_sinks(isa, sinks, dtype, kv_dtype):
     arrays = problem(dtype=dtype, kv_dtype=kv_dtype)
     _, weights, logsumexp = check(*arrays, sinks=np.array(sinks, np.float64))
@@ -379,7 +384,7 @@ def test_sinks(isa, sinks, dtype, kv_dtype):
 # Dropout.
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1, np.int64(77), np.uint64(2**63)])
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1, np.int64(77), np.uint64(2**63)], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.99, 1 - 2**-40])
 def test_dropout_keeps_what_the_reference_keeps(isa, seed, dropout_p):
     query, key, value = problem(50, 141, 8, leading=(3,), num_heads=4, num_kv_heads=2)
@@ -388,7 +393,7 @@ def test_dropout_keeps_what_the_reference_keeps(isa, seed, dropout_p):
 
 
 @all_dtypes
-@pytest.mark.parametrize("dropout_p", [0.3, np.float32(0.5)])
+@pytest.mark.parametrize("dropout_p", [0.3, np.float32(0.5)], ids=str)
 def test_dropout(isa, dropout_p, dtype, kv_dtype):
     arrays = problem(20, 141, 8, dtype=dtype, kv_dtype=kv_dtype)
     check(*arrays, dropout_p=dropout_p, seed=5)
@@ -773,7 +778,7 @@ def test_some_rows_see_nothing(isa, dtype):
     (None, 1, 1, 0, 5), (None, 1, 1, 5, 0), (None, 1, 1, 0, 0),
     ((2,), 4, 2, 0, 5), ((2,), 4, 2, 5, 0), ((0,), 4, 2, 5, 5), ((2,), 0, 3, 5, 5),
     ((2, 0), 4, 2, 5, 5), ((0, 2), 4, 2, 5, 5), ((0, 0), 4, 2, 0, 0), ((2, 3), 4, 2, 5, 0),
-])
+], ids=str)
 def test_empty(isa, leading, num_heads, num_kv_heads, seq_len_q, seq_len_kv, dtype):
     """No queries, batch rows or heads: an empty result. No keys: zeros."""
     arrays = problem(seq_len_q, seq_len_kv, 8, 3, leading=leading, num_heads=num_heads, num_kv_heads=num_kv_heads,
@@ -860,7 +865,7 @@ def test_results_are_rounded_to_nearest_even(isa, dtype):
 @pytest.mark.parametrize(("dtype", "power"), [
     (F32, 100), (F32, -100), (BFLOAT16, 100), (BFLOAT16, -100), (F64, 900), (F64, -900),
 ], ids=str)
-@pytest.mark.parametrize("options", [{}, {"is_causal": True, "q_offset": 100}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "q_offset": 100}], ids=["all keys", "causal"])
 def test_powers_of_two_cost_no_bit(isa, dtype, power, options):
     """Around 1e30 and 1e-30 (1e270 in float64)."""
     query, key, value = problem(20, 140, 8, dtype=dtype)

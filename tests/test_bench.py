@@ -509,7 +509,8 @@ def test_rows_appear_when_they_are_measured(data, fake_run, tmp_path, capsys):
     assert [child.name for child in tmp_path.iterdir()] == ["bench.json"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), runner.PeerError("its process ended with status -11")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), runner.PeerError("its process ended with status -11")],
+                         ids=["interrupt", "peer"])
 def test_rows_are_kept_when_a_run_ends_early(data, fake_run, tmp_path, capsys, error):
     def meanwhile(count):
         if count:
@@ -621,29 +622,29 @@ def test_a_probe_that_fails_says_so():
     assert probes.run("no-such-probe", 1)["text"].startswith("no-such-probe: failed: KeyError")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        *(
-            (["--threads", text], f"expected numbers from 1 to 1024, as in 1,2, got '{text}'")
-            for text in ("0", "many", "1,", "1,1025", "9" * 5000)
-        ),
-        (["--peers", "tensorflow"], "got 'tensorflow'"),
-        (["--peers", "cattn"], "got 'cattn'"),
-        (["--workloads", "prefill-513"], "got 'prefill-513'"),
-        (["--seconds", "0"], "expected seconds above 0"),
-        (["--json", "no/such/directory/bench.json"], "no directory 'no/such/directory'"),
-        (["--json", "/dev/null"], "expected a new file or one to replace, got '/dev/null'"),
-        (["--json", "x" * 253], "cannot be written: [Errno"),
-        (["--json", "x" * 300], "cannot be written: [Errno"),
-        (["--plot", "x.txt"], "got 'x.txt'"),
-        (["--plot", "x"], "got 'x'"),
-        (["--plot", ""], "got ''"),
-        (["--plot", "no/such/directory/x.png"], "no directory 'no/such/directory'"),
-        (["--plot", "x.svg", "--json", "./x.svg"], "expected two files, got "),
-        (["--plot", "x.png", "--peers", "no-such-peer"], "no peer to draw, not installed: no-such-peer"),
-    ],
-)
+WRONG_ARGUMENTS = {
+    **{
+        f"threads {text[:7]}": (["--threads", text], f"expected numbers from 1 to 1024, as in 1,2, got '{text}'")
+        for text in ("0", "many", "1,", "1,1025", "9" * 5000)
+    },
+    "peer of none": (["--peers", "tensorflow"], "got 'tensorflow'"),
+    "cattn as peer": (["--peers", "cattn"], "got 'cattn'"),
+    "unknown workload": (["--workloads", "prefill-513"], "got 'prefill-513'"),
+    "no seconds": (["--seconds", "0"], "expected seconds above 0"),
+    "no directory": (["--json", "no/such/directory/bench.json"], "no directory 'no/such/directory'"),
+    "json to a device": (["--json", "/dev/null"], "expected a new file or one to replace, got '/dev/null'"),
+    "name that is too long with .new": (["--json", "x" * 253], "cannot be written: [Errno"),
+    "name that is too long": (["--json", "x" * 300], "cannot be written: [Errno"),
+    "plot of an unknown type": (["--plot", "x.txt"], "got 'x.txt'"),
+    "plot without a type": (["--plot", "x"], "got 'x'"),
+    "plot without a name": (["--plot", ""], "got ''"),
+    "plot to no directory": (["--plot", "no/such/directory/x.png"], "no directory 'no/such/directory'"),
+    "one file for both": (["--plot", "x.svg", "--json", "./x.svg"], "expected two files, got "),
+    "nothing to draw": (["--plot", "x.png", "--peers", "no-such-peer"], "no peer to draw, not installed: no-such-peer"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
 def test_argument_errors(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(runner, "run", None)  # an argument that passes starts nothing
     if "--plot" in arguments:

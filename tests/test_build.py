@@ -295,7 +295,7 @@ def test_without_the_openmp_runtime(monkeypatch, error, cure):
     "libgomp.so.1: version `GOMP_5.0' not found (required by /cattn/_kernels/avx2.abi3.so)",
     f"libm.so.7: {NOT_FOUND}",
     "/usr/lib/libgomp.so.1: cannot allocate memory in static TLS block",
-])
+], ids=["version", "no libm", "no room"])
 def test_other_errors_of_the_dynamic_linker(monkeypatch, error):
     """They say what is wrong."""
     cause = ImportError(error)

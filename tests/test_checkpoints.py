@@ -106,7 +106,7 @@ def test_shapes_of_the_parameters(library, name):
 @both
 @layers
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("prefix", ["", "encoder.layer.3.attention."])
+@pytest.mark.parametrize("prefix", ["", "encoder.layer.3.attention."], ids=["no prefix", "prefix"])
 def test_round_trip(library, name, layout, prefix):
     layer = make(library, name)
     if layout == "tutorial" and (layer.num_heads != layer.num_kv_heads or layer.in_proj_weight is None):

@@ -54,7 +54,7 @@ def test_dicts(capsys):
     assert (found["blas"]["name"], found["blas"]["version"]) == (blas["name"], blas["version"])
 
 
-@pytest.mark.parametrize("mode", ["dict", "", None, 1, ["dicts"], b"dicts", np.array(["dicts", "dicts"])])
+@pytest.mark.parametrize("mode", ["dict", "", None, 1, ["dicts"], b"dicts", np.array(["dicts", "dicts"])], ids=repr)
 def test_unknown_mode(capsys, mode):
     with pytest.raises(ValueError) as raised:
         cattn.show_config(mode)
@@ -74,15 +74,26 @@ BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS",
                   "VECLIB_MAXIMUM_THREADS")
 
 
-@pytest.mark.parametrize(("name", "variables", "expected"), [
-    ("scipy-openblas", {"OPENBLAS_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, (3, "OPENBLAS_NUM_THREADS")),
-    ("scipy-openblas", {"OMP_NUM_THREADS": "5"}, (5, "OMP_NUM_THREADS")),
-    ("scipy-openblas", {"OPENBLAS_NUM_THREADS": "many", "GOTO_NUM_THREADS": "2"}, (2, "GOTO_NUM_THREADS")),
-    ("mkl-dynamic-lp64-seq", {"OPENBLAS_NUM_THREADS": "3", "MKL_NUM_THREADS": "4"}, (4, "MKL_NUM_THREADS")),
-    ("accelerate", {"OMP_NUM_THREADS": "3", "VECLIB_MAXIMUM_THREADS": "1"}, (1, "VECLIB_MAXIMUM_THREADS")),
-    ("", {"OPENBLAS_NUM_THREADS": "0"},
-     (None, "OPENBLAS_NUM_THREADS, GOTO_NUM_THREADS, OMP_NUM_THREADS not set; by default BLAS uses all CPUs")),
-], ids=str)
+BLAS_SETTINGS = {
+    "its own variable": (
+        "scipy-openblas", {"OPENBLAS_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, (3, "OPENBLAS_NUM_THREADS"),
+    ),
+    "OpenMP's": ("scipy-openblas", {"OMP_NUM_THREADS": "5"}, (5, "OMP_NUM_THREADS")),
+    "not a number": (
+        "scipy-openblas", {"OPENBLAS_NUM_THREADS": "many", "GOTO_NUM_THREADS": "2"}, (2, "GOTO_NUM_THREADS"),
+    ),
+    "MKL": ("mkl-dynamic-lp64-seq", {"OPENBLAS_NUM_THREADS": "3", "MKL_NUM_THREADS": "4"}, (4, "MKL_NUM_THREADS")),
+    "Accelerate": (
+        "accelerate", {"OMP_NUM_THREADS": "3", "VECLIB_MAXIMUM_THREADS": "1"}, (1, "VECLIB_MAXIMUM_THREADS"),
+    ),
+    "0": (
+        "", {"OPENBLAS_NUM_THREADS": "0"},
+        (None, "OPENBLAS_NUM_THREADS, GOTO_NUM_THREADS, OMP_NUM_THREADS not set; by default BLAS uses all CPUs"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "variables", "expected"), BLAS_SETTINGS.values(), ids=BLAS_SETTINGS)
 def test_threads_of_blas_without_threadpoolctl(monkeypatch, name, variables, expected):
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)  # an ImportError
     for variable in BLAS_VARIABLES:
@@ -135,10 +146,18 @@ def test_every_module_says_how_it_was_built(isa):
     assert set(built) == {"compiler", "openmp"} and all(built.values())
 
 
-@pytest.mark.parametrize("variables", [
-    {"OMP_NUM_THREADS": "9" * 5000}, {"OMP_NUM_THREADS": "\udcff"}, {"OMP_PLACES": "cores"}, {"OMP_THREAD_LIMIT": "1"},
-    {"OMP_THREAD_LIMIT": "9" * 5000}, {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, {"LC_ALL": "no_SUCH.locale"},
-], ids=lambda variables: " ".join(variables))
+ODD = {
+    "many digits": {"OMP_NUM_THREADS": "9" * 5000},
+    "no text": {"OMP_NUM_THREADS": "\udcff"},
+    "places": {"OMP_PLACES": "cores"},
+    "limit of 1": {"OMP_THREAD_LIMIT": "1"},
+    "limit of many digits": {"OMP_THREAD_LIMIT": "9" * 5000},
+    "ASCII": {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+    "unknown locale": {"LC_ALL": "no_SUCH.locale"},
+}
+
+
+@pytest.mark.parametrize("variables", ODD.values(), ids=ODD)
 def test_odd_environments(variables):
     done = python("import cattn; cattn.show_config()", **variables)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 9, done.stderr

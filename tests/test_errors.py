@@ -478,7 +478,7 @@ def test_softcap_of_none_takes_the_short_way(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "seq_len_kv", "return_weights"), [
     ((2**45, 1, 1, 1), 1, False), ((2**20, 1, 2**20, 1), 2**10, True),
-])
+], ids=["out", "weights"])
 def test_result_beyond_memory(shape, seq_len_kv, return_weights):
     """It fits an index, so it is for the allocator to refuse."""
     keys = giant(1, 1, seq_len_kv, 1)
@@ -507,13 +507,16 @@ def test_no_memory_for_scratch():
         cattn.scaled_dot_product_attention(rows, rows, rows[..., :1], num_threads=1000)
 
 
-@pytest.mark.parametrize(("num_threads", "error", "message"), [
-    (0, ValueError, "num_threads: expected 1 to 2147483647, got 0; None takes the default"),
-    (-1, ValueError, "num_threads: expected 1 to 2147483647, got -1; None takes the default"),
-    (2**40, ValueError, f"num_threads: expected 1 to 2147483647, got {2**40}"),
-    (2.0, TypeError, "num_threads: expected an integer, got float"),
-    ("4", TypeError, "num_threads: expected an integer, got str"),
-])
+BAD_NUMBERS = {
+    "0": (0, ValueError, "num_threads: expected 1 to 2147483647, got 0; None takes the default"),
+    "negative": (-1, ValueError, "num_threads: expected 1 to 2147483647, got -1; None takes the default"),
+    "beyond int": (2**40, ValueError, f"num_threads: expected 1 to 2147483647, got {2**40}"),
+    "float": (2.0, TypeError, "num_threads: expected an integer, got float"),
+    "text": ("4", TypeError, "num_threads: expected an integer, got str"),
+}
+
+
+@pytest.mark.parametrize(("num_threads", "error", "message"), BAD_NUMBERS.values(), ids=BAD_NUMBERS)
 def test_set_num_threads(num_threads, error, message):
     before = cattn.get_num_threads()
     with pytest.raises((ValueError, TypeError)) as raised:
@@ -599,24 +602,28 @@ class Parameter(Tensor):
 
 
 OF_BFLOAT16 = ".view(torch.int16).numpy().view(ml_dtypes.bfloat16)"
-TENSORS = [
-    (Tensor(requires_grad=True), "a torch tensor that requires grad; pass its .detach()"),
-    (Parameter(requires_grad=True), "a torch tensor that requires grad; pass its .detach()"),
-    (Tensor(device="cuda:0"), "a torch tensor that is on cuda:0; pass its .cpu()"),
-    (Tensor("bfloat16"), "a torch tensor that is bfloat16, which NumPy has not; pass its .float(), or with ml_dtypes "
-                         f"{OF_BFLOAT16}"),
-    (Tensor("bfloat16", "mps:0", True),
-     "a torch tensor that requires grad and is on mps:0 and is bfloat16, which NumPy has not; pass its "
-     f".detach().cpu().float(), or with ml_dtypes .detach().cpu(){OF_BFLOAT16}"),
-    (Tensor("float8_e4m3fn"), "a torch tensor that is float8_e4m3fn, which NumPy has not; pass its .float()"),
-    ([Tensor(requires_grad=True)], "a list with a torch tensor that requires grad; pass its .detach()"),
-    (Tensor(), "a Tensor that makes none: torch's words"),
-    (Tensor("bfloat16", "meta", True), "a Tensor that makes none: torch's words"),
-]
+TENSORS = {
+    "grad": (Tensor(requires_grad=True), "a torch tensor that requires grad; pass its .detach()"),
+    "parameter": (Parameter(requires_grad=True), "a torch tensor that requires grad; pass its .detach()"),
+    "device": (Tensor(device="cuda:0"), "a torch tensor that is on cuda:0; pass its .cpu()"),
+    "bfloat16": (
+        Tensor("bfloat16"),
+        f"a torch tensor that is bfloat16, which NumPy has not; pass its .float(), or with ml_dtypes {OF_BFLOAT16}",
+    ),
+    "all three": (
+        Tensor("bfloat16", "mps:0", True),
+        "a torch tensor that requires grad and is on mps:0 and is bfloat16, which NumPy has not; pass its "
+        f".detach().cpu().float(), or with ml_dtypes .detach().cpu(){OF_BFLOAT16}",
+    ),
+    "float8": (Tensor("float8_e4m3fn"), "a torch tensor that is float8_e4m3fn, which NumPy has not; pass its .float()"),
+    "list": ([Tensor(requires_grad=True)], "a list with a torch tensor that requires grad; pass its .detach()"),
+    "unreadable": (Tensor(), "a Tensor that makes none: torch's words"),
+    "on no device": (Tensor("bfloat16", "meta", True), "a Tensor that makes none: torch's words"),
+}
 
 
 @pytest.mark.parametrize("which", ARRAYS)
-@pytest.mark.parametrize(("tensor", "message"), TENSORS, ids=range(len(TENSORS)))
+@pytest.mark.parametrize(("tensor", "message"), TENSORS.values(), ids=TENSORS)
 def test_torch_tensor_that_numpy_does_not_read(which, tensor, message):
     out = np.full((2, 4, 3, 6), 7, F32)
     with pytest.raises(TypeError) as raised:
@@ -706,11 +713,14 @@ def test_cure_of_dlpack():
     np.testing.assert_array_equal(call(query=np.from_dlpack(Capsule(query, 1))), call(query=query))
 
 
-@pytest.mark.parametrize(("which", "message"), [
-    ("query", "query: expected an array, got None"),
-    ("key", "key: expected an array, got None; for self-attention pass the same array as all three"),
-    ("value", "value: expected an array, got None; for self-attention pass the same array as all three"),
-])
+OF_NONE = {
+    "query": "query: expected an array, got None",
+    "key": "key: expected an array, got None; for self-attention pass the same array as all three",
+    "value": "value: expected an array, got None; for self-attention pass the same array as all three",
+}
+
+
+@pytest.mark.parametrize(("which", "message"), OF_NONE.items(), ids=OF_NONE)
 def test_none(which, message):
     arrays = {name: ARRAYS[name] for name in ("query", "key", "value")} | {which: None}
     with pytest.raises(TypeError) as raised:
@@ -842,11 +852,17 @@ def test_errstate_raises_nothing(dtype, options):
             assert result.tobytes() == right.tobytes()
 
 
-@pytest.mark.parametrize(("options", "name"), [
-    ({"scale": np.float32(np.nan)}, "scale"), ({"scale": np.longdouble("inf")}, "scale"),
-    ({"softcap": np.float16(np.nan)}, "softcap"), ({"dropout_p": np.float32(np.nan)}, "dropout_p"),
-    ({"dropout_p": np.float16(np.inf)}, "dropout_p"), ({"dropout_p": np.longdouble("1e-4000")}, None),
-])
+OUT_OF_RANGE = {
+    "scale of NaN": ({"scale": np.float32(np.nan)}, "scale"),
+    "infinite scale": ({"scale": np.longdouble("inf")}, "scale"),
+    "softcap of NaN": ({"softcap": np.float16(np.nan)}, "softcap"),
+    "dropout_p of NaN": ({"dropout_p": np.float32(np.nan)}, "dropout_p"),
+    "infinite dropout_p": ({"dropout_p": np.float16(np.inf)}, "dropout_p"),
+    "dropout_p that underflows": ({"dropout_p": np.longdouble("1e-4000")}, None),
+}
+
+
+@pytest.mark.parametrize(("options", "name"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
 def test_errstate_and_numbers_out_of_range(options, name):
     with np.errstate(all="raise"):
         if name is None:
@@ -996,7 +1012,7 @@ CAUSAL_CALLS = {  # (arguments, options, the warning)
 
 
 @pytest.mark.parametrize("which", CAUSAL_CALLS)
-@pytest.mark.parametrize("axes", [(1, 2), (1,)])
+@pytest.mark.parametrize("axes", [(1, 2), (1,)], ids=["heads", "no heads"])
 def test_warning_of_causal_with_fewer_queries(which, axes):
     sizes, options, message = CAUSAL_CALLS[which]
     query, key = (tokens(n, axes) for n in sizes)
@@ -1052,7 +1068,7 @@ def test_warning_of_masks_of_0_and_1(which, dtype):
     assert warned(lambda: reference.scaled_dot_product_attention(x, x, x, mask)) == []
 
 
-@pytest.mark.parametrize("shape", [(300, 300), (1, 1, 300, 300), (2, 4, 300, 300), (300, 2000)])
+@pytest.mark.parametrize("shape", [(300, 300), (1, 1, 300, 300), (2, 4, 300, 300), (300, 2000)], ids=str)
 def test_warning_of_large_masks_of_0_and_1(shape):
     mask = np.tril(np.ones(shape, F32))
     query, key = tokens(shape[-2], (2, 4)), tokens(shape[-1], (2, 4))

@@ -61,12 +61,15 @@ def test_help(capsys):
         assert f"  {section:8}{text}\n" in out
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["speeds"], "expected some of config, check, speed, got 'speeds'"),
-    (["--seconds", "0"], "expected seconds above 0 and below 3600, got '0'"),
-    (["--seconds", "nan"], "expected seconds above 0 and below 3600, got 'nan'"),
-    (["--seconds", "ten"], "expected seconds above 0 and below 3600, got 'ten'"),
-])
+WRONG_ARGUMENTS = {
+    "a word": (["speeds"], "expected some of config, check, speed, got 'speeds'"),
+    "no seconds": (["--seconds", "0"], "expected seconds above 0 and below 3600, got '0'"),
+    "nan": (["--seconds", "nan"], "expected seconds above 0 and below 3600, got 'nan'"),
+    "text": (["--seconds", "ten"], "expected seconds above 0 and below 3600, got 'ten'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
 def test_wrong_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
         command.main(arguments)
@@ -171,14 +174,17 @@ def test_interrupted_checks(small, monkeypatch, capsys):
     assert _kernels.f32 is before
 
 
-@pytest.mark.parametrize(("redirection", "status", "out", "err"), [
-    (">&-", 0, "", "progress\nchild\n"),
-    ("2>&-", 0, "result\n", ""),
-    ("<&- >&- 2>&-", 0, "", ""),
-    (">/dev/full", 1, "", "progress\nchild\nerror: [Errno 28] No space left on device\n"),
-    ("2>/dev/full", 1, "", ""),
-    (">/dev/full 2>&1", 1, "", ""),
-])
+STREAMS = {
+    "no stdout": (">&-", 0, "", "progress\nchild\n"),
+    "no stderr": ("2>&-", 0, "result\n", ""),
+    "none": ("<&- >&- 2>&-", 0, "", ""),
+    "full stdout": (">/dev/full", 1, "", "progress\nchild\nerror: [Errno 28] No space left on device\n"),
+    "full stderr": ("2>/dev/full", 1, "", ""),
+    "both full": (">/dev/full 2>&1", 1, "", ""),
+}
+
+
+@pytest.mark.parametrize(("redirection", "status", "out", "err"), STREAMS.values(), ids=STREAMS)
 def test_streams_that_cannot_be_written(redirection, status, out, err):
     """No traceback, and a child may write to them."""
     if "full" in redirection and not Path("/dev/full").exists():
@@ -378,24 +384,36 @@ def test_works():
     assert _plain.Work("", "attention", (1, 8, 2, 1, 5, 64), "float16", limit="read").nbytes == 2 * 2 * 5 * 64 * 2
 
 
-@pytest.mark.parametrize(("probes", "quiet", "busy"), [
-    ([(100, 1.0, 2.0, 50)] * 3, 1.0, False),
-    ([(100, 1.0, 1.0, 50)] * 3, 0.5, True),  # of the CPU time of two threads, half
-    ([(100, 1.0, 2.0, 50), (40, 1.0, 2.0, 50), (40, 1.0, 2.0, 50)], 0.4, True),  # it has the CPUs, but they are slower
-    ([(100, 1.0, 2.0, 30), (100, 1.0, 2.0, 30), (100, 1.0, 2.0, 50)], 0.6, True),  # and shares their decoders
-    ([(90, 1.0, 1.9, 45)] * 3, 0.9, False),
-    ([(200, 1.0, 1.1, 50)] * 3, 1.0, False),  # a clock that does not see the second CPU
-])
+PROBES = {
+    "quiet": ([(100, 1.0, 2.0, 50)] * 3, 1.0, False),
+    "half the CPU time": ([(100, 1.0, 1.0, 50)] * 3, 0.5, True),  # of the CPU time of two threads, half
+    "slower CPUs": (  # it has the CPUs, but they are slower
+        [(100, 1.0, 2.0, 50), (40, 1.0, 2.0, 50), (40, 1.0, 2.0, 50)], 0.4, True,
+    ),
+    "shared decoders": (  # and shares their decoders
+        [(100, 1.0, 2.0, 30), (100, 1.0, 2.0, 30), (100, 1.0, 2.0, 50)], 0.6, True,
+    ),
+    "a little": ([(90, 1.0, 1.9, 45)] * 3, 0.9, False),
+    "a coarse clock": ([(200, 1.0, 1.1, 50)] * 3, 1.0, False),  # a clock that does not see the second CPU
+}
+
+
+@pytest.mark.parametrize(("probes", "quiet", "busy"), PROBES.values(), ids=PROBES)
 def test_a_busy_machine_is_noticed(probes, quiet, busy):
     seen = _speed.Machine.seen(SimpleNamespace(cpus=2, single=100.0), [_speed.Probe(*probe) for probe in probes])
     assert _speed.how_quiet(seen, {"fma": 100, "nop": 50}) == {"quiet": pytest.approx(quiet), "busy": busy}
 
 
-@pytest.mark.parametrize(("found", "limit", "note"), [
-    ([5e9, 12e9, 99e9], 12e9, "FMA peak measured again: 12 instead of 4 GFLOP/s"),
-    ([5e9, 6e9, 6e9, 6e9, 6e9],
-     6e9, "FMA peak measured again: 6 instead of 4 GFLOP/s, and still less than the call's rate"),
-])
+MEASURED_AGAIN = {
+    "found": ([5e9, 12e9, 99e9], 12e9, "FMA peak measured again: 12 instead of 4 GFLOP/s"),
+    "not found": (
+        [5e9, 6e9, 6e9, 6e9, 6e9],
+        6e9, "FMA peak measured again: 6 instead of 4 GFLOP/s, and still less than the call's rate",
+    ),
+}
+
+
+@pytest.mark.parametrize(("found", "limit", "note"), MEASURED_AGAIN.values(), ids=MEASURED_AGAIN)
 def test_more_than_the_limit_is_measured_again(found, limit, note):
     """Until the limit is above the call, some times; it is never lowered to 100 %."""
     found = iter(found)
@@ -470,10 +488,19 @@ def test_the_process_that_runs_numpy_ends(small, monkeypatch, capsys):
     assert "WRONG" not in capsys.readouterr().out  # of cattn nothing is known
 
 
-@pytest.mark.parametrize(("encoding", "share", "expected"), [
-    ("utf-8", 0.0, ""), ("utf-8", 0.5, "████"), ("utf-8", 0.5 + 1 / 64, "████▏"), ("utf-8", 1.0, "████████"),
-    ("utf-8", 1.5, "████████▶"), ("ascii", 0.5, "####"), ("ascii", 1.5, "########>"), ("no such", 0.5, "####"),
-])
+BARS = {
+    "nothing": ("utf-8", 0.0, ""),
+    "half": ("utf-8", 0.5, "████"),
+    "a part of a block": ("utf-8", 0.5 + 1 / 64, "████▏"),
+    "all": ("utf-8", 1.0, "████████"),
+    "beyond": ("utf-8", 1.5, "████████▶"),
+    "ASCII": ("ascii", 0.5, "####"),
+    "ASCII beyond": ("ascii", 1.5, "########>"),
+    "unknown encoding": ("no such", 0.5, "####"),
+}
+
+
+@pytest.mark.parametrize(("encoding", "share", "expected"), BARS.values(), ids=BARS)
 def test_bars(monkeypatch, encoding, share, expected):
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding=encoding))
     assert command.bar(share, 8) == expected

@@ -96,16 +96,19 @@ def test_fewer_threads_than_asked_for():
     run("leaks.fewer_than_asked()")
 
 
+STACKS = {
+    "G": {"OMP_STACKSIZE": "1G"},
+    "KB": {"OMP_STACKSIZE": " 1048576"},  # KB
+    "GOMP": {"GOMP_STACKSIZE": "1024 m "},
+    "GOMP too small": {"OMP_STACKSIZE": "1073741824b", "GOMP_STACKSIZE": "1M"},
+    "no unit": {"OMP_STACKSIZE": "1T", "GOMP_STACKSIZE": "1048576K"},  # no unit that it knows: as if it were not set
+    "GOMP of 0": {"OMP_STACKSIZE": "1G", "GOMP_STACKSIZE": "0"},
+}
+
+
 @measured
 @starts_threads
-@pytest.mark.parametrize("variables", [
-    {"OMP_STACKSIZE": "1G"},
-    {"OMP_STACKSIZE": " 1048576"},  # KB
-    {"GOMP_STACKSIZE": "1024 m "},
-    {"OMP_STACKSIZE": "1073741824b", "GOMP_STACKSIZE": "1M"},
-    {"OMP_STACKSIZE": "1T", "GOMP_STACKSIZE": "1048576K"},  # no unit that it knows: as if it were not set
-    {"OMP_STACKSIZE": "1G", "GOMP_STACKSIZE": "0"},
-])
+@pytest.mark.parametrize("variables", STACKS.values(), ids=STACKS)
 def test_large_stacks(variables):
     """Of 1 GiB, as the environment has it: those of the threads that are tried first are as large."""
     if _kernels.f32.build_info()["openmp"].startswith("libomp"):

@@ -137,7 +137,8 @@ def test_batches_hold_every_sentence_once():
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("attention_class", [cattn.MultiHeadAttention, cattn.reference.MultiHeadAttention])
+@pytest.mark.parametrize("attention_class", [cattn.MultiHeadAttention, cattn.reference.MultiHeadAttention],
+                         ids=["public", "reference"])
 def test_encoder_against_the_formulas(weights, attention_class, num_threads, monkeypatch):
     monkeypatch.setattr(minilm, "ROWS", 2)  # several times, also with 3 threads
     token_ids = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
@@ -231,36 +232,45 @@ def save_model(directory, weights, config, last_token=49):
     (directory / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ("no JSON", "config.json: cannot be read"),
-        ([], "expected a BERT model with gelu, got []"),
-        (3, "expected a BERT model with gelu, got 3"),
-        (CONFIG | {"model_type": "gpt2"}, "expected a BERT model with gelu, got {"),
-        *(
-            (CONFIG | {name: value}, f"{name}: expected an int >= 1, got {value!r}")
-            for name in minilm.SIZES
-            for value in (None, 0, -1, 2.0, "2", True, [2])
-        ),
-        *(
-            (CONFIG | {"layer_norm_eps": value}, f"layer_norm_eps: expected a number in [0, 1), got {value!r}")
-            for value in (None, "1e-12", -1, math.nan, [])
-        ),
-        *((CONFIG | {name: 999}, "expected embeddings.") for name in ("vocab_size", "max_position_embeddings")),
-        (CONFIG | {"hidden_size": 10**6}, "expected embeddings.word_embeddings.weight of shape (50, 1000000)"),
-        (CONFIG | {"intermediate_size": 10**20}, "expected encoder.layer.0.intermediate.dense.weight of shape "),
-        (CONFIG | {"num_attention_heads": 5}, "not the files of a whole BERT model: "),
-        (CONFIG | {"num_hidden_layers": 3}, "begin with, got 'encoder.layer.2.attention.'"),
-    ],
-)
+OTHER_MODELS = {
+    "text": ("no JSON", "config.json: cannot be read"),
+    "list": ([], "expected a BERT model with gelu, got []"),
+    "number": (3, "expected a BERT model with gelu, got 3"),
+    "another type": (CONFIG | {"model_type": "gpt2"}, "expected a BERT model with gelu, got {"),
+    **{
+        f"{name}={value!r}": (CONFIG | {name: value}, f"{name}: expected an int >= 1, got {value!r}")
+        for name in minilm.SIZES
+        for value in (None, 0, -1, 2.0, "2", True, [2])
+    },
+    **{
+        f"layer_norm_eps={value!r}": (
+            CONFIG | {"layer_norm_eps": value}, f"layer_norm_eps: expected a number in [0, 1), got {value!r}",
+        )
+        for value in (None, "1e-12", -1, math.nan, [])
+    },
+    **{
+        f"{name} of 999": (CONFIG | {name: 999}, "expected embeddings.")
+        for name in ("vocab_size", "max_position_embeddings")
+    },
+    "wide layers": (
+        CONFIG | {"hidden_size": 10**6}, "expected embeddings.word_embeddings.weight of shape (50, 1000000)",
+    ),
+    "huge intermediate_size": (
+        CONFIG | {"intermediate_size": 10**20}, "expected encoder.layer.0.intermediate.dense.weight of shape ",
+    ),
+    "indivisible heads": (CONFIG | {"num_attention_heads": 5}, "not the files of a whole BERT model: "),
+    "a layer more": (CONFIG | {"num_hidden_layers": 3}, "begin with, got 'encoder.layer.2.attention.'"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), OTHER_MODELS.values(), ids=OTHER_MODELS)
 def test_another_model(capsys, tmp_path, weights, config, message):
     save_model(tmp_path, weights, config)
     assert message in error_line(capsys, ["question", "--model", str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", ["embeddings.LayerNorm.weight", "encoder.layer.1.output.dense.bias"])
-@pytest.mark.parametrize("shape", [None, (7,)])
+@pytest.mark.parametrize("shape", [None, (7,)], ids=["missing", "another shape"])
 def test_weights_that_are_missing_or_do_not_fit(capsys, tmp_path, weights, name, shape):
     damaged = {key: weight for key, weight in weights.items() if key != name}
     save_model(tmp_path, damaged if shape is None else damaged | {name: np.ones(shape, np.float32)}, CONFIG)
@@ -355,25 +365,25 @@ def test_weights_of_a_layer(weights):
     assert np.abs(encoder.attention_weights([3, 1, 4, 1, 5], 0) - found).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "expected a question, or --attention"),
-        (["words", "--attention", "words", "--plot", "a.png"], "expected a question, or --attention"),
-        (["--attention", "words"], "belong together"),
-        (["words", "--plot", "a.png"], "belong together"),
-        *(
-            (["--attention", "words", "--plot", name], f"argument --plot: {text}")
-            for name, text in {
-                "a": "expected a name that ends in .",
-                "a.xyz": "expected a name that ends in .",
-                "": "expected a name that ends in .",
-                "no/such/a.png": "no directory 'no/such'",
-                str(ROOT): "expected a name that ends in .",
-            }.items()
-        ),
-    ],
-)
+WRONG_ARGUMENTS = {
+    "nothing": ([], "expected a question, or --attention"),
+    "both": (["words", "--attention", "words", "--plot", "a.png"], "expected a question, or --attention"),
+    "no plot": (["--attention", "words"], "belong together"),
+    "no attention": (["words", "--plot", "a.png"], "belong together"),
+    **{
+        f"plot {case}": (["--attention", "words", "--plot", name], f"argument --plot: {text}")
+        for case, (name, text) in {
+            "without a type": ("a", "expected a name that ends in ."),
+            "of an unknown type": ("a.xyz", "expected a name that ends in ."),
+            "without a name": ("", "expected a name that ends in ."),
+            "to no directory": ("no/such/a.png", "no directory 'no/such'"),
+            "to a directory": (str(ROOT), "expected a name that ends in ."),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
 def test_arguments_that_do_not_go_together(capsys, arguments, message):
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")

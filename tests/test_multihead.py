@@ -109,7 +109,7 @@ def test_without_a_batch_axis(library):
 @both
 @pytest.mark.parametrize("shape", [
     (5, 7), (1, 7), (5, 1), (2, 5, 7), (1, 5, 7), (2, 1, 7), (2, 3, 5, 7), (2, 1, 1, 7), (1, 3, 5, 1)
-])
+], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_masks(library, shape, kind):
     layer = random_layer(library, 12, 3)
@@ -168,7 +168,7 @@ def test_options_reach_the_attention(library):
 
 
 @both
-@pytest.mark.parametrize("shape", [(0, 3, 12), (2, 0, 12), (0, 12)])
+@pytest.mark.parametrize("shape", [(0, 3, 12), (2, 0, 12), (0, 12)], ids=str)
 def test_empty(library, shape):
     layer = random_layer(library, 12, 3)
     assert layer(np.empty(shape)).shape == shape
@@ -341,30 +341,41 @@ def test_torch_with_separate_weights(library):
 # Bad input.
 
 
+BAD_LAYERS = {
+    "indivisible embed_dim": ((10, 3), {}, ValueError, "num_heads: expected a divisor of embed_dim = 10, got 3"),
+    "indivisible num_heads": (
+        (12, 6), {"num_kv_heads": 4}, ValueError, "num_kv_heads: expected a divisor of num_heads = 6, got 4",
+    ),
+    "more KV heads than heads": (
+        (12, 6), {"num_kv_heads": 12}, ValueError, "num_kv_heads: expected a divisor of num_heads = 6, got 12",
+    ),
+    "embed_dim of 0": ((0, 1), {}, ValueError, "embed_dim: expected an int >= 1, got 0"),
+    "num_heads of 0": ((12, 0), {}, ValueError, "num_heads: expected an int >= 1, got 0"),
+    "num_kv_heads of 0": ((12, 3), {"num_kv_heads": 0}, ValueError, "num_kv_heads: expected an int >= 1, got 0"),
+    "negative input_dim": ((12, 3), {"input_dim": -1}, ValueError, "input_dim: expected an int >= 1, got -1"),
+    "float embed_dim": ((12.0, 3), {}, TypeError, r"embed_dim: expected an int, got 12\.0"),
+    "text as num_heads": ((12, "3"), {}, TypeError, "num_heads: expected an int, got '3'"),
+    "huge embed_dim": (
+        (2**30, 1), {}, ValueError, r"embed_dim: expected at most 2\*\*58 elements in a weight, got in_proj_weight of ",
+    ),
+    "huge input_dim": (
+        (2**10, 1), {"input_dim": 2**60}, ValueError, r"embed_dim: expected at most 2\*\*58 elements in a weight, got ",
+    ),
+    "dropout of 1": ((12, 3), {"dropout": 1.0}, ValueError, r"dropout: expected a float in \[0, 1\), got 1\.0"),
+    "negative dropout": ((12, 3), {"dropout": -0.1}, ValueError, r"dropout: expected a float in \[0, 1\), got -0\.1"),
+    "dropout of NaN": ((12, 3), {"dropout": math.nan}, ValueError, r"dropout: expected a float in \[0, 1\), got nan"),
+    "no dropout": ((12, 3), {"dropout": None}, TypeError, r"dropout: expected a float in \[0, 1\), got None"),
+    "int dtype": ((12, 3), {"dtype": np.int64}, TypeError, "dtype: expected .*float.*, got <class 'numpy.int64'>"),
+    "unknown dtype": ((12, 3), {"dtype": "float23"}, TypeError, "dtype: expected .*float.*, got 'float23'"),
+    "no dtype": ((12, 3), {"dtype": None}, TypeError, "dtype: expected .*float.*, got None"),
+    "swapped dtype": ((12, 3), {"dtype": np.dtype(">f4")}, TypeError, r"dtype: expected .*float.*, got dtype\('>f4'\)"),
+    "negative seed": ((12, 3), {"seed": -1}, ValueError, "seed: expected an int >= 0 or a Generator, got -1"),
+    "text as seed": ((12, 3), {"seed": "x"}, TypeError, "seed: expected an int >= 0 or a Generator, got 'x'"),
+}
+
+
 @both
-@pytest.mark.parametrize(("args", "options", "error", "message"), [
-    ((10, 3), {}, ValueError, "num_heads: expected a divisor of embed_dim = 10, got 3"),
-    ((12, 6), {"num_kv_heads": 4}, ValueError, "num_kv_heads: expected a divisor of num_heads = 6, got 4"),
-    ((12, 6), {"num_kv_heads": 12}, ValueError, "num_kv_heads: expected a divisor of num_heads = 6, got 12"),
-    ((0, 1), {}, ValueError, "embed_dim: expected an int >= 1, got 0"),
-    ((12, 0), {}, ValueError, "num_heads: expected an int >= 1, got 0"),
-    ((12, 3), {"num_kv_heads": 0}, ValueError, "num_kv_heads: expected an int >= 1, got 0"),
-    ((12, 3), {"input_dim": -1}, ValueError, "input_dim: expected an int >= 1, got -1"),
-    ((12.0, 3), {}, TypeError, r"embed_dim: expected an int, got 12\.0"),
-    ((12, "3"), {}, TypeError, "num_heads: expected an int, got '3'"),
-    ((2**30, 1), {}, ValueError, r"embed_dim: expected at most 2\*\*58 elements in a weight, got in_proj_weight of "),
-    ((2**10, 1), {"input_dim": 2**60}, ValueError, r"embed_dim: expected at most 2\*\*58 elements in a weight, got "),
-    ((12, 3), {"dropout": 1.0}, ValueError, r"dropout: expected a float in \[0, 1\), got 1\.0"),
-    ((12, 3), {"dropout": -0.1}, ValueError, r"dropout: expected a float in \[0, 1\), got -0\.1"),
-    ((12, 3), {"dropout": math.nan}, ValueError, r"dropout: expected a float in \[0, 1\), got nan"),
-    ((12, 3), {"dropout": None}, TypeError, r"dropout: expected a float in \[0, 1\), got None"),
-    ((12, 3), {"dtype": np.int64}, TypeError, "dtype: expected .*float.*, got <class 'numpy.int64'>"),
-    ((12, 3), {"dtype": "float23"}, TypeError, "dtype: expected .*float.*, got 'float23'"),
-    ((12, 3), {"dtype": None}, TypeError, "dtype: expected .*float.*, got None"),
-    ((12, 3), {"dtype": np.dtype(">f4")}, TypeError, r"dtype: expected .*float.*, got dtype\('>f4'\)"),
-    ((12, 3), {"seed": -1}, ValueError, "seed: expected an int >= 0 or a Generator, got -1"),
-    ((12, 3), {"seed": "x"}, TypeError, "seed: expected an int >= 0 or a Generator, got 'x'"),
-])
+@pytest.mark.parametrize(("args", "options", "error", "message"), BAD_LAYERS.values(), ids=BAD_LAYERS)
 def test_bad_layer(library, args, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         library.MultiHeadAttention(*args, **options)
@@ -380,37 +391,64 @@ def ones(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
 
 
+BAD_CALLS = {
+    "query of 1 axis": (
+        (ones(12),), {}, ValueError,
+        r"query: expected \(batch, seq_len_q, 12\) or \(seq_len_q, 12\), got shape \(12,\)",
+    ),
+    "query of 4 axes": ((ones(1, 2, 3, 12),), {}, ValueError, r"query: expected .*, got shape \(1, 2, 3, 12\)"),
+    "query of another width": ((ones(2, 3, 11),), {}, ValueError, r"query: expected .*, got shape \(2, 3, 11\)"),
+    "key of another batch": (
+        (ones(2, 3, 12), ones(3, 3, 12)), {}, ValueError,
+        r"key: expected \(2, seq_len_kv, 12\), got shape \(3, 3, 12\)",
+    ),
+    "key without batch": (
+        (ones(2, 3, 12), ones(3, 12)), {}, ValueError,
+        r"key: expected \(2, seq_len_kv, 12\), got shape \(3, 12\)",
+    ),
+    "key of another width": (
+        (ones(3, 12), ones(3, 8)), {}, ValueError, r"key: expected \(seq_len_kv, 12\), got shape \(3, 8\)",
+    ),
+    "value of another length": (
+        (ones(2, 3, 12), ones(2, 4, 12), ones(2, 5, 12)), {}, ValueError,
+        r"value: expected the shape of key, \(2, 4, 12\), got shape \(2, 5, 12\)",
+    ),
+    "float64 query": (
+        (ones(2, 3, 12, dtype=np.float64),), {}, TypeError,
+        "query: expected the dtype of the layer, float32, got float64",
+    ),
+    "int query": ((ones(2, 3, 12, dtype=int),), {}, TypeError, "query: expected .*, got int64"),
+    "object query": ((ones(2, 3, 12, dtype=object),), {}, TypeError, "query: expected .*, got object"),
+    "float16 key": ((ones(2, 3, 12), ones(3, 12, dtype=np.float16)), {}, TypeError, "key: expected .*, got float16"),
+    "complex value": (
+        (ones(2, 3, 12), ones(2, 3, 12), ones(2, 3, 12, dtype=complex)), {}, TypeError,
+        "value: expected .*, got complex128",
+    ),
+    "transposed mask": (
+        (ones(2, 4, 12), ones(2, 5, 12)), {"attn_mask": np.ones((5, 4), bool)}, ValueError,
+        r"attn_mask: expected \(4, 5\), \(2, 4, 5\) or \(2, 3, 4, 5\) \(axes of 1 broadcast\), got shape",
+    ),
+    "mask of 1 axis": (
+        (ones(2, 4, 12),), {"attn_mask": np.ones(4, bool)}, ValueError,
+        r"attn_mask: expected .*, got shape \(4,\)",
+    ),
+    "mask of another batch": (
+        (ones(2, 4, 12),), {"attn_mask": np.ones((3, 4, 4), bool)}, ValueError,
+        r"attn_mask: expected .*, got shape \(3, 4, 4\)",
+    ),
+    "mask of 5 axes": (
+        (ones(2, 4, 12),), {"attn_mask": np.ones((1, 2, 3, 4, 4), bool)}, ValueError,
+        r"attn_mask: expected .*, got shape \(1, 2, 3, 4, 4\)",
+    ),
+    "mask of another batch without batch": (
+        (ones(4, 12),), {"attn_mask": np.ones((3, 4, 4), bool)}, ValueError,
+        r"attn_mask: expected \(4, 4\), \(1, 4, 4\) or \(1, 3, 4, 4\) \(axes of 1 broadcast\), got shape",
+    ),
+}
+
+
 @both
-@pytest.mark.parametrize(("args", "options", "error", "message"), [
-    ((ones(12),), {}, ValueError,
-     r"query: expected \(batch, seq_len_q, 12\) or \(seq_len_q, 12\), got shape \(12,\)"),
-    ((ones(1, 2, 3, 12),), {}, ValueError, r"query: expected .*, got shape \(1, 2, 3, 12\)"),
-    ((ones(2, 3, 11),), {}, ValueError, r"query: expected .*, got shape \(2, 3, 11\)"),
-    ((ones(2, 3, 12), ones(3, 3, 12)), {}, ValueError,
-     r"key: expected \(2, seq_len_kv, 12\), got shape \(3, 3, 12\)"),
-    ((ones(2, 3, 12), ones(3, 12)), {}, ValueError,
-     r"key: expected \(2, seq_len_kv, 12\), got shape \(3, 12\)"),
-    ((ones(3, 12), ones(3, 8)), {}, ValueError, r"key: expected \(seq_len_kv, 12\), got shape \(3, 8\)"),
-    ((ones(2, 3, 12), ones(2, 4, 12), ones(2, 5, 12)), {}, ValueError,
-     r"value: expected the shape of key, \(2, 4, 12\), got shape \(2, 5, 12\)"),
-    ((ones(2, 3, 12, dtype=np.float64),), {}, TypeError,
-     "query: expected the dtype of the layer, float32, got float64"),
-    ((ones(2, 3, 12, dtype=int),), {}, TypeError, "query: expected .*, got int64"),
-    ((ones(2, 3, 12, dtype=object),), {}, TypeError, "query: expected .*, got object"),
-    ((ones(2, 3, 12), ones(3, 12, dtype=np.float16)), {}, TypeError, "key: expected .*, got float16"),
-    ((ones(2, 3, 12), ones(2, 3, 12), ones(2, 3, 12, dtype=complex)), {}, TypeError,
-     "value: expected .*, got complex128"),
-    ((ones(2, 4, 12), ones(2, 5, 12)), {"attn_mask": np.ones((5, 4), bool)}, ValueError,
-     r"attn_mask: expected \(4, 5\), \(2, 4, 5\) or \(2, 3, 4, 5\) \(axes of 1 broadcast\), got shape"),
-    ((ones(2, 4, 12),), {"attn_mask": np.ones(4, bool)}, ValueError,
-     r"attn_mask: expected .*, got shape \(4,\)"),
-    ((ones(2, 4, 12),), {"attn_mask": np.ones((3, 4, 4), bool)}, ValueError,
-     r"attn_mask: expected .*, got shape \(3, 4, 4\)"),
-    ((ones(2, 4, 12),), {"attn_mask": np.ones((1, 2, 3, 4, 4), bool)}, ValueError,
-     r"attn_mask: expected .*, got shape \(1, 2, 3, 4, 4\)"),
-    ((ones(4, 12),), {"attn_mask": np.ones((3, 4, 4), bool)}, ValueError,
-     r"attn_mask: expected \(4, 4\), \(1, 4, 4\) or \(1, 3, 4, 4\) \(axes of 1 broadcast\), got shape"),
-])
+@pytest.mark.parametrize(("args", "options", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_call(library, args, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         library.MultiHeadAttention(12, 3)(*args, **options)
@@ -420,40 +458,73 @@ RULE = "expected (batch, seq_len_q, 12) or (seq_len_q, 12)"
 MASKS = "attn_mask: expected (4, 5), (2, 4, 5) or (2, 3, 4, 5) (axes of 1 broadcast)"
 
 
+WHOLE_TEXTS = {
+    "float64 query": (
+        (ones(2, 3, 12, dtype=np.float64),), None, TypeError,
+        "query: expected the dtype of the layer, float32, got float64; query.astype(layer.dtype) casts",
+    ),
+    "query of lists": (
+        (ones(3, 12).tolist(),), None, TypeError,
+        "query: expected the dtype of the layer, float32, got float64; np.asarray(query, layer.dtype) casts",
+    ),
+    "int query": (
+        (ones(3, 12, dtype=int),), None, TypeError,
+        "query: expected the dtype of the layer, float32, got int64; query.astype(layer.dtype) casts",
+    ),
+    "token numbers": (
+        (np.arange(6).reshape(2, 3),), None, TypeError,
+        "query: expected the dtype of the layer, float32, got int64; token numbers are looked up in an embedding first",
+    ),
+    "complex query": (
+        (ones(3, 12, dtype=complex),), None, TypeError,
+        "query: expected the dtype of the layer, float32, got complex128",
+    ),
+    "float16 key": (
+        (ones(2, 3, 12), ones(2, 5, 12, dtype=np.float16)), None, TypeError,
+        "key: expected the dtype of the layer, float32, got float16; key.astype(layer.dtype) casts",
+    ),
+    "value of lists": (
+        (ones(3, 12), ones(5, 12), ones(5, 12).tolist()), None, TypeError,
+        "value: expected the dtype of the layer, float32, got float64; np.asarray(value, layer.dtype) casts",
+    ),
+    "no query": ((None,), None, TypeError, "query: expected an array, got None"),
+    "one query": (
+        (ones(12),), None, ValueError, f"query: {RULE}, got shape (12,); for one query: np.atleast_2d(query)",
+    ),
+    "tokens": (
+        ([["I", "love"]],), None, TypeError,
+        "query: expected the dtype of the layer, float32, got <U4; tokens are looked up in an embedding first",
+    ),
+    "query as wide as another layer's": (
+        (ones(2, 3, 16),), None, ValueError,
+        f"query: {RULE}, got shape (2, 3, 16); a layer with input_dim=16 takes it",
+    ),
+    "empty query": ((ones(2, 3, 0),), None, ValueError, f"query: {RULE}, got shape (2, 3, 0)"),
+    "query with heads": (
+        (ones(2, 3, 5, 4),), None, ValueError,
+        f"query: {RULE}, got shape (2, 3, 5, 4); the layer makes the heads itself",
+    ),
+    "query of 4 axes": ((ones(2, 3, 5, 12),), None, ValueError, f"query: {RULE}, got shape (2, 3, 5, 12)"),
+    "padding mask": (
+        (ones(2, 4, 12), ones(2, 5, 12)), np.ones((2, 5), bool), ValueError,
+        f"{MASKS}, got shape (2, 5); for a padding mask: key_mask, or kv_lens",
+    ),
+    "padding mask of 1 axis": (
+        (ones(2, 4, 12), ones(2, 5, 12)), np.ones(5, bool), ValueError,
+        f"{MASKS}, got shape (5,); for a padding mask: key_mask, or kv_lens",
+    ),
+    "mask per batch row and head": (
+        (ones(2, 4, 12), ones(2, 5, 12)), np.ones((6, 4, 5), bool), ValueError,
+        f"{MASKS}, got shape (6, 4, 5); for one mask per batch row and head: mask.reshape(2, 3, 4, 5)",
+    ),
+    "transposed mask": (
+        (ones(2, 4, 12), ones(2, 5, 12)), np.ones((5, 4), bool), ValueError, f"{MASKS}, got shape (5, 4)",
+    ),
+}
+
+
 @both
-@pytest.mark.parametrize(("args", "attn_mask", "error", "message"), [
-    ((ones(2, 3, 12, dtype=np.float64),), None, TypeError,
-     "query: expected the dtype of the layer, float32, got float64; query.astype(layer.dtype) casts"),
-    ((ones(3, 12).tolist(),), None, TypeError,
-     "query: expected the dtype of the layer, float32, got float64; np.asarray(query, layer.dtype) casts"),
-    ((ones(3, 12, dtype=int),), None, TypeError,
-     "query: expected the dtype of the layer, float32, got int64; query.astype(layer.dtype) casts"),
-    ((np.arange(6).reshape(2, 3),), None, TypeError,
-     "query: expected the dtype of the layer, float32, got int64; token numbers are looked up in an embedding first"),
-    ((ones(3, 12, dtype=complex),), None, TypeError,
-     "query: expected the dtype of the layer, float32, got complex128"),
-    ((ones(2, 3, 12), ones(2, 5, 12, dtype=np.float16)), None, TypeError,
-     "key: expected the dtype of the layer, float32, got float16; key.astype(layer.dtype) casts"),
-    ((ones(3, 12), ones(5, 12), ones(5, 12).tolist()), None, TypeError,
-     "value: expected the dtype of the layer, float32, got float64; np.asarray(value, layer.dtype) casts"),
-    ((None,), None, TypeError, "query: expected an array, got None"),
-    ((ones(12),), None, ValueError, f"query: {RULE}, got shape (12,); for one query: np.atleast_2d(query)"),
-    (([["I", "love"]],), None, TypeError,
-     "query: expected the dtype of the layer, float32, got <U4; tokens are looked up in an embedding first"),
-    ((ones(2, 3, 16),), None, ValueError,
-     f"query: {RULE}, got shape (2, 3, 16); a layer with input_dim=16 takes it"),
-    ((ones(2, 3, 0),), None, ValueError, f"query: {RULE}, got shape (2, 3, 0)"),
-    ((ones(2, 3, 5, 4),), None, ValueError,
-     f"query: {RULE}, got shape (2, 3, 5, 4); the layer makes the heads itself"),
-    ((ones(2, 3, 5, 12),), None, ValueError, f"query: {RULE}, got shape (2, 3, 5, 12)"),
-    ((ones(2, 4, 12), ones(2, 5, 12)), np.ones((2, 5), bool), ValueError,
-     f"{MASKS}, got shape (2, 5); for a padding mask: key_mask, or kv_lens"),
-    ((ones(2, 4, 12), ones(2, 5, 12)), np.ones(5, bool), ValueError,
-     f"{MASKS}, got shape (5,); for a padding mask: key_mask, or kv_lens"),
-    ((ones(2, 4, 12), ones(2, 5, 12)), np.ones((6, 4, 5), bool), ValueError,
-     f"{MASKS}, got shape (6, 4, 5); for one mask per batch row and head: mask.reshape(2, 3, 4, 5)"),
-    ((ones(2, 4, 12), ones(2, 5, 12)), np.ones((5, 4), bool), ValueError, f"{MASKS}, got shape (5, 4)"),
-])
+@pytest.mark.parametrize(("args", "attn_mask", "error", "message"), WHOLE_TEXTS.values(), ids=WHOLE_TEXTS)
 def test_whole_text_of_bad_calls(library, args, attn_mask, error, message):
     with pytest.raises(error) as raised:
         library.MultiHeadAttention(12, 3)(*args, attn_mask=attn_mask)
@@ -516,46 +587,66 @@ def test_states_that_numpy_does_not_read(library):
     assert str(raised.value) == "state: expected an array for 'out_proj.bias', got None"
 
 
-@pytest.mark.parametrize(("options", "error", "name"), [
-    ({"attn_mask": np.ones((4, 4), int)}, TypeError, "attn_mask"),
-    ({"kv_lens": np.array([4, 5])}, ValueError, "kv_lens"),
-    ({"kv_lens": np.array([4, 4, 4])}, ValueError, "kv_lens"),
-    ({"q_offset": np.array([1])}, ValueError, "q_offset"),
-    ({"window": 3}, (ValueError, TypeError), "window"),
-    ({"softcap": -1.0}, ValueError, "softcap"),
-    ({"alibi_slopes": np.ones(4, np.float32)}, ValueError, "alibi_slopes"),
-    ({"sinks": np.ones(4, np.float32)}, ValueError, "sinks"),
-    ({"seed": -1, "training": True}, ValueError, "seed"),
-    ({"num_threads": 0}, ValueError, "num_threads"),
-])
+BAD_OPTIONS = {
+    "int mask": ({"attn_mask": np.ones((4, 4), int)}, TypeError, "attn_mask"),
+    "kv_lens beyond the keys": ({"kv_lens": np.array([4, 5])}, ValueError, "kv_lens"),
+    "too many kv_lens": ({"kv_lens": np.array([4, 4, 4])}, ValueError, "kv_lens"),
+    "too few offsets": ({"q_offset": np.array([1])}, ValueError, "q_offset"),
+    "window of one number": ({"window": 3}, (ValueError, TypeError), "window"),
+    "negative softcap": ({"softcap": -1.0}, ValueError, "softcap"),
+    "too many slopes": ({"alibi_slopes": np.ones(4, np.float32)}, ValueError, "alibi_slopes"),
+    "too many sinks": ({"sinks": np.ones(4, np.float32)}, ValueError, "sinks"),
+    "negative seed": ({"seed": -1, "training": True}, ValueError, "seed"),
+    "no threads": ({"num_threads": 0}, ValueError, "num_threads"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "name"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
 def test_what_the_attention_checks(options, error, name):
     layer = cattn.MultiHeadAttention(12, 3, dropout=0.5)
     with pytest.raises(error, match=f"^{name}: expected .*, got "):
         layer(ones(2, 4, 12), **options)
 
 
+BAD_STATES = {
+    "missing": (
+        {"in_proj_bias": None}, None, ValueError,
+        "state: expected the keys of a layout, 'torch' is the closest: missing 'in_proj_bias'; a layer with bias=False "
+        "and out_bias=True takes it$",
+    ),
+    "bias_k": ({"bias_k": ones(1, 1, 12)}, None, ValueError, "state: expected no 'bias_k' and 'bias_v'"),
+    "another key": (
+        {"in_proj_bias": None, "bias": ones(36)}, "torch", ValueError,
+        r"state: expected the keys of layout 'torch': missing 'in_proj_bias', unknown 'bias'$",
+    ),
+    "another layout": (
+        {}, "d2l", ValueError,
+        "state: expected the keys of layout 'd2l': missing 'W_q.weight', missing 'W_q.bias', missing 'W_k.weight' and "
+        "9 more$",
+    ),
+    "unknown layout": ({}, "flax", ValueError, r"layout: expected one of \['torch', .*\], got 'flax'"),
+    "list as layout": ({}, ["torch"], ValueError, r"layout: expected one of \['torch', .*\], got \['torch'\]"),
+    "bias of another length": (
+        {"out_proj.bias": ones(13)}, None, ValueError,
+        r"state: expected shape \(12,\) for 'out_proj.bias', got shape \(13,\)",
+    ),
+    "weight of another width": (
+        {"in_proj_weight": ones(36, 11)}, None, ValueError,
+        r"state: expected shape \(36, 12\) for 'in_proj_weight', got shape \(36, 11\)",
+    ),
+    "int weight": (
+        {"out_proj.weight": ones(12, 12, dtype=int)}, None, TypeError,
+        "state: expected a float array for 'out_proj.weight', got dtype int64",
+    ),
+    "swapped bfloat16": (
+        {"out_proj.weight": np.ones((12, 12), SWAPPED_BFLOAT16)}, None, TypeError,
+        f"state: expected a float array for 'out_proj.weight', got dtype {SWAPPED_BFLOAT16}",
+    ),
+}
+
+
 @both
-@pytest.mark.parametrize(("change", "layout", "error", "message"), [
-    ({"in_proj_bias": None}, None, ValueError,
-     "state: expected the keys of a layout, 'torch' is the closest: missing 'in_proj_bias'; a layer with bias=False "
-     "and out_bias=True takes it$"),
-    ({"bias_k": ones(1, 1, 12)}, None, ValueError, "state: expected no 'bias_k' and 'bias_v'"),
-    ({"in_proj_bias": None, "bias": ones(36)}, "torch", ValueError,
-     r"state: expected the keys of layout 'torch': missing 'in_proj_bias', unknown 'bias'$"),
-    ({}, "d2l", ValueError,
-     "state: expected the keys of layout 'd2l': missing 'W_q.weight', missing 'W_q.bias', missing 'W_k.weight' and 9 "
-     "more$"),
-    ({}, "flax", ValueError, r"layout: expected one of \['torch', .*\], got 'flax'"),
-    ({}, ["torch"], ValueError, r"layout: expected one of \['torch', .*\], got \['torch'\]"),
-    ({"out_proj.bias": ones(13)}, None, ValueError,
-     r"state: expected shape \(12,\) for 'out_proj.bias', got shape \(13,\)"),
-    ({"in_proj_weight": ones(36, 11)}, None, ValueError,
-     r"state: expected shape \(36, 12\) for 'in_proj_weight', got shape \(36, 11\)"),
-    ({"out_proj.weight": ones(12, 12, dtype=int)}, None, TypeError,
-     "state: expected a float array for 'out_proj.weight', got dtype int64"),
-    ({"out_proj.weight": np.ones((12, 12), SWAPPED_BFLOAT16)}, None, TypeError,
-     f"state: expected a float array for 'out_proj.weight', got dtype {SWAPPED_BFLOAT16}"),
-])
+@pytest.mark.parametrize(("change", "layout", "error", "message"), BAD_STATES.values(), ids=BAD_STATES)
 def test_bad_state_changes_nothing(library, change, layout, error, message):
     layer = random_layer(library, 12, 3, dtype=np.float32)
     before = layer.state_dict()
@@ -667,32 +758,67 @@ def test_integers_as_parameters(library):
     assert layer.out_proj_bias.dtype == layer.out_proj_weight.dtype == np.float32
 
 
+BAD_PARAMETERS = {
+    "in_proj_weight too short": (
+        "in_proj_weight", ones(12, 12), ValueError, r"expected shape \(36, 12\), got shape \(12, 12\)$",
+    ),
+    "in_proj_weight too narrow": (
+        "in_proj_weight", ones(36, 6), ValueError, r"expected shape \(36, 12\), got shape \(36, 6\)$",
+    ),
+    "in_proj_weight transposed": (
+        "in_proj_weight", ones(12, 36), ValueError, r"expected shape \(36, 12\), got shape \(12, 36\)$",
+    ),
+    "in_proj_weight that lies": (
+        "in_proj_weight", ones(1, 1).view(Lying), ValueError, r"expected shape \(36, 12\), got shape \(1, 1\)$",
+    ),
+    "out_proj_weight of another shape": (
+        "out_proj_weight", ones(2048, 1), ValueError, r"expected shape \(12, 12\), got shape \(2048, 1\)$",
+    ),
+    "out_proj_weight too short": (
+        "out_proj_weight", ones(6, 12), ValueError, r"expected shape \(12, 12\), got shape \(6, 12\)$",
+    ),
+    "empty out_proj_weight": (
+        "out_proj_weight", ones(0, 12), ValueError, r"expected shape \(12, 12\), got shape \(0, 12\)$",
+    ),
+    "flat out_proj_weight": (
+        "out_proj_weight", ones(144), ValueError, r"expected shape \(12, 12\), got shape \(144,\)$",
+    ),
+    "number as out_proj_weight": ("out_proj_weight", 1.0, ValueError, r"expected shape \(12, 12\), got shape \(\)$"),
+    "no out_proj_weight": ("out_proj_weight", None, TypeError, "expected an array, got None$"),
+    "in_proj_bias of 1": ("in_proj_bias", ones(1), ValueError, r"expected shape \(36,\), got shape \(1,\)$"),
+    "short in_proj_bias": ("in_proj_bias", ones(7), ValueError, r"expected shape \(36,\), got shape \(7,\)$"),
+    "column as in_proj_bias": (
+        "in_proj_bias", ones(36, 1), ValueError, r"expected shape \(36,\), got shape \(36, 1\)$",
+    ),
+    "out_proj_bias of 1": ("out_proj_bias", ones(1), ValueError, r"expected shape \(12,\), got shape \(1,\)$"),
+    "empty out_proj_bias": ("out_proj_bias", [], ValueError, r"expected shape \(12,\), got shape \(0,\)$"),
+    "complex out_proj_bias": (
+        "out_proj_bias", ones(12, dtype=complex), TypeError, "expected a float or int array, got dtype complex128$",
+    ),
+    "object out_proj_bias": (
+        "out_proj_bias", ones(12, dtype=object), TypeError, "expected a float or int array, got dtype object$",
+    ),
+    "bool out_proj_bias": (
+        "out_proj_bias", ones(12, dtype=bool), TypeError, "expected a float or int array, got dtype bool$",
+    ),
+    "swapped out_proj_bias": (
+        "out_proj_bias", np.ones(12, SWAPPED_BFLOAT16), TypeError, "expected a float or int array, got dtype ",
+    ),
+    "text as out_proj_weight": (
+        "out_proj_weight", [["a"] * 12] * 12, TypeError, "expected a float or int array, got dtype <U1$",
+    ),
+    "ragged out_proj_weight": (
+        "out_proj_weight", [[1.0], [2.0, 3.0]], ValueError, "expected an array, got a list that makes none: ",
+    ),
+    "masked out_proj_bias": (
+        "out_proj_bias", np.ma.masked_array(ones(12), ones(12)), TypeError,
+        r"expected a plain array, got a masked array, whose mask would be ignored; use \.filled\(\.\.\.\)$",
+    ),
+}
+
+
 @both
-@pytest.mark.parametrize(("name", "value", "error", "message"), [
-    ("in_proj_weight", ones(12, 12), ValueError, r"expected shape \(36, 12\), got shape \(12, 12\)$"),
-    ("in_proj_weight", ones(36, 6), ValueError, r"expected shape \(36, 12\), got shape \(36, 6\)$"),
-    ("in_proj_weight", ones(12, 36), ValueError, r"expected shape \(36, 12\), got shape \(12, 36\)$"),
-    ("in_proj_weight", ones(1, 1).view(Lying), ValueError, r"expected shape \(36, 12\), got shape \(1, 1\)$"),
-    ("out_proj_weight", ones(2048, 1), ValueError, r"expected shape \(12, 12\), got shape \(2048, 1\)$"),
-    ("out_proj_weight", ones(6, 12), ValueError, r"expected shape \(12, 12\), got shape \(6, 12\)$"),
-    ("out_proj_weight", ones(0, 12), ValueError, r"expected shape \(12, 12\), got shape \(0, 12\)$"),
-    ("out_proj_weight", ones(144), ValueError, r"expected shape \(12, 12\), got shape \(144,\)$"),
-    ("out_proj_weight", 1.0, ValueError, r"expected shape \(12, 12\), got shape \(\)$"),
-    ("out_proj_weight", None, TypeError, "expected an array, got None$"),
-    ("in_proj_bias", ones(1), ValueError, r"expected shape \(36,\), got shape \(1,\)$"),
-    ("in_proj_bias", ones(7), ValueError, r"expected shape \(36,\), got shape \(7,\)$"),
-    ("in_proj_bias", ones(36, 1), ValueError, r"expected shape \(36,\), got shape \(36, 1\)$"),
-    ("out_proj_bias", ones(1), ValueError, r"expected shape \(12,\), got shape \(1,\)$"),
-    ("out_proj_bias", [], ValueError, r"expected shape \(12,\), got shape \(0,\)$"),
-    ("out_proj_bias", ones(12, dtype=complex), TypeError, "expected a float or int array, got dtype complex128$"),
-    ("out_proj_bias", ones(12, dtype=object), TypeError, "expected a float or int array, got dtype object$"),
-    ("out_proj_bias", ones(12, dtype=bool), TypeError, "expected a float or int array, got dtype bool$"),
-    ("out_proj_bias", np.ones(12, SWAPPED_BFLOAT16), TypeError, "expected a float or int array, got dtype "),
-    ("out_proj_weight", [["a"] * 12] * 12, TypeError, "expected a float or int array, got dtype <U1$"),
-    ("out_proj_weight", [[1.0], [2.0, 3.0]], ValueError, "expected an array, got a list that makes none: "),
-    ("out_proj_bias", np.ma.masked_array(ones(12), ones(12)), TypeError,
-     r"expected a plain array, got a masked array, whose mask would be ignored; use \.filled\(\.\.\.\)$"),
-])
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD_PARAMETERS.values(), ids=BAD_PARAMETERS)
 def test_bad_parameter_changes_nothing(library, name, value, error, message):
     layer = random_layer(library, 12, 3, dtype=np.float32)
     x = random_input(2, 5, 12, dtype=np.float32)
@@ -771,7 +897,8 @@ def test_errstate_raises_nothing(library, dtype, state):
 @both
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
-@pytest.mark.parametrize("without", [("in_proj_bias",), ("out_proj_bias",), ("in_proj_bias", "out_proj_bias")])
+@pytest.mark.parametrize("without", [("in_proj_bias",), ("out_proj_bias",), ("in_proj_bias", "out_proj_bias")],
+                         ids=" and ".join)
 def test_each_bias_by_itself(library, without, num_kv_heads, layout):
     """None counts as 0; state dicts have the other one alone."""
     if layout == "tutorial" and num_kv_heads != 4:
@@ -814,7 +941,7 @@ def set_in_place(array, attribute, value):
     ("in_proj_weight", (12, 36)), ("in_proj_weight", (432, 1)), ("in_proj_weight", (432,)), ("in_proj_bias", (1, 36)),
     ("out_proj_weight", (144, 1)), ("out_proj_weight", (1, 144)), ("out_proj_weight", (3, 4, 12)),
     ("out_proj_bias", (12, 1)),
-])
+], ids=str)
 def test_shape_set_in_place(library, name, shape):
     """Of the array that the layer holds: refused where it is used, right again when it is set back. An array that was
     assigned is its caller's, who can set its shape."""
@@ -875,7 +1002,7 @@ def test_frozen_in_place(library):
     ("num_kv_heads", 1, "in_proj_weight"), ("num_kv_heads", 2, "num_kv_heads"), ("input_dim", 6, "query"),
     ("input_dim", 24, "query"), ("dtype", np.dtype(np.float64), "query"), ("dropout", 1.5, "dropout"),
     ("dropout", "0", "dropout"),
-])
+], ids=str)
 def test_attributes_that_do_not_fit(library, attribute, value, name):
     layer = library.MultiHeadAttention(12, 3)
     setattr(layer, attribute, value)

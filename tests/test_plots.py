@@ -271,7 +271,7 @@ def test_tokens_are_shown_as_they_are():
     ax.figure.canvas.draw()
 
 
-@pytest.mark.parametrize(("shape", "step"), [((64, 64), 1), ((200, 200), 3), ((6, 64, 64), 3)])
+@pytest.mark.parametrize(("shape", "step"), [((64, 64), 1), ((200, 200), 3), ((6, 64, 64), 3)], ids=str)
 def test_many_tokens_are_named_in_part(shape, step):
     """Those for which there is room."""
     tokens = [f"t{i}" for i in range(shape[-1])]
@@ -467,54 +467,96 @@ def test_arcs_lead_from_hand_to_hand(delta):
 SHAPES = "w: expected (seq_len_q, seq_len_kv) or (num_heads, seq_len_q, seq_len_kv), none of them 0, got shape "
 
 
-@pytest.mark.parametrize(("call", "text"), [
-    (lambda: plots.weights(np.zeros(3)), SHAPES + "(3,); of one row: w[None]"),
-    (lambda: plots.weights(np.zeros((1, 8, 5, 5))), SHAPES + "(1, 8, 5, 5); one of them: w[0]"),
-    (lambda: plots.weights(np.zeros((2, 1, 8, 5, 5))), SHAPES + "(2, 1, 8, 5, 5); one of them: w[0, 0]"),
-    (lambda: plots.weights(0.5), SHAPES + "()"),
-    (lambda: plots.weights([]), SHAPES + "(0,)"),
-    (lambda: plots.weights(np.zeros((0, 3, 3))), SHAPES + "(0, 3, 3)"),
-    (lambda: plots.weights([[0.5, -1.5, np.nan]]),
-     "w: expected weights, none of them below 0, got -1.5; return_weights=True of attention gives them"),
-    *((lambda value=value: plots.weights([[0.5, np.nan], [0.0, value]]),
-       f"w: expected numbers within +-1e+250 or NaN, got {float(value)}")
-      for value in (np.inf, 1e308, np.float32(np.inf), np.longdouble("inf"))),
-    (lambda: plots.weights([["a"]]), "w: expected an array of numbers, got dtype <U1"),
-    (lambda: plots.weights(None), "w: expected an array, got None"),
-    (lambda: plots.weights(np.eye(4), WORDS[:3]), "query_tokens: expected 4, one for each row of w, got 3"),
-    (lambda: plots.weights(np.eye(4), None, [*WORDS, "."]), "key_tokens: expected 4, one for each column of w, got 5"),
-    (lambda: plots.weights(np.eye(4), "I love my dog"),
-     "query_tokens: expected a list of str, got the str 'I love my dog'; .split() makes a list of its words"),
-    (lambda: plots.weights(np.eye(4), None, [1, 2, 3, 4]),
-     "key_tokens: expected a list of str, got 1 in it; [str(token) for token in key_tokens] is one"),
-    (lambda: plots.weights(np.eye(4), None, 4), "key_tokens: expected a list of str, got 4"),
-    (lambda: plots.encoding(np.zeros((1, 3, 4))),
-     "table: expected (length, dim), none of them 0, got shape (1, 3, 4); one of them: table[0]"),
-    (lambda: plots.encoding([[1j]]), "table: expected an array of numbers, got dtype complex128"),
-    (lambda: plots.encoding([[0.0, -1.7e308]]), "table: expected numbers within +-1e+250 or NaN, got -1.7e+308"),
-    (lambda: plots.columns([[0.0, 1e300]], [0]), "table: expected numbers within +-1e+250 or NaN, got 1e+300"),
-    (lambda: plots.columns(np.zeros((0, 4)), [0]), "table: expected (length, dim), none of them 0, got shape (0, 4)"),
-    (lambda: plots.columns(TABLE, [0, 8]), "columns: expected ints from 0 to 7, got [0, 8]"),
-    (lambda: plots.columns(TABLE, [-1]), "columns: expected ints from 0 to 7, got [-1]"),
-    (lambda: plots.columns(TABLE, 3), "columns: expected a list of ints, got 3"),
-    (lambda: plots.columns(TABLE, []), "columns: expected one int at least, got []"),
-    (lambda: plots.columns(TABLE, "67"), "columns: expected an int, got '6'"),
-    (lambda: plots.binary(1, 8), "n: expected an int >= 2, got 1"),
-    (lambda: plots.binary(8, 0), "dim: expected an int >= 1, got 0"),
-    (lambda: plots.binary(2**53 + 1, 16),
-     "n: expected at most 2**53 numbers in the table, got 9007199254740993 * 16"),
-    (lambda: plots.frequencies(2**60),
-     "dim: expected at most 2**53 numbers in the table, got 1 * 1152921504606846976"),
-    (lambda: plots.frequencies(8, base=1e308), "base: expected 1e+250 at most in a picture, got 1e+308"),
-    (lambda: plots.frequencies(8, layout="x"),
-     "layout: expected 'interleaved', 'concatenated' or 'cosines_first', got 'x'"),
-    (lambda: plots.relative_shift(1, 7), "dim: expected an even number (an unpaired sine cannot be rotated), got 7"),
-    (lambda: plots.relative_shift(1, 8, pairs=[4]), "pairs: expected ints from 0 to 3, got [4]"),
-    (lambda: plots.relative_shift(1, 8, positions=[0.5]), "positions: expected an int, got 0.5"),
-    *((lambda delta=delta, position=position: plots.relative_shift(delta, 8, positions=[0, position]),
-       f"positions: expected ints within +-2**53, also with delta={delta} added, got {position}")
-      for delta, position in [(1, 2**53), (-1, -(2**53)), (0, 2**53 + 1), (-1, 10**40)]),
-])
+BAD_CALLS = {
+    "weights of 1 axis": (lambda: plots.weights(np.zeros(3)), SHAPES + "(3,); of one row: w[None]"),
+    "weights of 4 axes": (lambda: plots.weights(np.zeros((1, 8, 5, 5))), SHAPES + "(1, 8, 5, 5); one of them: w[0]"),
+    "weights of 5 axes": (
+        lambda: plots.weights(np.zeros((2, 1, 8, 5, 5))), SHAPES + "(2, 1, 8, 5, 5); one of them: w[0, 0]",
+    ),
+    "weights of a number": (lambda: plots.weights(0.5), SHAPES + "()"),
+    "no weights": (lambda: plots.weights([]), SHAPES + "(0,)"),
+    "empty weights": (lambda: plots.weights(np.zeros((0, 3, 3))), SHAPES + "(0, 3, 3)"),
+    "negative weights": (
+        lambda: plots.weights([[0.5, -1.5, np.nan]]),
+        "w: expected weights, none of them below 0, got -1.5; return_weights=True of attention gives them",
+    ),
+    **{
+        f"weights of {type(value).__name__} {value}": (
+            lambda value=value: plots.weights([[0.5, np.nan], [0.0, value]]),
+            f"w: expected numbers within +-1e+250 or NaN, got {float(value)}",
+        )
+        for value in (np.inf, 1e308, np.float32(np.inf), np.longdouble("inf"))
+    },
+    "text as weights": (lambda: plots.weights([["a"]]), "w: expected an array of numbers, got dtype <U1"),
+    "weights of None": (lambda: plots.weights(None), "w: expected an array, got None"),
+    "too few query tokens": (
+        lambda: plots.weights(np.eye(4), WORDS[:3]), "query_tokens: expected 4, one for each row of w, got 3",
+    ),
+    "too many key tokens": (
+        lambda: plots.weights(np.eye(4), None, [*WORDS, "."]),
+        "key_tokens: expected 4, one for each column of w, got 5",
+    ),
+    "sentence as tokens": (
+        lambda: plots.weights(np.eye(4), "I love my dog"),
+        "query_tokens: expected a list of str, got the str 'I love my dog'; .split() makes a list of its words",
+    ),
+    "ints as tokens": (
+        lambda: plots.weights(np.eye(4), None, [1, 2, 3, 4]),
+        "key_tokens: expected a list of str, got 1 in it; [str(token) for token in key_tokens] is one",
+    ),
+    "number as tokens": (lambda: plots.weights(np.eye(4), None, 4), "key_tokens: expected a list of str, got 4"),
+    "table of 3 axes": (
+        lambda: plots.encoding(np.zeros((1, 3, 4))),
+        "table: expected (length, dim), none of them 0, got shape (1, 3, 4); one of them: table[0]",
+    ),
+    "complex table": (lambda: plots.encoding([[1j]]), "table: expected an array of numbers, got dtype complex128"),
+    "table beyond the range": (
+        lambda: plots.encoding([[0.0, -1.7e308]]), "table: expected numbers within +-1e+250 or NaN, got -1.7e+308",
+    ),
+    "columns beyond the range": (
+        lambda: plots.columns([[0.0, 1e300]], [0]), "table: expected numbers within +-1e+250 or NaN, got 1e+300",
+    ),
+    "empty table": (
+        lambda: plots.columns(np.zeros((0, 4)), [0]), "table: expected (length, dim), none of them 0, got shape (0, 4)",
+    ),
+    "column beyond the table": (lambda: plots.columns(TABLE, [0, 8]), "columns: expected ints from 0 to 7, got [0, 8]"),
+    "negative column": (lambda: plots.columns(TABLE, [-1]), "columns: expected ints from 0 to 7, got [-1]"),
+    "number as columns": (lambda: plots.columns(TABLE, 3), "columns: expected a list of ints, got 3"),
+    "no columns": (lambda: plots.columns(TABLE, []), "columns: expected one int at least, got []"),
+    "text as columns": (lambda: plots.columns(TABLE, "67"), "columns: expected an int, got '6'"),
+    "binary of one row": (lambda: plots.binary(1, 8), "n: expected an int >= 2, got 1"),
+    "binary of dim 0": (lambda: plots.binary(8, 0), "dim: expected an int >= 1, got 0"),
+    "huge binary": (
+        lambda: plots.binary(2**53 + 1, 16),
+        "n: expected at most 2**53 numbers in the table, got 9007199254740993 * 16",
+    ),
+    "huge frequencies": (
+        lambda: plots.frequencies(2**60),
+        "dim: expected at most 2**53 numbers in the table, got 1 * 1152921504606846976",
+    ),
+    "huge base": (lambda: plots.frequencies(8, base=1e308), "base: expected 1e+250 at most in a picture, got 1e+308"),
+    "unknown layout": (
+        lambda: plots.frequencies(8, layout="x"),
+        "layout: expected 'interleaved', 'concatenated' or 'cosines_first', got 'x'",
+    ),
+    "odd dim": (
+        lambda: plots.relative_shift(1, 7), "dim: expected an even number (an unpaired sine cannot be rotated), got 7",
+    ),
+    "pair beyond the table": (
+        lambda: plots.relative_shift(1, 8, pairs=[4]), "pairs: expected ints from 0 to 3, got [4]",
+    ),
+    "float position": (lambda: plots.relative_shift(1, 8, positions=[0.5]), "positions: expected an int, got 0.5"),
+    **{
+        f"position {position:.3g} and delta {delta}": (
+            lambda delta=delta, position=position: plots.relative_shift(delta, 8, positions=[0, position]),
+            f"positions: expected ints within +-2**53, also with delta={delta} added, got {position}",
+        )
+        for delta, position in [(1, 2**53), (-1, -(2**53)), (0, 2**53 + 1), (-1, 10**40)]
+    },
+}
+
+
+@pytest.mark.parametrize(("call", "text"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_calls(call, text):
     before = pyplot.get_fignums()
     with pytest.raises((ValueError, TypeError)) as raised:

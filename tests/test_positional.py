@@ -222,15 +222,20 @@ def test_conventions_of_positions(library, formula, layout, endpoint, dim):
     assert (np.abs(table - expected) <= atol).all()
 
 
+TIMESTEPS = {
+    "adm": (adm, {}, "cosines_first", False),
+    "diffusers": (diffusers, {}, "concatenated", True),
+    "diffusers without shift": (diffusers, {"downscale_freq_shift": 0}, "concatenated", False),
+    "diffusers flipped": (diffusers, {"flip_sin_to_cos": True}, "cosines_first", True),
+    "diffusers flipped without shift": (
+        diffusers, {"flip_sin_to_cos": True, "downscale_freq_shift": 0}, "cosines_first", False,
+    ),
+}
+
+
 @both
 @pytest.mark.parametrize("dim", [4, 10, 320])
-@pytest.mark.parametrize(("formula", "options", "layout", "endpoint"), [
-    (adm, {}, "cosines_first", False),
-    (diffusers, {}, "concatenated", True),
-    (diffusers, {"downscale_freq_shift": 0}, "concatenated", False),
-    (diffusers, {"flip_sin_to_cos": True}, "cosines_first", True),
-    (diffusers, {"flip_sin_to_cos": True, "downscale_freq_shift": 0}, "cosines_first", False),
-])
+@pytest.mark.parametrize(("formula", "options", "layout", "endpoint"), TIMESTEPS.values(), ids=TIMESTEPS)
 def test_conventions_of_timesteps(library, formula, options, layout, endpoint, dim):
     timesteps = np.array([0.0, 1.0, 0.25, 999.0, 37.5, 1e-3, 500.125])
     table = library.sinusoidal_encoding(7, dim, positions=timesteps, layout=layout, endpoint=endpoint, dtype=np.float64)
@@ -394,10 +399,17 @@ def test_narrowing_anything(isa, dtype):
     np.testing.assert_array_equal(kernel_narrowed(x, dtype).view(np.uint16), narrowed(x, dtype).view(np.uint16))
 
 
-@pytest.mark.parametrize("options", [
-    {"offset": 10**8 - 100}, {"layout": "concatenated"}, {"endpoint": True, "base": 1e7}, {"base": 1e300},
-    {"positions": np.linspace(0, 1, 200)}, {"positions": np.linspace(-1e-7, 1e-5, 200), "layout": "cosines_first"},
-])
+TABLES_16_BIT = {
+    "far offset": {"offset": 10**8 - 100},
+    "concatenated": {"layout": "concatenated"},
+    "endpoint": {"endpoint": True, "base": 1e7},
+    "huge base": {"base": 1e300},
+    "positions": {"positions": np.linspace(0, 1, 200)},
+    "tiny positions": {"positions": np.linspace(-1e-7, 1e-5, 200), "layout": "cosines_first"},
+}
+
+
+@pytest.mark.parametrize("options", TABLES_16_BIT.values(), ids=TABLES_16_BIT)
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
 def test_16_bit_tables_are_the_float64_table_rounded_once(isa, dtype, options):
     table = cattn.sinusoidal_encoding(200, 34, dtype=dtype, **options)
@@ -472,7 +484,7 @@ def test_other_dtypes_of_the_reference(dtype):
     lambda n, d, dtype: np.empty((d, n), dtype).T,
     lambda n, d, dtype: np.empty(n * d * np.dtype(dtype).itemsize + 1, np.uint8)[1:].view(dtype).reshape(n, d),
 ], ids=["contiguous", "columns", "rows reversed", "strided", "columns reversed", "transposed", "unaligned"])
-@pytest.mark.parametrize("shape", [(70, 9), (3, 1), (0, 4), (1, 5), (3, 1300)])
+@pytest.mark.parametrize("shape", [(70, 9), (3, 1), (0, 4), (1, 5), (3, 1300)], ids=str)
 def test_out(dtype, make, shape):
     out = make(*shape, dtype)
     assert cattn.sinusoidal_encoding(*shape, offset=3, dtype=dtype, out=out) is out
@@ -515,7 +527,7 @@ def test_relative_shift(library, dim, base, delta, layout, endpoint):
 
 
 @both
-@pytest.mark.parametrize("shape", [(7, 6), (2, 7, 6), (2, 3, 7, 6), (2, 0, 6), (0, 7, 6)])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 7, 6), (2, 3, 7, 6), (2, 0, 6), (0, 7, 6)], ids=str)
 def test_layer_adds_the_table(library, shape):
     layer = library.PositionalEncoding(6, max_len=10)
     assert layer.P.shape == (1, 10, 6) and layer.P.dtype == np.float32
@@ -589,7 +601,8 @@ def plain_layer(x, table, dropout=0.0, seed=0):
 
 
 @pytest.mark.parametrize("shape", [
-    (300_000,), (3, 100_001), (100_000, 1, 5), (5, 3, 20_000, 2), (2, 70, 4000), (2, 0, 4000), (0, 700_000, 7)])
+    (300_000,), (3, 100_001), (100_000, 1, 5), (5, 3, 20_000, 2), (2, 70, 4000), (2, 0, 4000), (0, 700_000, 7),
+], ids=str)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_layer_in_pieces(shape, dtype):
     """Larger than a piece along any axis, and cut where no multiple of 4 is near: the bits of the whole."""
@@ -619,56 +632,86 @@ def test_layer_takes_pieces():
 LAYOUT_RULE = "expected 'interleaved', 'concatenated' or 'cosines_first'"
 BEYOND = "positions: expected finite numbers within"
 NO_NUMBERS = "positions: expected a float or int array, got dtype"
-BAD_TABLES = [
-    ((-1, 4), {}, ValueError, "length: expected an int >= 0, got -1"),
-    ((3, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
-    ((3.0, 4), {}, TypeError, r"length: expected an int, got 3\.0"),
-    ((3, "4"), {}, TypeError, "dim: expected an int, got '4'"),
-    ((None, 4), {}, TypeError, "length: expected an int, got None"),
-    ((2**40, 2**40), {}, ValueError, r"length: expected at most 2\*\*58 elements in the table, got "),
-    ((0, 2**59), {}, ValueError, r"length: expected at most 2\*\*58 elements in the table, got 0 \* "),
-    ((3, 4), {"layout": np.array(["interleaved"] * 2)}, ValueError, f"layout: {LAYOUT_RULE}, got array"),
-    ((3, 4), {"offset": 0.5}, TypeError, r"offset: expected an int, got 0\.5"),
-    ((3, 4), {"offset": 2**53}, ValueError, r"offset: expected positions within \+-2\*\*53, got "),
-    ((3, 4), {"offset": -(2**60)}, ValueError, r"offset: expected positions within \+-2\*\*53, got "),
-    ((3, 4), {"base": 0.5}, ValueError, r"base: expected a finite float >= 1, got 0\.5"),
-    ((3, 4), {"base": -10000.0}, ValueError, r"base: expected a finite float >= 1, got -10000\.0"),
-    ((3, 4), {"base": math.nan}, ValueError, "base: expected a finite float >= 1, got nan"),
-    ((3, 4), {"base": math.inf}, ValueError, "base: expected a finite float >= 1, got inf"),
-    ((3, 4), {"base": 10**400}, ValueError, "base: expected a finite float >= 1, got 1000"),
-    ((3, 4), {"base": "10000"}, TypeError, "base: expected a finite float >= 1, got '10000'"),
-    ((3, 4), {"layout": "half"}, ValueError, f"layout: {LAYOUT_RULE}, got 'half'"),
-    ((3, 4), {"layout": "cosines first"}, ValueError, f"layout: {LAYOUT_RULE}, got 'cosines first'"),
-    ((3, 4), {"endpoint": 1}, TypeError, "endpoint: expected a bool, got 1"),
-    ((3, 4), {"endpoint": None}, TypeError, "endpoint: expected a bool, got None"),
-    ((3, 4), {"endpoint": np.array([True, False])}, TypeError, "endpoint: expected a bool, got array"),
-    ((3, 5), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 5"),
-    ((3, 2), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 2"),
-    ((3, 1), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 1"),
-    ((3, 4), {"positions": [0, 1, 2], "offset": 1}, ValueError, "offset: expected 0 with positions, got 1"),
-    ((3, 4), {"positions": [0, 1]}, ValueError,
-     r"positions: expected one for each row, shape \(3,\), got shape \(2,\)"),
-    ((3, 4), {"positions": np.zeros((3, 1))}, ValueError, r"positions: expected one .*, got shape \(3, 1\)"),
-    ((3, 4), {"positions": 1.0}, ValueError, r"positions: expected one .*, got shape \(\)"),
-    ((3, 4), {"positions": [[0], [1, 2]]}, ValueError, "positions: expected an array, got a list that makes none"),
-    ((3, 4), {"positions": [0, 1, math.nan]}, ValueError, f"{BEYOND} .*, got nan"),
-    ((3, 4), {"positions": [0, -math.inf, 1]}, ValueError, f"{BEYOND} .*, got -inf"),
-    ((3, 4), {"positions": np.array([0, math.inf, 1], np.float16)}, ValueError, f"{BEYOND} .*, got inf"),
-    ((3, 4), {"positions": np.array([0, math.inf, 1], BFLOAT16)}, ValueError, f"{BEYOND} .*, got inf"),
-    ((3, 4), {"positions": [0, 2**53 + 1, 1]}, ValueError, f"{BEYOND} .*, got 9007199254740993"),
-    ((3, 4), {"positions": np.array([0, 1, 2**64 - 1], np.uint64)}, ValueError, f"{BEYOND} .*, got 1844"),
-    ((3, 4), {"positions": [0.0, -1e16, 1]}, ValueError, rf"{BEYOND} .*, got -1e\+16"),
-    ((3, 4), {"positions": [True, False, True]}, TypeError, f"{NO_NUMBERS} bool"),
-    ((3, 4), {"positions": ["0", "1", "2"]}, TypeError, f"{NO_NUMBERS} <U1"),
-    ((3, 4), {"positions": [0, 1, 2j]}, TypeError, f"{NO_NUMBERS} complex128"),
-    ((3, 4), {"positions": [0, 1, 2**70]}, TypeError, f"{NO_NUMBERS} object"),
-    ((3, 4), {"dtype": np.int32}, TypeError, "dtype: expected .*float.*, got <class 'numpy.int32'>"),
-    ((3, 4), {"dtype": complex}, TypeError, "dtype: expected .*float.*, got <class 'complex'>"),
-    ((3, 4), {"dtype": "f4,,"}, TypeError, "dtype: expected .*float.*, got 'f4,,'"),
-    ((3, 4), {"dtype": (None, -1)}, TypeError, r"dtype: expected .*float.*, got \(None, -1\)"),
-    ((3, 4), {"dtype": "nonsense"}, TypeError, "dtype: expected .*float.*, got 'nonsense'"),
-    ((3, 4), {"dtype": None}, TypeError, "dtype: expected .*float.*, got None"),
-]
+BAD_TABLES = {
+    "negative length": ((-1, 4), {}, ValueError, "length: expected an int >= 0, got -1"),
+    "dim of 0": ((3, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
+    "float length": ((3.0, 4), {}, TypeError, r"length: expected an int, got 3\.0"),
+    "text as dim": ((3, "4"), {}, TypeError, "dim: expected an int, got '4'"),
+    "no length": ((None, 4), {}, TypeError, "length: expected an int, got None"),
+    "huge table": ((2**40, 2**40), {}, ValueError, r"length: expected at most 2\*\*58 elements in the table, got "),
+    "huge dim": ((0, 2**59), {}, ValueError, r"length: expected at most 2\*\*58 elements in the table, got 0 \* "),
+    "layout of an array": (
+        (3, 4), {"layout": np.array(["interleaved"] * 2)}, ValueError, f"layout: {LAYOUT_RULE}, got array",
+    ),
+    "float offset": ((3, 4), {"offset": 0.5}, TypeError, r"offset: expected an int, got 0\.5"),
+    "far offset": ((3, 4), {"offset": 2**53}, ValueError, r"offset: expected positions within \+-2\*\*53, got "),
+    "far negative offset": (
+        (3, 4), {"offset": -(2**60)}, ValueError, r"offset: expected positions within \+-2\*\*53, got ",
+    ),
+    "base below 1": ((3, 4), {"base": 0.5}, ValueError, r"base: expected a finite float >= 1, got 0\.5"),
+    "negative base": ((3, 4), {"base": -10000.0}, ValueError, r"base: expected a finite float >= 1, got -10000\.0"),
+    "base of NaN": ((3, 4), {"base": math.nan}, ValueError, "base: expected a finite float >= 1, got nan"),
+    "infinite base": ((3, 4), {"base": math.inf}, ValueError, "base: expected a finite float >= 1, got inf"),
+    "base beyond float": ((3, 4), {"base": 10**400}, ValueError, "base: expected a finite float >= 1, got 1000"),
+    "text as base": ((3, 4), {"base": "10000"}, TypeError, "base: expected a finite float >= 1, got '10000'"),
+    "unknown layout": ((3, 4), {"layout": "half"}, ValueError, f"layout: {LAYOUT_RULE}, got 'half'"),
+    "layout with a space": (
+        (3, 4), {"layout": "cosines first"}, ValueError, f"layout: {LAYOUT_RULE}, got 'cosines first'",
+    ),
+    "int endpoint": ((3, 4), {"endpoint": 1}, TypeError, "endpoint: expected a bool, got 1"),
+    "no endpoint": ((3, 4), {"endpoint": None}, TypeError, "endpoint: expected a bool, got None"),
+    "endpoint of an array": (
+        (3, 4), {"endpoint": np.array([True, False])}, TypeError, "endpoint: expected a bool, got array",
+    ),
+    "endpoint with dim of 5": (
+        (3, 5), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 5",
+    ),
+    "endpoint with dim of 2": (
+        (3, 2), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 2",
+    ),
+    "endpoint with dim of 1": (
+        (3, 1), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True, .*, got 1",
+    ),
+    "positions and offset": (
+        (3, 4), {"positions": [0, 1, 2], "offset": 1}, ValueError, "offset: expected 0 with positions, got 1",
+    ),
+    "too few positions": (
+        (3, 4), {"positions": [0, 1]}, ValueError,
+        r"positions: expected one for each row, shape \(3,\), got shape \(2,\)",
+    ),
+    "column of positions": (
+        (3, 4), {"positions": np.zeros((3, 1))}, ValueError, r"positions: expected one .*, got shape \(3, 1\)",
+    ),
+    "one position": ((3, 4), {"positions": 1.0}, ValueError, r"positions: expected one .*, got shape \(\)"),
+    "ragged positions": (
+        (3, 4), {"positions": [[0], [1, 2]]}, ValueError, "positions: expected an array, got a list that makes none",
+    ),
+    "position of NaN": ((3, 4), {"positions": [0, 1, math.nan]}, ValueError, f"{BEYOND} .*, got nan"),
+    "position of -inf": ((3, 4), {"positions": [0, -math.inf, 1]}, ValueError, f"{BEYOND} .*, got -inf"),
+    "position of inf in float16": (
+        (3, 4), {"positions": np.array([0, math.inf, 1], np.float16)}, ValueError, f"{BEYOND} .*, got inf",
+    ),
+    "position of inf in bfloat16": (
+        (3, 4), {"positions": np.array([0, math.inf, 1], BFLOAT16)}, ValueError, f"{BEYOND} .*, got inf",
+    ),
+    "int position beyond 2**53": (
+        (3, 4), {"positions": [0, 2**53 + 1, 1]}, ValueError, f"{BEYOND} .*, got 9007199254740993",
+    ),
+    "uint64 position beyond 2**53": (
+        (3, 4), {"positions": np.array([0, 1, 2**64 - 1], np.uint64)}, ValueError, f"{BEYOND} .*, got 1844",
+    ),
+    "float position beyond 2**53": ((3, 4), {"positions": [0.0, -1e16, 1]}, ValueError, rf"{BEYOND} .*, got -1e\+16"),
+    "bool positions": ((3, 4), {"positions": [True, False, True]}, TypeError, f"{NO_NUMBERS} bool"),
+    "text as positions": ((3, 4), {"positions": ["0", "1", "2"]}, TypeError, f"{NO_NUMBERS} <U1"),
+    "complex positions": ((3, 4), {"positions": [0, 1, 2j]}, TypeError, f"{NO_NUMBERS} complex128"),
+    "object positions": ((3, 4), {"positions": [0, 1, 2**70]}, TypeError, f"{NO_NUMBERS} object"),
+    "int dtype": ((3, 4), {"dtype": np.int32}, TypeError, "dtype: expected .*float.*, got <class 'numpy.int32'>"),
+    "complex dtype": ((3, 4), {"dtype": complex}, TypeError, "dtype: expected .*float.*, got <class 'complex'>"),
+    "dtype with commas": ((3, 4), {"dtype": "f4,,"}, TypeError, "dtype: expected .*float.*, got 'f4,,'"),
+    "dtype of a pair": ((3, 4), {"dtype": (None, -1)}, TypeError, r"dtype: expected .*float.*, got \(None, -1\)"),
+    "unknown dtype": ((3, 4), {"dtype": "nonsense"}, TypeError, "dtype: expected .*float.*, got 'nonsense'"),
+    "no dtype": ((3, 4), {"dtype": None}, TypeError, "dtype: expected .*float.*, got None"),
+}
 
 
 @both
@@ -680,23 +723,34 @@ def test_any_real_base(library):
 
 
 @both
-@pytest.mark.parametrize(("args", "options", "error", "message"), BAD_TABLES)
+@pytest.mark.parametrize(("args", "options", "error", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
 def test_bad_table(library, args, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         library.sinusoidal_encoding(*args, **options)
 
 
-@pytest.mark.parametrize(("out", "error", "message"), [
-    ([[0.0] * 4] * 3, TypeError, "out: expected a numpy.ndarray, got list"),
-    (np.empty((3, 4)), TypeError, r"out: expected dtype float32, got float64; out\[...\] = result casts$"),
-    (np.empty((3, 4), ">f4"), TypeError, "out: expected dtype float32, got >f4"),
-    (np.empty((4, 3), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(4, 3\)"),
-    (np.empty((1, 3, 4), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(1, 3, 4\)"),
-    (np.broadcast_to(np.float32(0), (3, 4)), ValueError, "out: expected a writeable array, got a read-only"),
-    (as_strided(np.zeros(9, np.float32), (3, 4), (4, 4)), ValueError,
-     r"out: expected elements that do not overlap each other, got strides \(4, 4\)"),
-    (as_strided(np.zeros(9, np.float32), (3, 4), (0, 4)), ValueError, "out: expected elements that do not overlap"),
-])
+BAD_OUTS = {
+    "list": ([[0.0] * 4] * 3, TypeError, "out: expected a numpy.ndarray, got list"),
+    "float64": (np.empty((3, 4)), TypeError, r"out: expected dtype float32, got float64; out\[...\] = result casts$"),
+    "swapped": (np.empty((3, 4), ">f4"), TypeError, "out: expected dtype float32, got >f4"),
+    "transposed": (np.empty((4, 3), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(4, 3\)"),
+    "an axis more": (
+        np.empty((1, 3, 4), np.float32), ValueError, r"out: expected shape \(3, 4\), got shape \(1, 3, 4\)",
+    ),
+    "read-only": (
+        np.broadcast_to(np.float32(0), (3, 4)), ValueError, "out: expected a writeable array, got a read-only",
+    ),
+    "overlapping rows": (
+        as_strided(np.zeros(9, np.float32), (3, 4), (4, 4)), ValueError,
+        r"out: expected elements that do not overlap each other, got strides \(4, 4\)",
+    ),
+    "repeated rows": (
+        as_strided(np.zeros(9, np.float32), (3, 4), (0, 4)), ValueError, "out: expected elements that do not overlap",
+    ),
+}
+
+
+@pytest.mark.parametrize(("out", "error", "message"), BAD_OUTS.values(), ids=BAD_OUTS)
 def test_bad_out(out, error, message):
     with pytest.raises(error, match=f"^{message}"):
         cattn.sinusoidal_encoding(3, 4, out=out)
@@ -708,63 +762,91 @@ def test_public_table_has_no_long_double():
             cattn.sinusoidal_encoding(3, 4, dtype=np.longdouble)
 
 
+BAD_SHIFTS = {
+    "odd dim": ((1, 5), {}, ValueError, r"dim: expected an even number \(an unpaired sine cannot be rotated\), got 5"),
+    "dim of 0": ((1, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
+    "large dim": (
+        (1, 2**30), {}, ValueError, r"dim: expected at most 2\*\*58 elements in the matrix, got 1073741824 \* ",
+    ),
+    "huge dim": (
+        (1, 2**62), {}, ValueError,
+        r"dim: expected at most 2\*\*58 elements in the matrix, got 4611686018427387904 \* ",
+    ),
+    "float delta": ((0.5, 4), {}, TypeError, r"delta: expected an int, got 0\.5"),
+    "huge delta": ((-(10**400), 4), {}, ValueError, r"delta: expected an int within \+-2\*\*53, got -1000"),
+    "base of 0": ((1, 4), {"base": 0.0}, ValueError, r"base: expected a finite float >= 1, got 0\.0"),
+    "text as endpoint": ((1, 4), {"endpoint": "yes"}, TypeError, "endpoint: expected a bool, got 'yes'"),
+    "dim of 2 with endpoint": (
+        (1, 2), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True",
+    ),
+    "no layout": ((1, 4), {"layout": None}, ValueError, f"layout: {LAYOUT_RULE}, got None"),
+    "int dtype": ((1, 4), {"dtype": int}, TypeError, "dtype: expected a float dtype, got <class 'int'>"),
+}
+
+
 @both
-@pytest.mark.parametrize(("args", "options", "error", "message"), [
-    ((1, 5), {}, ValueError, r"dim: expected an even number \(an unpaired sine cannot be rotated\), got 5"),
-    ((1, 0), {}, ValueError, "dim: expected an int >= 1, got 0"),
-    ((1, 2**30), {}, ValueError, r"dim: expected at most 2\*\*58 elements in the matrix, got 1073741824 \* "),
-    ((1, 2**62), {}, ValueError, r"dim: expected at most 2\*\*58 elements in the matrix, got 4611686018427387904 \* "),
-    ((0.5, 4), {}, TypeError, r"delta: expected an int, got 0\.5"),
-    ((-(10**400), 4), {}, ValueError, r"delta: expected an int within \+-2\*\*53, got -1000"),
-    ((1, 4), {"base": 0.0}, ValueError, r"base: expected a finite float >= 1, got 0\.0"),
-    ((1, 4), {"endpoint": "yes"}, TypeError, "endpoint: expected a bool, got 'yes'"),
-    ((1, 2), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True"),
-    ((1, 4), {"layout": None}, ValueError, f"layout: {LAYOUT_RULE}, got None"),
-    ((1, 4), {"dtype": int}, TypeError, "dtype: expected a float dtype, got <class 'int'>"),
-])
+@pytest.mark.parametrize(("args", "options", "error", "message"), BAD_SHIFTS.values(), ids=BAD_SHIFTS)
 def test_bad_shift(library, args, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         library.relative_shift(*args, **options)
 
 
+BAD_LAYERS = {
+    "dim of 0": ((0,), {}, ValueError, "dim: expected an int >= 1, got 0"),
+    "dropout of 1": ((4, 1.0), {}, ValueError, r"dropout: expected a float in \[0, 1\), got 1\.0"),
+    "text as dropout": ((4, "0.1"), {}, TypeError, r"dropout: expected a float in \[0, 1\), got '0\.1'"),
+    "negative max_len": ((4, 0.1, -1), {}, ValueError, "max_len: expected an int >= 0, got -1"),
+    "float max_len": ((4, 0.1, 1e3), {}, TypeError, r"max_len: expected an int, got 1000\.0"),
+    "huge max_len": ((4, 0.1, 2**57), {}, ValueError, r"max_len: expected at most 2\*\*58 elements in the table, got "),
+    "huge dim": ((2**59, 0.1, 0), {}, ValueError, r"max_len: expected at most 2\*\*58 elements in the table, got "),
+    "base of 0": ((4,), {"base": 0.0}, ValueError, "base: "),
+    "empty layout": ((4,), {"layout": ""}, ValueError, "layout: "),
+    "int endpoint": ((4,), {"endpoint": 0}, TypeError, "endpoint: "),
+    "odd dim with endpoint": (
+        (5,), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True",
+    ),
+    "int dtype": ((4,), {"dtype": int}, TypeError, "dtype: "),
+}
+
+
 @both
-@pytest.mark.parametrize(("args", "options", "error", "message"), [
-    ((0,), {}, ValueError, "dim: expected an int >= 1, got 0"),
-    ((4, 1.0), {}, ValueError, r"dropout: expected a float in \[0, 1\), got 1\.0"),
-    ((4, "0.1"), {}, TypeError, r"dropout: expected a float in \[0, 1\), got '0\.1'"),
-    ((4, 0.1, -1), {}, ValueError, "max_len: expected an int >= 0, got -1"),
-    ((4, 0.1, 1e3), {}, TypeError, r"max_len: expected an int, got 1000\.0"),
-    ((4, 0.1, 2**57), {}, ValueError, r"max_len: expected at most 2\*\*58 elements in the table, got "),
-    ((2**59, 0.1, 0), {}, ValueError, r"max_len: expected at most 2\*\*58 elements in the table, got "),
-    ((4,), {"base": 0.0}, ValueError, "base: "),
-    ((4,), {"layout": ""}, ValueError, "layout: "),
-    ((4,), {"endpoint": 0}, TypeError, "endpoint: "),
-    ((5,), {"endpoint": True}, ValueError, "dim: expected an even number >= 4 with endpoint=True"),
-    ((4,), {"dtype": int}, TypeError, "dtype: "),
-])
+@pytest.mark.parametrize(("args", "options", "error", "message"), BAD_LAYERS.values(), ids=BAD_LAYERS)
 def test_bad_encoding_layer(library, args, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         library.PositionalEncoding(*args, **options)
 
 
+BAD_INPUTS = {
+    "another width": (
+        np.zeros((2, 5), np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(2, 5\)",
+    ),
+    "1 axis": (np.zeros(4, np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(4,\)"),
+    "float64": (
+        np.zeros((2, 3, 4)), {}, TypeError, "x: expected the dtype of the layer, float32, got float64; "
+                                            r"x\.astype\(layer\.P\.dtype\) casts$",
+    ),
+    "lists": (
+        np.zeros((3, 4)).tolist(), {}, TypeError, "x: expected the dtype of the layer, float32, got float64; "
+                                                  r"np\.asarray\(x, layer\.P\.dtype\) casts$",
+    ),
+    "token numbers": (
+        np.zeros((2, 3), int), {}, TypeError, "x: expected the dtype of the layer, float32, got int64; "
+                                              "token numbers are looked up in an embedding first$",
+    ),
+    "nothing": (None, {}, TypeError, "x: expected an array, got None$"),
+    "ints": (np.zeros((2, 3, 4), int), {}, TypeError, "x: expected the dtype of the layer, float32, got int64"),
+    "ragged": ([[1.0], [2.0, 3.0]], {}, ValueError, "x: expected an array, got a list that makes none: "),
+    "negative seed": (np.zeros((3, 4), np.float32), {"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
+    "seed beyond 64 bits": (np.zeros((3, 4), np.float32), {"seed": 2**64}, ValueError, "seed: expected an int below"),
+    "float seed": (np.zeros((3, 4), np.float32), {"seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
+    "text as training": (
+        np.zeros((3, 4), np.float32), {"training": "no"}, TypeError, "training: expected a bool, got 'no'",
+    ),
+}
+
+
 @both
-@pytest.mark.parametrize(("x", "options", "error", "message"), [
-    (np.zeros((2, 5), np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(2, 5\)"),
-    (np.zeros(4, np.float32), {}, ValueError, r"x: expected \(\.\.\., seq, 4\), got shape \(4,\)"),
-    (np.zeros((2, 3, 4)), {}, TypeError, "x: expected the dtype of the layer, float32, got float64; "
-                                         r"x\.astype\(layer\.P\.dtype\) casts$"),
-    (np.zeros((3, 4)).tolist(), {}, TypeError, "x: expected the dtype of the layer, float32, got float64; "
-                                               r"np\.asarray\(x, layer\.P\.dtype\) casts$"),
-    (np.zeros((2, 3), int), {}, TypeError, "x: expected the dtype of the layer, float32, got int64; "
-                                           "token numbers are looked up in an embedding first$"),
-    (None, {}, TypeError, "x: expected an array, got None$"),
-    (np.zeros((2, 3, 4), int), {}, TypeError, "x: expected the dtype of the layer, float32, got int64"),
-    ([[1.0], [2.0, 3.0]], {}, ValueError, "x: expected an array, got a list that makes none: "),
-    (np.zeros((3, 4), np.float32), {"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
-    (np.zeros((3, 4), np.float32), {"seed": 2**64}, ValueError, "seed: expected an int below"),
-    (np.zeros((3, 4), np.float32), {"seed": 0.5}, TypeError, "seed: expected an int, got 0.5"),
-    (np.zeros((3, 4), np.float32), {"training": "no"}, TypeError, "training: expected a bool, got 'no'"),
-])
+@pytest.mark.parametrize(("x", "options", "error", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
 def test_bad_layer_input(library, x, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         library.PositionalEncoding(4, 0.1)(x, **({"training": True} | options))

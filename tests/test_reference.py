@@ -232,15 +232,20 @@ def test_softcap_bounds_the_scores_before_the_mask():
 # Masked keys, empty rows, NaN and inf.
 
 
-@pytest.mark.parametrize("options", [
-    {"attn_mask": np.zeros((3, 4), bool)},
-    {"attn_mask": np.full((3, 4), -INF)},
-    {"is_causal": True, "q_offset": -3},
-    {"window": (0, 0), "q_offset": 9},
-    {"kv_lens": np.array(0)},
-    {"kv_lens": np.array(2), "attn_mask": np.array([False, False, True, True])},
-    {"attn_mask": np.zeros((3, 4), bool), "alibi_slopes": np.ones(1), "sinks": np.full(1, math.nan)},
-])
+NOTHING_TO_SEE = {
+    "bool mask": {"attn_mask": np.zeros((3, 4), bool)},
+    "float mask": {"attn_mask": np.full((3, 4), -INF)},
+    "causal": {"is_causal": True, "q_offset": -3},
+    "window": {"window": (0, 0), "q_offset": 9},
+    "kv_lens": {"kv_lens": np.array(0)},
+    "kv_lens and mask": {"kv_lens": np.array(2), "attn_mask": np.array([False, False, True, True])},
+    "ALiBi and NaN sinks": {
+        "attn_mask": np.zeros((3, 4), bool), "alibi_slopes": np.ones(1), "sinks": np.full(1, math.nan),
+    },
+}
+
+
+@pytest.mark.parametrize("options", NOTHING_TO_SEE.values(), ids=NOTHING_TO_SEE)
 def test_row_that_sees_nothing(options):
     query, key = np.ones((3, 2)), np.ones((4, 2))
     out, weights, logsumexp = everything(query, key, key, **options)
@@ -256,14 +261,17 @@ def test_no_keys_and_no_queries():
     assert scaled_dot_product_attention(none, query, query).shape == none.shape
 
 
+MASKED = {
+    "bool mask": {"attn_mask": np.array([True, True, False, False])},
+    "float mask": {"attn_mask": np.array([0.0, 0.5, -INF, -INF])},
+    "kv_lens": {"kv_lens": np.array([2, 2])},
+    "window": {"window": (None, 0), "q_offset": -1},
+    "causal with ALiBi and softcap": {"is_causal": True, "q_offset": -1, "alibi_slopes": np.ones(2), "softcap": 3.0},
+}
+
+
 @pytest.mark.parametrize("garbage", [math.nan, INF, -INF])
-@pytest.mark.parametrize("options", [
-    {"attn_mask": np.array([True, True, False, False])},
-    {"attn_mask": np.array([0.0, 0.5, -INF, -INF])},
-    {"kv_lens": np.array([2, 2])},
-    {"window": (None, 0), "q_offset": -1},
-    {"is_causal": True, "q_offset": -1, "alibi_slopes": np.ones(2), "softcap": 3.0},
-])
+@pytest.mark.parametrize("options", MASKED.values(), ids=MASKED)
 def test_garbage_behind_the_mask_is_not_read(options, garbage):
     query, key, value = random_arrays(2, 2, 4, 3)
     query = query[:, :, :3]
@@ -316,7 +324,7 @@ def test_score_of_minus_inf_has_weight_0():
     assert math.isnan(everything(query, key, value)[0].item())
 
 
-@pytest.mark.parametrize("low", [np.finfo(np.float32).min, -1e300, np.finfo(np.float64).min])
+@pytest.mark.parametrize("low", [np.finfo(np.float32).min, -1e300, np.finfo(np.float64).min], ids=str)
 def test_finite_mask_value_is_a_bias(low):
     """A row of such values is uniform, whatever their size; -inf would make it empty."""
     query, key = np.zeros((1, 4), np.float32), np.zeros((3, 4), np.float32)
@@ -352,12 +360,17 @@ def test_compressed_cache():
 # Dropout.
 
 
-@pytest.mark.parametrize(("counter", "key", "words"), [  # Random123, kat_vectors
-    ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
-     "d16cfe09 94fdcceb 5001e420 24126ea1"),
-])
+KNOWN_ANSWERS = {
+    "zeros": ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    "ones": ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    "digits of pi": (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS.values(), ids=KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, words):
     assert " ".join(f"{word:08x}" for word in philox4x32(counter, key)) == words
     seed = key[0] + (key[1] << 32)

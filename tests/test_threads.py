@@ -54,14 +54,19 @@ def openmp_libraries():
     return [library["filepath"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "openmp"]
 
 
-@pytest.mark.parametrize(("variables", "expected"), [
-    ({"CATTN_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, "5 CATTN_NUM_THREADS"),
-    ({"CATTN_NUM_THREADS": " 6 "}, "6 CATTN_NUM_THREADS"),
-    ({"CATTN_NUM_THREADS": "", "OMP_NUM_THREADS": "3"}, "3 OMP_NUM_THREADS"),
-    ({"CATTN_NUM_THREADS": str(2**31 - 1)}, f"{2**31 - 1} CATTN_NUM_THREADS"),
-    ({"CATTN_NUM_THREADS": "0" * 5000 + "5"}, "5 CATTN_NUM_THREADS"),
-    ({"CATTN_NUM_THREADS": "5", "OMP_NUM_THREADS": str(2**31)}, "5 CATTN_NUM_THREADS"),  # OpenMP shows a negative int
-])
+SETTINGS = {
+    "both": ({"CATTN_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, "5 CATTN_NUM_THREADS"),
+    "spaces": ({"CATTN_NUM_THREADS": " 6 "}, "6 CATTN_NUM_THREADS"),
+    "empty": ({"CATTN_NUM_THREADS": "", "OMP_NUM_THREADS": "3"}, "3 OMP_NUM_THREADS"),
+    "largest": ({"CATTN_NUM_THREADS": str(2**31 - 1)}, f"{2**31 - 1} CATTN_NUM_THREADS"),
+    "leading zeros": ({"CATTN_NUM_THREADS": "0" * 5000 + "5"}, "5 CATTN_NUM_THREADS"),
+    "OpenMP's beyond int": (  # OpenMP shows a negative int
+        {"CATTN_NUM_THREADS": "5", "OMP_NUM_THREADS": str(2**31)}, "5 CATTN_NUM_THREADS",
+    ),
+}
+
+
+@pytest.mark.parametrize(("variables", "expected"), SETTINGS.values(), ids=SETTINGS)
 def test_environment(variables, expected):
     assert number_and_source(**variables) == expected
 
@@ -101,8 +106,14 @@ def test_nonsense_in_the_environment(nonsense):
     assert number_and_source(OMP_NUM_THREADS=nonsense) == number_and_source()
 
 
+BOUND_OR_NOT = {
+    "unbound": {},
+    "bound": {"OMP_PROC_BIND": "true"},
+}
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
-@pytest.mark.parametrize("variables", [{}, {"OMP_PROC_BIND": "true"}])
+@pytest.mark.parametrize("variables", BOUND_OR_NOT.values(), ids=BOUND_OR_NOT)
 def test_affinity(variables):
     code = ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
             "import cattn._threads as t; print(t.get_num_threads(), t.source())")
@@ -112,10 +123,17 @@ def test_affinity(variables):
 CPUS = ",".join(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else "0"
 
 
-@pytest.mark.parametrize("variables", [
-    {"OMP_PROC_BIND": "true"}, {"OMP_PROC_BIND": "close"}, {"OMP_PROC_BIND": "spread"}, {"OMP_PLACES": "cores"},
-    {"OMP_PLACES": "threads", "OMP_PROC_BIND": "close"}, {"GOMP_CPU_AFFINITY": CPUS},
-])
+BINDINGS = {
+    "true": {"OMP_PROC_BIND": "true"},
+    "close": {"OMP_PROC_BIND": "close"},
+    "spread": {"OMP_PROC_BIND": "spread"},
+    "cores": {"OMP_PLACES": "cores"},
+    "threads": {"OMP_PLACES": "threads", "OMP_PROC_BIND": "close"},
+    "GOMP": {"GOMP_CPU_AFFINITY": CPUS},
+}
+
+
+@pytest.mark.parametrize("variables", BINDINGS.values(), ids=BINDINGS)
 def test_binding(openmp_libraries, variables):
     """OpenMP binds the main thread to one CPU when it is loaded, by cattn or by another library before: the process has
     no fewer CPUs for that."""
@@ -125,14 +143,22 @@ def test_binding(openmp_libraries, variables):
     assert in_new_process(code, **variables).stdout == in_new_process(code).stdout
 
 
-@pytest.mark.parametrize(("variables", "expected"), [
-    ({"CATTN_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "1"}, "1 CATTN_NUM_THREADS, limited by OMP_THREAD_LIMIT"),
-    ({"CATTN_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "3"}, "3 CATTN_NUM_THREADS, limited by OMP_THREAD_LIMIT"),
-    ({"OMP_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "3"}, "3 OMP_NUM_THREADS, limited by OMP_THREAD_LIMIT"),
-    ({"CATTN_NUM_THREADS": "8", "OMP_MAX_ACTIVE_LEVELS": "0"}, "1 CATTN_NUM_THREADS, limited by OMP_MAX_ACTIVE_LEVELS"),
-    ({"CATTN_NUM_THREADS": "3", "OMP_THREAD_LIMIT": "3"}, "3 CATTN_NUM_THREADS"),
-    ({"CATTN_NUM_THREADS": "3", "OMP_THREAD_LIMIT": "0"}, "3 CATTN_NUM_THREADS"),  # ignored
-])
+LIMITS = {
+    "1": ({"CATTN_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "1"}, "1 CATTN_NUM_THREADS, limited by OMP_THREAD_LIMIT"),
+    "3": ({"CATTN_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "3"}, "3 CATTN_NUM_THREADS, limited by OMP_THREAD_LIMIT"),
+    "of OpenMP's number": (
+        {"OMP_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "3"}, "3 OMP_NUM_THREADS, limited by OMP_THREAD_LIMIT",
+    ),
+    "no levels": (
+        {"CATTN_NUM_THREADS": "8", "OMP_MAX_ACTIVE_LEVELS": "0"},
+        "1 CATTN_NUM_THREADS, limited by OMP_MAX_ACTIVE_LEVELS",
+    ),
+    "as many": ({"CATTN_NUM_THREADS": "3", "OMP_THREAD_LIMIT": "3"}, "3 CATTN_NUM_THREADS"),
+    "0": ({"CATTN_NUM_THREADS": "3", "OMP_THREAD_LIMIT": "0"}, "3 CATTN_NUM_THREADS"),  # ignored
+}
+
+
+@pytest.mark.parametrize(("variables", "expected"), LIMITS.values(), ids=LIMITS)
 def test_thread_limit(openmp_libraries, variables, expected):
     assert number_and_source(**variables) == expected
     done = in_new_process("import cattn; cattn.show_config()", **variables)
@@ -192,14 +218,17 @@ def test_a_number_too_large_to_print():
         cattn.set_num_threads(10**5000)
 
 
-@pytest.mark.parametrize(("cpus", "quota", "expected"), [
-    (8, None, (8, "CPU affinity")),
-    (8, 2.0, (2, "cgroup CPU quota")),
-    (8, 2.1, (3, "cgroup CPU quota")),  # rounded up: what is paid for gets used
-    (8, 0.25, (1, "cgroup CPU quota")),
-    (8, 8.0, (8, "CPU affinity")),
-    (2, 64.0, (2, "CPU affinity")),
-])
+QUOTAS = {
+    "none": (8, None, (8, "CPU affinity")),
+    "whole CPUs": (8, 2.0, (2, "cgroup CPU quota")),
+    "part of a CPU": (8, 2.1, (3, "cgroup CPU quota")),  # rounded up: what is paid for gets used
+    "less than one": (8, 0.25, (1, "cgroup CPU quota")),
+    "all": (8, 8.0, (8, "CPU affinity")),
+    "more than the CPUs": (2, 64.0, (2, "CPU affinity")),
+}
+
+
+@pytest.mark.parametrize(("cpus", "quota", "expected"), QUOTAS.values(), ids=QUOTAS)
 def test_quota_and_affinity(monkeypatch, cpus, quota, expected):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -442,32 +471,46 @@ def files(folder, contents):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-@pytest.mark.parametrize(("path", "contents", "expected"), [
-    ("/", {"cpu.max": "max 100000\n"}, None),
-    ("/", {"cpu.max": "150000 100000\n"}, 1.5),
-    ("/", {}, None),
-    ("/a/b", {"a/b/cpu.max": "50000 100000\n"}, 0.5),
-    ("/a/b", {"a/b/cpu.max": "400000 100000\n", "a/cpu.max": "max 100000\n", "cpu.max": "200000 100000\n"}, 2.0),
-    ("/a/b", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3.0),  # a limit of the parent
-    ("/a", {"b/cpu.max": "100000 100000\n"}, None),  # another's
-    ("/gone/from/here", {"cpu.max": "100000 50000\n"}, 2.0),  # a path of the host, seen from a container
-    ("/a", {"a/cpu.max": "\n"}, None),
-])
+V2_GROUPS = {
+    "max": ("/", {"cpu.max": "max 100000\n"}, None),
+    "quota of the root": ("/", {"cpu.max": "150000 100000\n"}, 1.5),
+    "no file": ("/", {}, None),
+    "quota of the group": ("/a/b", {"a/b/cpu.max": "50000 100000\n"}, 0.5),
+    "the root's is the smallest": (
+        "/a/b", {"a/b/cpu.max": "400000 100000\n", "a/cpu.max": "max 100000\n", "cpu.max": "200000 100000\n"}, 2.0,
+    ),
+    "the parent's": (
+        "/a/b", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3.0,
+    ),
+    "another's": ("/a", {"b/cpu.max": "100000 100000\n"}, None),
+    "path of the host": (  # a path of the host, seen from a container
+        "/gone/from/here", {"cpu.max": "100000 50000\n"}, 2.0,
+    ),
+    "empty file": ("/a", {"a/cpu.max": "\n"}, None),
+}
+
+
+@pytest.mark.parametrize(("path", "contents", "expected"), V2_GROUPS.values(), ids=V2_GROUPS)
 def test_cgroup_v2(tmp_path, path, contents, expected):
     files(tmp_path / "cgroup", contents)
     files(tmp_path, {"membership": f"0::{path}\n"})
     assert _cgroup_quota(tmp_path / "cgroup", tmp_path / "membership") == expected
 
 
-@pytest.mark.parametrize(("path", "contents", "expected"), [
-    ("/", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-    ("/", {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.5),
-    ("/a/b", {"cpu/a/b/cpu.cfs_quota_us": "-1\n", "cpu/a/b/cpu.cfs_period_us": "100000\n",
-              "cpu/a/cpu.cfs_quota_us": "70000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 0.7),
-    ("/gone", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.0),
-    ("/a", {"cpu/a/cpu.cfs_quota_us": "100000\n"}, None),
-    ("/", {"cpuset/cpu.cfs_quota_us": "100000\n", "cpuset/cpu.cfs_period_us": "100000\n"}, None),
-])
+V1_GROUPS = {
+    "no limit": ("/", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+    "quota of the root": ("/", {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.5),
+    "the parent's": (
+        "/a/b", {"cpu/a/b/cpu.cfs_quota_us": "-1\n", "cpu/a/b/cpu.cfs_period_us": "100000\n",
+                 "cpu/a/cpu.cfs_quota_us": "70000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 0.7,
+    ),
+    "path of the host": ("/gone", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.0),
+    "no period": ("/a", {"cpu/a/cpu.cfs_quota_us": "100000\n"}, None),
+    "another controller": ("/", {"cpuset/cpu.cfs_quota_us": "100000\n", "cpuset/cpu.cfs_period_us": "100000\n"}, None),
+}
+
+
+@pytest.mark.parametrize(("path", "contents", "expected"), V1_GROUPS.values(), ids=V1_GROUPS)
 @pytest.mark.parametrize("controllers", ["cpu", "cpu,cpuacct", "cpuacct,cpu"])
 def test_cgroup_v1(tmp_path, path, contents, expected, controllers):
     files(tmp_path / "cgroup", contents)

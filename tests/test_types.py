@@ -117,18 +117,21 @@ def test_reference_points_to_the_public_one(name):
     assert len(text) < 1200
 
 
-@pytest.mark.parametrize("call, first", [
-    ("scaled_dot_product_attention(", "softmax(scale * query @ key^T + mask) @ value, for each head."),
-    ("sinusoidal_encoding(", "P[r, 2i] = sin(pos / base^(2i / dim))"),
-    ("relative_shift(", "R with P[pos + delta] = P[pos] @ R"),
-    ("MultiHeadAttention(", "Multi-head attention: concat_h("),
-    ("PositionalEncoding(", "dropout(x + P[:, positions])"),
-    ("MultiHeadAttention.__call__(", "Project, attend, project back."),
-    ("PositionalEncoding.__call__(", "Add the positions offset to offset + seq - 1"),
-    ("MultiHeadAttention.state_dict(", "A copy of the parameters"),
-    ("set_num_threads(", "Sets the number of threads"),
-    ("preload(", "Imports every module that a call may need"),
-])
+SHOWN = {
+    "scaled_dot_product_attention(": "softmax(scale * query @ key^T + mask) @ value, for each head.",
+    "sinusoidal_encoding(": "P[r, 2i] = sin(pos / base^(2i / dim))",
+    "relative_shift(": "R with P[pos + delta] = P[pos] @ R",
+    "MultiHeadAttention(": "Multi-head attention: concat_h(",
+    "PositionalEncoding(": "dropout(x + P[:, positions])",
+    "MultiHeadAttention.__call__(": "Project, attend, project back.",
+    "PositionalEncoding.__call__(": "Add the positions offset to offset + seq - 1",
+    "MultiHeadAttention.state_dict(": "A copy of the parameters",
+    "set_num_threads(": "Sets the number of threads",
+    "preload(": "Imports every module that a call may need",
+}
+
+
+@pytest.mark.parametrize(("call", "first"), SHOWN.items(), ids=SHOWN)
 def test_jedi_shows_docstring_and_parameters(call, first, tmp_path, monkeypatch):
     jedi = pytest.importorskip("jedi")
     from jedi.api.environment import InterpreterEnvironment  # of this process: the others start one

@@ -15,7 +15,7 @@ def printed(array, expected, decimals):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("leading", [(), (2,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3), (2, 1, 3)], ids=str)
 def test_scaled_dot_product(library, dtype, leading):
     query = [[0.3367, 0.1288], [0.2345, 0.2303], [-1.1229, -0.1863]]
     key = [[2.2082, -0.6380], [0.4617, 0.2674], [0.5349, 0.8094]]

@@ -130,10 +130,10 @@ thread() {
     export OMP_WAIT_POLICY=passive  # tests have more threads than some machines CPUs
     export TSAN_OPTIONS=ignore_noninstrumented_modules=1:handle_segv=0:halt_on_error=1:allocator_may_return_null=1:log_path=$log/tsan
     # ThreadSanitizer allows no threads in a child of fork; calls_in_flight, in_a_child and behind_a_wall fork as well.
-    # LLVM's OpenMP reads its environment otherwise than GCC's: OMP_NUM_THREADS=0 as 1, 2**31 (variables5), limits, levels.
+    # LLVM's OpenMP reads its environment otherwise than GCC's: OMP_NUM_THREADS=0 as 1, 2**31 (beyond int), limits, levels.
     local left_out='flags_are_in_force or fork or calls_in_flight or in_a_child or behind_a_wall'
     left_out+=' or nonsense_in_the_environment or odd_environments or environment_of_openmp or thread_limit'
-    left_out+=' or test_environment and variables5'
+    left_out+=' or test_environment and beyond'
     # It ends, or hangs, where it cannot start a thread; many keys are slow; and pages are ThreadSanitizer's, too.
     left_out+=' or too_few_threads or fewer_threads or one_pool or large_stacks or first_calls_at_once or last_blocks'
     left_out+=' or scratch_stays_small or each_call or streams_that_cannot'  # it dies without a standard output
