@@ -132,15 +132,12 @@ def _torch_text(x):
 
 
 def of_torch(x):
-    """A torch tensor on the CPU as an array that has its numbers, those of a bfloat16 one as float32; anything else as
-    it is."""
+    """A torch tensor on the CPU as one that NumPy reads: without gradient, of bfloat16 as float32; anything else as it
+    is."""
     if not _is_torch(x) or str(getattr(x, "device", "")) != "cpu":
         return x
     x = x.detach()
-    if str(x.dtype) != "torch.bfloat16":
-        return x
-    bits = x.view(sys.modules["torch"].int16).numpy().view(np.uint16)
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    return x.float() if str(x.dtype) == "torch.bfloat16" else x
 
 
 def _is_on_cpu(x):
@@ -689,13 +686,14 @@ def check_key_mask(key_mask, key):
     given, key_mask = key_mask, as_array("key_mask", key_mask)
     if key_mask.dtype != bool:
         cure = ""
-        if is_number(key_mask.dtype):
-            cure = (f"; for 1 = attend: {cast_cure('key_mask', given, 'bool')}; what is added to the scores of keys: "
-                    f"attn_mask=mask[:, None, None, :]")
+        if key_mask.dtype.kind in "iu":
+            cure = f"; for 1 = attend: {cast_cure('key_mask', given, 'bool')}"
+        elif is_number(key_mask.dtype):
+            cure = "; what is added to the scores is attn_mask"
         raise TypeError(f"key_mask: expected bool (True = attend), got dtype {key_mask.dtype}{cure}")
     if key_mask.shape != key.shape[:-1]:
         text = "(batch, seq_len_kv)" if key.ndim == 3 else "(seq_len_kv,)"
-        cure = "; (seq_len_q, seq_len_kv) and more is attn_mask" if key_mask.ndim else ""
+        cure = "; a mask of queries and keys is attn_mask" if key_mask.ndim > 1 and len(key_mask) != 1 else ""
         raise ValueError(f"key_mask: expected shape {text} = {key.shape[:-1]}, got shape {key_mask.shape}{cure}")
     return key_mask if key.ndim == 3 else key_mask[None]
 

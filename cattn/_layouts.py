@@ -154,8 +154,7 @@ def _closest(layer, keys, parameters):
 
 
 def _check_keys(layer, keys, layout, entries, prefix, found):
-    not_ours = _NOT_OURS.get(layout, ())
-    keys = [key for key in keys if not (not_ours and key.startswith(not_ours))]
+    keys = [key for key in keys if not key.startswith(_NOT_OURS.get(layout, ()))]
     differences = [f"missing {prefix + key!r}" for key in entries if key not in keys]
     differences += [f"unknown {shown(prefix + key)}" for key in keys if key not in entries]
     if not differences:
@@ -163,7 +162,10 @@ def _check_keys(layer, keys, layout, entries, prefix, found):
     if {"bias_k", "bias_v"} & set(keys):
         raise ValueError("state: expected no 'bias_k' and 'bias_v', the key and the value that add_bias_kv=True of "
                          "PyTorch appends: cattn's layer has none")
-    expected = f"a layout, {layout!r} is the closest" if found else f"layout {layout!r}"
+    expected = f"layout {layout!r}"
+    if found:
+        alike = any(key.endswith(tuple(entries)) for key in keys)
+        expected = f"a layout, {layout!r} is the closest" if alike else f"a layout, none has such names; of {layout!r}"
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     cure = _cure(layer, keys, layout, entries, prefix)
     raise ValueError(f"state: expected the keys of {expected}: {', '.join(differences[:3])}{more}{cure}")
@@ -182,10 +184,9 @@ def _cure(layer, keys, layout, entries, prefix):
             return f"; a layer with bias={not lacking} and out_bias={has_out} takes it"
         zeros = ", ".join(f"{prefix + key!r}: np.zeros({every[key].shape})" for key in lacking)
         return f"; a bias that is not there is 0: state | {{{zeros}}}"
-    first = next(iter(entries), None)
-    if first is not None and not prefix:
-        prefixes = [key[: -len(first)] for key in keys if key.endswith(first) and key != first]
-        fitting = [found for found in prefixes if all(found + key in given for key in entries)]
-        if fitting:
-            return f"; prefix={fitting[0]!r} takes one of {len(fitting)} such layers in it"
+    first, *others = (key for key in every if key in weights)
+    prefixes = [key[: -len(first)] for key in keys if key.endswith(first) and key != first]
+    fitting = [found for found in prefixes if all(found + key in given for key in others)]
+    if fitting:
+        return f"; prefix={prefix + fitting[0]!r} takes one of {len(fitting)} such layers in it"
     return ""

@@ -224,6 +224,30 @@ def test_mask_layouts(isa, layout, kind):
     assert_same_bits(everything(*arrays, attn_mask=strided), everything(*arrays, attn_mask=mask))
 
 
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"])
+def test_dtypes_that_tell_the_byte_order(isa, dtype):
+    """Of this machine, in letters: NumPy has it so from `newbyteorder`, and in the formats of buffers."""
+    named = np.dtype(dtype).newbyteorder().newbyteorder()
+    if not named.isnative:
+        pytest.skip("the other byte order")
+    plain = np.dtype(named.char)
+    arrays = problem(9, 13, dtype=plain)
+    mask = normal(9, 13, dtype=plain)
+    told = [x.view(named) for x in (*arrays, mask)]
+    expected = everything(*arrays, attn_mask=mask)
+    assert_same_bits(tuple(x.view(x.dtype.char) for x in everything(*told[:3], attn_mask=told[3])),
+                     tuple(x.view(x.dtype.char) for x in expected))
+    out = np.empty(expected[0].shape, named)
+    attention(*told[:3], out=out)
+    assert_same_bits(out.view(plain), attention(*arrays))
+    table = np.empty((5, 6), named)
+    cattn.sinusoidal_encoding(5, 6, dtype=plain, out=table)
+    assert_same_bits(table.view(plain), cattn.sinusoidal_encoding(5, 6, dtype=plain))
+    layer = cattn.MultiHeadAttention(8, 2, dtype=named, seed=0)
+    x = normal(2, 3, 8, dtype=plain)
+    assert_same_bits(layer(x.view(named)).view(plain), cattn.MultiHeadAttention(8, 2, dtype=plain, seed=0)(x))
+
+
 def test_mask_of_python_lists(isa):
     query, key, value = problem(2, 3, 4, leading=None)
     check(query, key, value, attn_mask=[[True, False, True], [False, True, True]])

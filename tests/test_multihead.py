@@ -680,7 +680,7 @@ def test_other_bad_states(library):
         layer.state_dict(None)
     with pytest.raises(TypeError, match=r"^state: expected a mapping of names to arrays, got list"):
         layer.load_state_dict([ones(36, 12)])
-    with pytest.raises(ValueError, match=r"'torch' is the closest: missing 'in_proj_weight', missing 'in_proj_bias', "):
+    with pytest.raises(ValueError, match=r"; of 'torch': missing 'in_proj_weight', missing 'in_proj_bias', "):
         layer.load_state_dict({})
     with pytest.raises(ValueError, match=r"unknown 'q_proj.bias', .*; a layer with bias=True and out_bias=True ta"):
         library.MultiHeadAttention(12, 4, bias=False).load_state_dict(layer.state_dict("huggingface"))

@@ -48,12 +48,10 @@ WRONG_ARRAYS = {
     "a batch less": lambda x: x[:1],
 }
 
-of_any_dtype = [(judge, dtype) for judge in (assert_close, assert_possible) for dtype in FLOATS]
 judges = pytest.mark.parametrize(
-    ("judge", "dtype"), [*of_any_dtype, (assert_within, FLOATS[0])],
+    ("judge", "dtype"),
+    [*((judge, dtype) for judge in (assert_close, assert_possible) for dtype in FLOATS), (assert_within, FLOATS[0])],
     ids=lambda x: x.__name__ if callable(x) else str(x))
-judges_of_arrays = pytest.mark.parametrize(
-    ("judge", "dtype"), of_any_dtype, ids=lambda x: x.__name__ if callable(x) else str(x))
 rows = pytest.mark.parametrize("seq_len_q", [20, 1], ids=["prefill", "one row"])
 every_result = pytest.mark.parametrize("number", range(3), ids=NAMES)
 
@@ -94,7 +92,7 @@ def test_wrong_numbers_are_found(spoil, number, seq_len_q, judge, dtype):
     judged_with(spoil(results[number]), number, results, judge, arrays, {})
 
 
-@judges_of_arrays
+@judges
 @every_result
 @pytest.mark.parametrize("spoil", WRONG_ARRAYS.values(), ids=WRONG_ARRAYS)
 def test_wrong_arrays_are_found(spoil, number, judge, dtype):

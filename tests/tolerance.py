@@ -108,7 +108,9 @@ def assert_within(results, query, key, value, **options):
     scales = largest(value), 1, 1 + largest(exact[2])
     for name, result, of_plain, right, scale in zip(("out", "weights", "logsumexp"), results, plain, exact, scales,
                                                     strict=True):
+        assert (result.dtype, result.shape) == (of_plain.dtype, of_plain.shape), name
         error, bound = errors(result, right).max(), 2 * errors(of_plain, right).max() + 4 * np.finfo("f4").eps * scale
+        assert np.isfinite(bound), name
         assert error <= bound, f"{name}: {error:.3g} from the exact one, {error / bound:.2f} times what is promised"
 
 

@@ -25,7 +25,7 @@ Below an entry (plain `def`), where the GIL has been given up, everything is `no
 `start_threads` in base/openmp.pxi, for as long as threads are started, and nothing raises or calls Python but
 `run_signal_handlers` in base/tasks.pxi, which runs the handlers of signals for the main thread of a long call.
 """
-from cpython.buffer cimport PyBUF_RECORDS_RO, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY, cos as c_cos, exp, fabs, log, pow, sin as c_sin, sqrt, tanh
 from libc.stdint cimport int8_t, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t

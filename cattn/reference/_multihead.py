@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from cattn import _layouts
 from cattn._checks import (
+    KINDS,
     as_array,
     cast,
     check_bool,
@@ -22,8 +23,10 @@ from cattn._checks import (
     check_layer_mask,
     check_parameter,
     copy,
+    is_float,
     layer_text,
     shown,
+    warn_of_0_and_1,
 )
 from cattn.reference._attention import compute_dtype, scaled_dot_product_attention
 
@@ -254,8 +257,9 @@ class MultiHeadAttention:
             * "torch": in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias of its MultiheadAttention.
             * "torch_split": q_proj_weight, k_proj_weight, v_proj_weight for in_proj_weight, as it has them
               where kdim or vdim differ. ("torch" is the same for such a layer.)
-            * "tutorial": qkv_proj.* and o_proj.*, the rows of qkv_proj ordered [head][q, k, v][head_dim]; only
-              for num_kv_heads == num_heads and kdim == vdim == input_dim.
+            * "tutorial": qkv_proj.* and o_proj.*, the rows of qkv_proj ordered [head][q, k, v][head_dim], not
+              [q, k, v][head][head_dim] as in Phi-3; only for num_kv_heads == num_heads and kdim == vdim ==
+              input_dim.
             * "d2l": W_q.*, W_k.*, W_v.*, W_o.*
             * "huggingface": q_proj.*, k_proj.*, v_proj.*, o_proj.* (Llama, Qwen, Gemma)
             * "bart": q_proj.*, k_proj.*, v_proj.*, out_proj.* (BART, CLIP, Whisper)
@@ -281,6 +285,9 @@ class MultiHeadAttention:
     def load_state_dict(self, state: Mapping[str, ArrayLike], layout: str | None = None, prefix: str = "") -> None:
         """Take all parameters from a state dict; change nothing if anything is wrong with it.
 
+        The layer projects and attends, with scale 1 / sqrt(head_dim). What a model does to its queries and keys in
+        between (rotary positions of Llama, Qwen, Gemma; norms of Qwen 3; another scale) is not part of it.
+
         Parameters
         ----------
         state : mapping of str to float array
@@ -291,7 +298,7 @@ class MultiHeadAttention:
             output.LayerNorm.*, is left alone.
         prefix : str
             Of the names that count, such as "encoder.layer.3.attention."; those that begin otherwise are
-            ignored.
+            ignored. "": all count.
 
         Raises
         ------
@@ -306,13 +313,21 @@ class MultiHeadAttention:
 
 
 def _with_key_mask(attn_mask, key_mask):
-    """attn_mask, of 2 or 4 axes or None, without the keys that key_mask (batch, seq_len_kv) hides."""
+    """attn_mask, of 2 or 4 axes or None, without the keys that key_mask (batch, seq_len_kv) hides; as it is where
+    attention refuses its dtype."""
     key_mask = key_mask[:, None, None, :]
     if attn_mask is None:
         return key_mask
     if attn_mask.dtype == bool:
         return attn_mask & key_mask
-    return np.where(key_mask, attn_mask, attn_mask.dtype.type(-np.inf))
+    if not is_float(attn_mask.dtype):
+        return attn_mask
+    if attn_mask.dtype in KINDS:  # no longer to be seen where -inf is in it
+        warn_of_0_and_1(attn_mask, KINDS[attn_mask.dtype])
+    combined = np.empty(np.broadcast_shapes(attn_mask.shape, key_mask.shape), attn_mask.dtype)
+    combined[...] = attn_mask
+    np.copyto(combined, attn_mask.dtype.type(-np.inf), where=~key_mask)
+    return combined
 
 
 def _xavier_uniform(rng, fan_out, fan_in, dtype):

@@ -16,7 +16,7 @@ cdef enum:
 
 
 cdef int describe_inputs(Problem* p, query, key, value, Kind q_kind, Kind kv_kind) except -1:
-    """q, k, v and the sizes of p (OUT); the axes of all three together."""
+    """q, k, v and the sizes of p (OUT); the axes of all three together, 12 at most."""
     cdef int num_axes = (
         describe(&p.q, query, q_kind) + describe(&p.k, key, kv_kind) + describe(&p.v, value, kv_kind))
     p.batch_size, p.seq_len_q, p.head_dim = p.q.length[0], p.q.length[2], p.q.length[3]
