@@ -421,6 +421,16 @@ def check_vector(name, vector, shapes, dtype):
     return vector if vector.flags.aligned else vector.copy()
 
 
+def raise_mask_dtype(attn_mask, given):
+    """The TypeError of a mask that is neither bool nor of a float dtype; `given` is what the array was made of."""
+    cure = ""
+    if attn_mask.dtype.kind in "iu":
+        cure = f"; for 1 = attend: {cast_cure('attn_mask', given, 'bool')}"
+    elif attn_mask.dtype.kind == "f":
+        cure = f"; {cast_cure('attn_mask', given, 'np.float32')} casts"
+    raise TypeError(f"attn_mask: expected bool (True = attend) or a float dtype (added), got {attn_mask.dtype}{cure}")
+
+
 def check_mask(attn_mask, given, shape, leading):
     """A view of this shape, and its kind; `given` is what the array was made of."""
     if given is True or given is False:  # is_causal, in the place of attn_mask
@@ -430,13 +440,7 @@ def check_mask(attn_mask, given, shape, leading):
     elif attn_mask.dtype in KINDS or _is_bfloat16(attn_mask.dtype):
         kind = check_kind("attn_mask", attn_mask)
     else:
-        cure = ""
-        if attn_mask.dtype.kind in "iu":
-            cure = f"; for 1 = attend: {cast_cure('attn_mask', given, 'bool')}"
-        elif attn_mask.dtype.kind == "f":
-            cure = f"; {cast_cure('attn_mask', given, 'np.float32')} casts"
-        raise TypeError(f"attn_mask: expected bool (True = attend) or a float dtype (added), got {attn_mask.dtype}"
-                        f"{cure}")
+        raise_mask_dtype(attn_mask, given)
     try:
         return np.broadcast_to(attn_mask, shape), kind
     except ValueError:

@@ -25,6 +25,7 @@ from cattn._checks import (
     copy,
     is_float,
     layer_text,
+    raise_mask_dtype,
     shown,
     warn_of_0_and_1,
 )
@@ -313,15 +314,14 @@ class MultiHeadAttention:
 
 
 def _with_key_mask(attn_mask, key_mask):
-    """attn_mask, of 2 or 4 axes or None, without the keys that key_mask (batch, seq_len_kv) hides; as it is where
-    attention refuses its dtype."""
+    """attn_mask, of 2 or 4 axes or None, without the keys that key_mask (batch, seq_len_kv) hides."""
     key_mask = key_mask[:, None, None, :]
     if attn_mask is None:
         return key_mask
     if attn_mask.dtype == bool:
         return attn_mask & key_mask
     if not is_float(attn_mask.dtype):
-        return attn_mask
+        raise_mask_dtype(attn_mask, attn_mask)
     if attn_mask.dtype in KINDS:  # no longer to be seen where -inf is in it
         warn_of_0_and_1(attn_mask, KINDS[attn_mask.dtype])
     combined = np.empty(np.broadcast_shapes(attn_mask.shape, key_mask.shape), attn_mask.dtype)
