@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 
 F32, F64, F16, BF16, BOOL = range(5)  # as in _kernels/base/tensor.pxi
+# bfloat16 joins when it is first met.
 KINDS = {np.dtype(np.float32): F32, np.dtype(np.float64): F64, np.dtype(np.float16): F16}
 UNBOUNDED = -1
 FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64

@@ -99,10 +99,14 @@ def _entries(layer, layout):
                 for x, name in zip("qkvo", _NAMES[layout], strict=True) for kind in ("weight", "bias")}
     if layout == "keras":
         heads = partial(_heads_apart, layer.head_dim)
+
+        def heads_first(array):
+            return array.T.reshape(-1, layer.head_dim, len(array))
+
         return {
             **{f"{name}/{kind}": part(x, "weight" if kind == "kernel" else "bias", heads)
                for x, name in zip("qkv", ("query", "key", "value"), strict=True) for kind in ("kernel", "bias")},
-            "attention_output/kernel": part("o", "weight", lambda array: heads(array.T).swapaxes(0, 2).swapaxes(0, 1)),
+            "attention_output/kernel": part("o", "weight", heads_first),
             "attention_output/bias": part("o", "bias"),
         }
     if layout == "tutorial":
@@ -167,11 +171,11 @@ def _check_keys(layer, keys, layout, entries, prefix, found):
         alike = any(key.endswith(tuple(entries)) for key in keys)
         expected = f"a layout, {layout!r} is the closest" if alike else f"a layout, none has such names; of {layout!r}"
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    cure = _cure(layer, keys, layout, entries, prefix)
+    cure = _cure(layer, keys, layout, prefix)
     raise ValueError(f"state: expected the keys of {expected}: {', '.join(differences[:3])}{more}{cure}")
 
 
-def _cure(layer, keys, layout, entries, prefix):
+def _cure(layer, keys, layout, prefix):
     """What would take the state, if anything plainly does."""
     every = _entries(layer, layout)
     biases = {key: entry.parameter for key, entry in every.items() if entry.parameter.endswith("_bias")}

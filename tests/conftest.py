@@ -25,10 +25,7 @@ def default_number_of_threads():
 @pytest.fixture(params=cattn.available_isas())
 def isa(request, monkeypatch):
     """Runs the test once with the kernels of each instruction set that this CPU has."""
-    import importlib
-
-    names = (_kernels.module_name(request.param, precision) for precision in ("f32", "f64"))
-    f32, f64 = (importlib.import_module(f"cattn._kernels.{name}") for name in names)
+    f32, f64 = (_kernels._load(_kernels.module_name(request.param, precision)) for precision in ("f32", "f64"))
     monkeypatch.setattr(_kernels, "f32", f32)
     monkeypatch.setattr(_kernels, "f64", lambda: f64)
     return request.param

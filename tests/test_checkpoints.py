@@ -5,12 +5,11 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from test_multihead import LAYOUTS, both, by_formula, random_layer
 
 import cattn
 import cattn.reference
 
-both = pytest.mark.parametrize("library", [cattn, cattn.reference], ids=["public", "reference"])
-LAYOUTS = ("torch", "torch_split", "tutorial", "keras", "huggingface", "bart", "bert", "d2l")
 # Each as a model has it: what is passed, and the parameters that there are then.
 LAYERS = {
     "plain": ((12, 3), {}),
@@ -29,14 +28,8 @@ layers = pytest.mark.parametrize("name", LAYERS)
 
 
 def make(library, name, seed=0, **options):
-    """Such a layer, its biases not 0."""
     args, own = LAYERS[name]
-    layer = library.MultiHeadAttention(*args, **{"dtype": np.float64, "seed": seed} | own | options)
-    rng = np.random.default_rng(seed)
-    for bias in (layer.in_proj_bias, layer.out_proj_bias):
-        if bias is not None:
-            bias[:] = rng.standard_normal(bias.shape)
-    return layer
+    return random_layer(library, *args, seed=seed, **own | options)
 
 
 def inputs(layer, seq_len_q=5, seq_len_kv=7, seed=1):
@@ -45,31 +38,12 @@ def inputs(layer, seq_len_q=5, seq_len_kv=7, seed=1):
     return [rng.standard_normal((2, *size)).astype(layer.dtype) for size in sizes]
 
 
-def by_formula(state, layer, query, key, value, mask=None):
-    """One head at a time, from the state dict in Hugging Face's layout."""
-    heads, size = [], layer.head_dim
-    for head in range(layer.num_heads):
-        kv_head = head * layer.num_kv_heads // layer.num_heads
-        q, k, v = (
-            x @ state[f"{name}_proj.weight"][h * size : (h + 1) * size].T
-            + state.get(f"{name}_proj.bias", np.zeros(1000))[h * size : (h + 1) * size]
-            for x, name, h in ((query, "q", head), (key, "k", kv_head), (value, "v", kv_head)))
-        scores = q @ k.swapaxes(-1, -2) / math.sqrt(size)
-        if mask is not None:
-            scores = np.where(mask, scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        heads.append(weights / weights.sum(-1, keepdims=True) @ v)
-    return np.concatenate(heads, -1) @ state["o_proj.weight"].T + state.get("o_proj.bias", 0)
-
-
 @both
 @layers
 def test_formula(library, name):
     layer = make(library, name)
     query, key, value = inputs(layer)
-    state = layer.state_dict("huggingface")
-    np.testing.assert_allclose(layer(query, key, value), by_formula(state, layer, query, key, value), rtol=1e-12,
-                               atol=1e-13)
+    np.testing.assert_allclose(layer(query, key, value), by_formula(layer, query, key, value), rtol=1e-12, atol=1e-13)
     assert layer(query, key, value).shape == (2, 5, layer.embed_dim)
     out, weights = layer(query[0], key[0], value[0], return_weights=True)
     np.testing.assert_allclose(out, layer(query, key, value)[0], rtol=1e-12, atol=1e-13)
@@ -375,9 +349,9 @@ def test_no_bias_kv_of_torch(library):
 @pytest.mark.parametrize("name", ["plain", "cross-attention"])
 def test_key_mask(library, name):
     layer = make(library, name)
-    arrays, state = inputs(layer), layer.state_dict("huggingface")
+    arrays = inputs(layer)
     key_mask = np.array([[True, False, True, True, False, True, False], [False, True, True, True, True, True, True]])
-    expected = by_formula(state, layer, *arrays, mask=key_mask[:, None, :])
+    expected = by_formula(layer, *arrays, attn_mask=key_mask[:, None, :])
     close = {"rtol": 1e-12, "atol": 1e-13}
     np.testing.assert_allclose(layer(*arrays, key_mask=key_mask), expected, **close)
     np.testing.assert_allclose(layer(*(x[1] for x in arrays), key_mask=key_mask[1].tolist()), expected[1], **close)

@@ -22,9 +22,9 @@ def random_layer(library, *args, seed=0, **options):
     """A layer whose biases are not 0."""
     layer = library.MultiHeadAttention(*args, seed=seed, **{"dtype": np.float64, **options})
     rng = np.random.default_rng(seed + 1)
-    if layer.in_proj_bias is not None:
-        layer.in_proj_bias[:] = rng.standard_normal(layer.in_proj_bias.shape)
-        layer.out_proj_bias[:] = rng.standard_normal(layer.out_proj_bias.shape)
+    for bias in (layer.in_proj_bias, layer.out_proj_bias):
+        if bias is not None:
+            bias[:] = rng.standard_normal(bias.shape)
     return layer
 
 
@@ -35,12 +35,11 @@ def random_input(*shape, seed=2, dtype=np.float64):
 def by_formula(layer, query, key, value, **options):
     """One head at a time, from the state dict."""
     state = layer.state_dict("huggingface")
-    head_dim = layer.embed_dim // layer.num_heads
 
     def project(x, name, head):
-        rows = slice(head * head_dim, (head + 1) * head_dim)
-        bias = state.get(f"{name}_proj.bias", np.zeros(layer.embed_dim))
-        return x @ state[f"{name}_proj.weight"][rows].T + bias[rows]
+        rows = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
+        weight = state[f"{name}_proj.weight"]
+        return x @ weight[rows].T + state.get(f"{name}_proj.bias", np.zeros(len(weight)))[rows]
 
     heads = []
     for head in range(layer.num_heads):
