@@ -14,6 +14,7 @@ import time
 import tomllib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -90,16 +91,37 @@ PLANTED = Isa("planted", (), (), precisions=("f32",))
 
 def test_a_row_without_float64(monkeypatch):
     """Its own module in float32, and in float64 that of the best available row that has one."""
-    [best, *_] = cattn.available_isas()
+    [first, *_] = cattn.available_isas()
+    [best, *_] = (name for name in cattn.available_isas() if _kernels.module_name(name, "f64") == f"{name}_f64")
     asked = []
     monkeypatch.setattr(_kernels, "compiled_for", lambda machine: (PLANTED, *compiled_for(machine)))
     monkeypatch.setattr(_kernels, "find_spec", lambda name: asked.append(name) or True)
     available = _kernels._find_isas()
-    assert asked[0] == "cattn._kernels.planted" and [*available][:2] == ["planted", best]
+    assert asked[0] == "cattn._kernels.planted" and [*available][:2] == ["planted", first]
     monkeypatch.setattr(_kernels, "_AVAILABLE", available)
     assert [_kernels.module_name("planted", precision) for precision in ("f32", "f64")] == ["planted", f"{best}_f64"]
     monkeypatch.setattr(_kernels, "isa", "planted")
     assert _kernels.f64().__name__ == f"cattn._kernels.{best}_f64"
+
+
+@pytest.mark.parametrize("vendor", ["intel", "amd", ""])
+def test_rows_of_a_vendor(vendor, monkeypatch):
+    """First on CPUs of that vendor; on others last, for those who ask for it."""
+    monkeypatch.setattr(_kernels, "compiled_for", lambda machine: ISAS)
+    monkeypatch.setattr(_kernels, "find_spec", lambda name: True)
+    monkeypatch.setattr(_kernels, "cpu", SimpleNamespace(supports=lambda feature: True, vendor=lambda: vendor))
+    found = [*_kernels._find_isas()]
+    others = ["avx512", "avx2", "baseline"]
+    assert found == (["avx512_intel", *others] if vendor == "intel" else [*others, "avx512_intel"])
+
+
+def test_vendor():
+    names = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
+    if not found:
+        pytest.skip("nothing here says whose CPU this is")
+    assert _kernels.cpu.vendor() == names.get(found[0], "")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from problems import BFLOAT16, DTYPES, FLOATS, INF, LAYOUTS, NAN, assert_same_bi
 from tolerance import everything
 
 import cattn
+from cattn import _kernels
 
 attention = cattn.scaled_dot_product_attention
 
@@ -154,6 +155,39 @@ def test_padding_behind_the_lengths(isa, shape, dtype, kv_dtype):
                 out, weights, logsumexp = everything(query, *padded, kv_lens=lengths)
                 assert_same_bits((out, logsumexp), expected)
                 assert not weights[..., length:].any()
+
+
+def growing(x):
+    """Scores that leave the reference behind from one block of keys to the next."""
+    return x * np.linspace(1, 40, x.shape[-2], dtype=x.dtype)[:, None]
+
+
+def with_odd_numbers(x):
+    x = x.copy()
+    x[..., -3:, 0] = [NAN, INF, -INF][:x.shape[-2]]
+    return x
+
+
+@pytest.mark.skipif(not {"avx512", "avx512_intel"} <= set(cattn.available_isas()), reason="this CPU has no AVX-512")
+@pytest.mark.parametrize("keys", [np.asarray, growing, with_odd_numbers])
+@pytest.mark.parametrize("head_dim", [1, 17, 31, 32, 33, 64, 65, 128, 129, 256, 257, 300])
+def test_tiles(head_dim, keys, monkeypatch):
+    """Those of avx512 and avx512_intel: rows of K as far apart as its loops know, others, and every rest of 16 keys."""
+    tiles = [_kernels._load(name) for name in ("avx512", "avx512_intel")]
+    for seq_len_kv in (*range(1, 34), 128, 136, 137, 144, 256, 272, 300):
+        query, key, value = problem(seq_len_q=23, seq_len_kv=seq_len_kv, num_heads=2, head_dim=head_dim)
+        for options in ({}, {"is_causal": True, "q_offset": seq_len_kv - 20}, {"softcap": 2.0}):
+            results = []
+            for module in tiles:
+                monkeypatch.setattr(_kernels, "f32", module)
+                results.append(everything(query, keys(key), value, **options))
+                results.append((attention(query, keys(key), value, **options),))  # no weights to be kept on the way
+            # A NaN's sign is that of whichever operand came first.
+            all_of_one, out, all_of_other, other_out = (
+                tuple(np.where(np.isnan(x), x.dtype.type(NAN), x) for x in result) for result in results)
+            assert_same_bits(all_of_other, all_of_one)
+            assert_same_bits(other_out, out)
+            assert_same_bits(out, all_of_one[:1])
 
 
 @all_dtypes

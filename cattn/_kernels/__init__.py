@@ -17,7 +17,8 @@ _FOLDER = os.path.dirname(__file__)
 
 
 def available_isas() -> tuple[str, ...]:
-    """The instruction sets that are built into this installation and that this CPU runs, best first."""
+    """The instruction sets that are built into this installation and that this CPU runs: best first, and last those
+    that are made for CPUs of another vendor."""
     return tuple(_AVAILABLE)
 
 
@@ -70,9 +71,10 @@ cpu = _load("cpu")
 
 
 def _find_isas() -> dict[str, Isa]:
+    rows = sorted(compiled_for(platform.machine()), key=lambda row: row.vendor not in ("", cpu.vendor()))
     return {
         row.name: row
-        for row in compiled_for(platform.machine())
+        for row in rows
         if all(cpu.supports(feature) for feature in row.features) and find_spec(f"{__name__}.{row.modules['f32']}")
     }
 

@@ -24,6 +24,14 @@ cdef extern from *:
         #undef X
         return 0;
     }
+    static const char *cattn_cpu_vendor(void) {
+        #if defined(__x86_64__) || defined(__i386__)
+        __builtin_cpu_init();
+        if (__builtin_cpu_is("intel")) return "intel";
+        if (__builtin_cpu_is("amd")) return "amd";
+        #endif
+        return "";
+    }
     /* So that AddressSanitizer sees each call's end of its scratch, none is kept. */
     #if defined(__SANITIZE_ADDRESS__)
     #define CATTN_KEPT_SCRATCH 0
@@ -94,6 +102,7 @@ cdef extern from *:
     double cattn_seconds_to_spin(long rounds) noexcept nogil
     const size_t CATTN_KEPT_SCRATCH
     void cattn_run_nops(long rounds) noexcept nogil
+    const char* cattn_cpu_vendor() noexcept
     ctypedef struct pthread_mutex_t:
         pass
     int pthread_mutex_init(pthread_mutex_t*, void*) noexcept nogil
@@ -113,6 +122,11 @@ cdef extern from *:
 def supports(str feature) -> bool:
     """True when this CPU, and the operating system on it, can run code compiled with -m<feature>."""
     return cattn_cpu_supports(feature.encode()) != 0
+
+
+def vendor() -> str:
+    """Of this CPU: intel, amd, or empty for any other."""
+    return cattn_cpu_vendor().decode()
 
 
 def spin_rounds(double seconds):

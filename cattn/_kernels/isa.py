@@ -14,6 +14,7 @@ class Isa(NamedTuple):
     features: tuple[str, ...]  # names that both `gcc -m<name>` and `__builtin_cpu_supports("<name>")` know
     flags: tuple[str, ...] = ()  # further compiler flags
     precisions: tuple[str, ...] = ("f32", "f64")  # every row has f32, the last one both
+    vendor: str = ""  # whose CPUs it is the best for, a name that `__builtin_cpu_is` knows; others run it when asked to
 
     @property
     def modules(self) -> dict[str, str]:
@@ -25,8 +26,11 @@ class Isa(NamedTuple):
 X86_64 = ("x86_64", "AMD64")
 
 # Best first. -mtune=haswell: with the tuning of newer AMD cores gcc 12 folds the query vectors into memory operands
-# of the FMAs and loses a quarter of the speed.
+# of the FMAs and loses a quarter of the speed. avx512_intel has attention's tiles of broadcasts (base/simd.h), and the
+# same bits as avx512.
 ISAS = (
+    Isa("avx512_intel", X86_64, ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"),
+        ("-mtune=haswell", "-DCATTN_BROADCAST_TILE"), ("f32",), "intel"),
     Isa("avx512", X86_64, ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"), ("-mtune=haswell",)),
     Isa("avx2", X86_64, ("avx2", "fma", "f16c"), ("-mtune=haswell",)),
     Isa("baseline", (), ()),

@@ -66,8 +66,9 @@ cdef extern from "simd.h" nogil:
     ctypedef float real
     ctypedef float vf
     ctypedef int vi
-    const int LANES, VECTOR_BYTES, REGISTERS, TILE_ROWS, PANEL_VECTORS, IS_DOUBLE
+    const int LANES, VECTOR_BYTES, REGISTERS, TILE_ROWS, PANEL_VECTORS, ATTEND_ROWS, ATTEND_VECTORS, IS_DOUBLE
     void prefetch(const void*)
+    const real* in_register(const real*)
     vf vload(const real*)
     void vstore(real*, vf)
     vf vset1(real)

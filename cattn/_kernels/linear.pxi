@@ -34,7 +34,7 @@ cdef inline void linear_tile(const int ROWS, const int VECTORS, real* tile, cons
     """tile[ROWS][width] += `dims` dimensions of ROWS features of the panel's rows. What lies `ahead` numbers from there
     is prefetched on the way, a line at a time: it comes from memory, and the hardware's own streams stop at each row.
     0: nothing is."""
-    cdef vf acc[8 * MAX_PANEL]
+    cdef vf acc[MAX_TILE]
     cdef Py_ssize_t line = 64 // <Py_ssize_t> sizeof(real)
     cdef Py_ssize_t d = 0
     cdef int i, r
@@ -167,7 +167,7 @@ cdef void pack_dims(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssi
                      l.x.kind)
         return
     while vectors > 0:
-        width = panel_vectors(vectors) * LANES
+        width = panel_vectors(PANEL_VECTORS, vectors) * LANES
         n = min(rows, width)
         if n < width:
             memset(packed + first * width, 0, width * dims * sizeof(real))
@@ -260,7 +260,7 @@ cdef void multiply_in_place(const Linear* l, const LinearWorkspace* b, Py_ssize_
     cdef real* tile = b.tile
     cdef int panel
     while vectors > 0:
-        panel = panel_vectors(vectors)
+        panel = panel_vectors(PANEL_VECTORS, vectors)
         width = panel * LANES
         first = 0
         while first < l.in_features:
@@ -299,7 +299,7 @@ cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t 
                      l.weight.kind)
         tile, x, left = b.tile, l.packed, ceil_div(rows, LANES)
         while left > 0:
-            panel = panel_vectors(left)
+            panel = panel_vectors(PANEL_VECTORS, left)
             width = panel * LANES
             multiply_panel(panel, tile, x + first * width, b.weight, W_STRIDE, 0, dims, n)
             tile += FEATURES * width
@@ -316,7 +316,7 @@ cdef void many_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t fi
     cdef real* tile = b.tile
     load_linear_bias(l, b.rows, feature, n)
     while vectors > 0:
-        width = panel_vectors(vectors) * LANES
+        width = panel_vectors(PANEL_VECTORS, vectors) * LANES
         for o in range(n):
             for r in range(width // LANES):
                 vstore(tile + o * width + r * LANES, vset1(b.rows[o]))
@@ -328,7 +328,7 @@ cdef void many_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t fi
         multiply_copied(l, b, rows, feature, n)
     tile = b.tile
     while rows > 0:
-        width = panel_vectors(ceil_div(rows, LANES)) * LANES
+        width = panel_vectors(PANEL_VECTORS, ceil_div(rows, LANES)) * LANES
         if rows_are_even(l, &l.out, first_row, min(width, rows)):
             transpose(<real*> row_number(l, &l.out, first_row) + feature, l.out.stride[2] // <Py_ssize_t> sizeof(real),
                       tile, width, n, min(width, rows))

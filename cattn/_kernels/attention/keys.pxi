@@ -47,8 +47,8 @@ cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* ta
         b.k, b.k_step = row_of(&p.k, task.batch, task.kv_head, b.key_start), p.k.stride[2]
         b.next_k, b.next_n = b.k + b.n * b.k_step, min(p.block_kv, high - b.key_start - b.n)
     else:
-        copy_rows(w.k_rows, &p.k, task.batch, task.kv_head, b.key_start, b.n, p.head_dim, p.q_stride)
-        b.k, b.k_step = <const char*> w.k_rows, p.q_stride * sizeof(real)
+        copy_rows(w.k_rows, &p.k, task.batch, task.kv_head, b.key_start, b.n, p.head_dim, p.k_stride)
+        b.k, b.k_step = <const char*> w.k_rows, p.k_stride * sizeof(real)
     if p.v_in_place:
         b.v, b.v_step = row_of(&p.v, task.batch, task.kv_head, b.key_start), p.v.stride[2]
     else:
@@ -73,10 +73,10 @@ cdef inline const real* values_of(const Problem* p, const Workspace* w, const Ta
     return w.v_rows
 
 
-cdef inline void prefetch_ahead(Ahead* a) noexcept nogil:
+cdef inline void prefetch_ahead(Ahead* a, int lines) noexcept nogil:
     """The next lines."""
     cdef Rows* rows
-    for _ in range(AHEAD_LINES):
+    for _ in range(lines):
         if a.current == a.count:
             return
         rows = &a.rows[a.current]

@@ -251,11 +251,16 @@ cdef void mask_tile(const Problem* p, const Workspace* w, Tile* t) noexcept nogi
         limit_keys(p, w, t)
 
 
+cdef inline bint is_modified(const Problem* p, const Tile* t) noexcept nogil:
+    """Whether any modifier of scores touches the tile."""
+    return t.limited or p.mask.data != NULL or p.scale != 1 or p.softcap != 0 or p.slopes != NULL
+
+
 cdef bint modify_tile(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
     """All modifiers of scores; False where there is none."""
-    t.scale = p.scale
-    if not t.limited and p.mask.data == NULL and t.scale == 1 and p.softcap == 0 and p.slopes == NULL:
+    if not is_modified(p, t):
         return False
+    t.scale = p.scale
     # A float mask, when it is the first to need it, brings the scale in itself: one FMA instead of a pass.
     if t.scale != 1 and (p.softcap != 0 or p.slopes != NULL or p.mask.data == NULL or p.mask.kind == BOOL):
         scale_scores(p, w, t)

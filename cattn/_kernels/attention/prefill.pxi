@@ -15,7 +15,9 @@
 #
 # Softmax and accumulate share a loop, one vector of exp2 every few keys: ten of its fifteen operations are no FMAs, and
 # on Zen run beside them when both are within the reach of one reorder buffer. Apart, exp2 takes 8 to 10 % of the time
-# at head_dim 64; woven in, half of that.
+# at head_dim 64; woven in, half of that. On Intel every 512-bit operation needs a port of the FMAs, and woven in, a
+# chain of 40 cycles fills the scheduler: with tiles of 16 keys, exp2 takes the scores from the registers where they are
+# computed, as soon as the reference is known.
 #
 # No horizontal operation and no packing of K or V anywhere. Every number of a query row is computed from its own query
 # and the keys it sees, each dot product and sum in one fixed order, so neither the rows beside it, the number of
@@ -31,6 +33,9 @@ cdef enum:
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
+    # Keys of an accumulating tile of 16 dimensions, which has no exp2 beside it, to some prefetches: 4 are 4 % slower,
+    # 32 and none equal (Emerald Rapids)
+    AHEAD_KEYS = 16
 
 
 cdef struct Panel:              # of queries, against a block of keys
@@ -39,6 +44,8 @@ cdef struct Panel:              # of queries, against a block of keys
     Py_ssize_t first_lane
     const real* v               # the tile's keys' rows of V
     Py_ssize_t v_stride
+    bint exponentiated          # its scores are probabilities already, and total is their sum
+    vf total
 
 cdef struct Softmax:            # a tile's pass of exponentials, under way
     real* scores                # the next vector
@@ -58,7 +65,7 @@ cdef Py_ssize_t keys_per_block(Py_ssize_t head_dim, Py_ssize_t head_dim_v) noexc
 cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf* tile_max, const real* q,
                             const real* k, Py_ssize_t k_stride, Py_ssize_t head_dim) noexcept nogil:
     """scores[ROWS][width] (OUT) = ROWS keys times the panel's queries; tile_max (IN/OUT) follows them."""
-    cdef vf acc[8 * MAX_PANEL]
+    cdef vf acc[MAX_TILE]
     cdef Py_ssize_t d = 0, dims
     cdef int i, r, v
     while True:
@@ -80,19 +87,28 @@ cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf*
             vstore(scores + (r * VECTORS + v) * LANES, acc[r * VECTORS + v])
 
 
+cdef inline Py_ssize_t key_stride(Py_ssize_t head_dim) noexcept nogil:
+    """Reals from one row of copied keys to the next, and where a tile has 16 of them, also of those in place: one of
+    the constants that score_tile has loops for. With a stride in a register, tiles of 16 are 7 to 19 % slower than of
+    8 x 2 (Emerald Rapids)."""
+    if ATTEND_ROWS < 16 or head_dim > NARROW_DIMS:
+        return head_dim
+    return 32 if head_dim <= 32 else 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+
+
 # scores[n][width] (OUT) = n keys, in tiles of ROWS of them. The last tile of a run that is no multiple of ROWS starts
 # early and does some keys twice, with the same bits, instead of doing up to ROWS - 1 keys one by one at a third of the
-# speed. A panel of one vector takes 8 keys at once, to have accumulators enough.
-cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const real* q, const real* k,
-                            Py_ssize_t k_stride, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
-    cdef int ROWS = 8 if VECTORS == 1 else TILE_ROWS
+# speed; after tiles of 16, at most 8 keys are half a tile.
+cdef inline void score_run(const int ROWS, const int VECTORS, real* scores, vf* tile_max, const real* q, const real* k,
+                           Py_ssize_t k_stride, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
     cdef Py_ssize_t j = 0
     while j + ROWS <= n:
-        if ROWS == 8:
-            score_keys(8, VECTORS, scores + j * VECTORS * LANES, tile_max, q, k + j * k_stride, k_stride, head_dim)
-        else:
-            score_keys(4, VECTORS, scores + j * VECTORS * LANES, tile_max, q, k + j * k_stride, k_stride, head_dim)
+        score_keys(ROWS, VECTORS, scores + j * VECTORS * LANES, tile_max, q, k + j * k_stride, k_stride, head_dim)
         j += ROWS
+        if ROWS == 16 and n - 8 <= j < n:
+            score_keys(8, VECTORS, scores + (n - 8) * VECTORS * LANES, tile_max, q, k + (n - 8) * k_stride, k_stride,
+                       head_dim)
+            return
         if n - ROWS < j < n and n >= ROWS:
             j = n - ROWS  # the last keys: a whole tile again, over keys some of which are done already
     while j < n:
@@ -100,9 +116,91 @@ cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const
         j += 1
 
 
-cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
-    """The next `count` vectors of scores become probabilities, exp2((s - reference) * unit); total adds them up."""
+cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const real* q, const real* k,
+                            Py_ssize_t k_stride, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
+    """A panel of one vector takes 8 keys at once, to have accumulators enough, or 16."""
+    if ATTEND_ROWS == 16 and n >= 16 and k_stride == 64:
+        score_run(16, VECTORS, scores, tile_max, q, k, 64, n, head_dim)
+    elif ATTEND_ROWS == 16 and n >= 16 and k_stride == 128:
+        score_run(16, VECTORS, scores, tile_max, q, k, 128, n, head_dim)
+    elif ATTEND_ROWS == 16 and n >= 16 and k_stride == 32:
+        score_run(16, VECTORS, scores, tile_max, q, k, 32, n, head_dim)
+    elif ATTEND_ROWS == 16 and n >= 16 and k_stride == 256:
+        score_run(16, VECTORS, scores, tile_max, q, k, 256, n, head_dim)
+    elif (VECTORS == 1 or ATTEND_ROWS == 8) and n >= 8:
+        score_run(8, VECTORS, scores, tile_max, q, k, k_stride, n, head_dim)
+    else:
+        score_run(4, VECTORS, scores, tile_max, q, k, k_stride, n, head_dim)
+
+
+cdef inline void exponentiate_4(real* probs, vf* tile_max, vf* total, const vf* scores, vf reference,
+                                vf unit) noexcept nogil:
+    """probs (OUT)[4] = exp2((s - reference) * unit); tile_max and total (IN/OUT) follow."""
     cdef vf prob
+    cdef int r
+    for r in range(4):
+        tile_max[0] = vmax(scores[r], tile_max[0])
+        prob = vexp2((scores[r] - reference) * unit)
+        total[0] = total[0] + prob
+        vstore(probs + r * LANES, prob)
+
+
+cdef inline void score_and_exponentiate(const int STRIDE, real* probs, vf* tile_max, vf* total, vf reference, vf unit,
+                                        const real* q, const real* k, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
+    """probs (OUT)[n], n a multiple of 16: exp2((s - reference) * unit), straight from the registers that hold the
+    scores; tile_max and total (IN/OUT) follow."""
+    cdef vf acc[16]
+    cdef vf largest = tile_max[0], sum = total[0]
+    cdef Py_ssize_t j = 0
+    cdef int i
+    while j < n:
+        for i in range(16):
+            acc[i] = vset1(<real> 0.0)
+        multiply(16, 1, acc, k + j * STRIDE, STRIDE, 1, q, head_dim)
+        # GCC 12 unrolls no loop of 16 exponentials: acc would have to be in memory.
+        exponentiate_4(probs + j * LANES, &largest, &sum, &acc[0], reference, unit)
+        exponentiate_4(probs + (j + 4) * LANES, &largest, &sum, &acc[4], reference, unit)
+        exponentiate_4(probs + (j + 8) * LANES, &largest, &sum, &acc[8], reference, unit)
+        exponentiate_4(probs + (j + 12) * LANES, &largest, &sum, &acc[12], reference, unit)
+        j += 16
+    tile_max[0], total[0] = largest, sum
+
+
+cdef bint score_at_once(const Problem* p, Panel* panel, const real* reference, const real* q, const real* k,
+                        Py_ssize_t k_stride) noexcept nogil:
+    """The tile's probabilities and their sum (OUT) in one step, for a store and a load less a score; the same bits as
+    in two. False: in two, since the reference is to move."""
+    cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
+    cdef vf old = vload(reference), unit = vset1(p.unit)
+    cdef Tile* t = &panel.tile
+    if vany(vequal(old, vset1(<real> LOWEST))):
+        return False
+    if k_stride == 64:
+        score_and_exponentiate(64, t.scores, &largest, &total, old, unit, q, k, t.n, p.head_dim)
+    elif k_stride == 128:
+        score_and_exponentiate(128, t.scores, &largest, &total, old, unit, q, k, t.n, p.head_dim)
+    elif k_stride == 32:
+        score_and_exponentiate(32, t.scores, &largest, &total, old, unit, q, k, t.n, p.head_dim)
+    else:
+        score_and_exponentiate(256, t.scores, &largest, &total, old, unit, q, k, t.n, p.head_dim)
+    panel.total = total
+    return not vany(vless(vset1(<real> SLACK), (largest - old) * unit))
+
+
+cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
+    """The next `count` vectors of scores become probabilities, exp2((s - reference) * unit); total adds them up. With
+    tiles of 16 keys, `count` is all that are left."""
+    cdef vf prob, total
+    cdef Py_ssize_t i
+    if ATTEND_ROWS == 16:
+        total = e.total[0]
+        for i in range(count):
+            prob = vexp2((vload(e.scores + i * LANES) - e.reference[0]) * e.unit)
+            total = total + prob
+            vstore(e.scores + i * LANES, prob)
+        e.total[0] = total
+        e.left = 0
+        return
     # One vector after the other: four in lockstep would spill, and a spill costs as much as two FMAs.
     for _ in range(count):
         prob = vexp2((vload(e.scores) - e.reference[e.column]) * e.unit)
@@ -118,18 +216,19 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
                                  Ahead* ahead) noexcept nogil:
     """acc[ROWS][width] (IN/OUT) += ROWS columns of V, over n keys, times the panel's probabilities. The exponentials
     of another tile (IN/OUT) move on by a vector every EXP_KEYS keys, where only `tile` is in registers."""
-    cdef vf tile[8 * MAX_PANEL]
+    cdef vf tile[MAX_TILE]
+    cdef int KEYS = AHEAD_KEYS if ATTEND_ROWS == 16 else EXP_KEYS
     cdef Py_ssize_t j = 0
     cdef int r
     for r in range(ROWS * VECTORS):
         tile[r] = vset1(<real> 0.0)
     while j < n:
         multiply(ROWS, VECTORS, tile, v_rows + j * v_stride, 1, v_stride, probs + j * VECTORS * LANES,
-                 min(n - j, <Py_ssize_t> EXP_KEYS))
-        if e.left:
+                 min(n - j, <Py_ssize_t> KEYS))
+        if ATTEND_ROWS < 16 and e.left:
             exponentiate(e, 1)
-        prefetch_ahead(ahead)
-        j += EXP_KEYS
+        prefetch_ahead(ahead, KEYS // EXP_KEYS * AHEAD_LINES)
+        j += KEYS
     for r in range(ROWS * VECTORS):
         vstore(acc + r * LANES, vload(acc + r * LANES) + tile[r])
 
@@ -138,14 +237,19 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
 # of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2. e: as in accumulate_dims.
 cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const real* v_rows, Py_ssize_t v_stride,
                             Py_ssize_t n, Py_ssize_t head_dim_v, Softmax* e, Ahead* ahead) noexcept nogil:
-    cdef int ROWS = 8 if VECTORS == 1 else TILE_ROWS
+    cdef int ROWS = 8 if VECTORS == 1 and ATTEND_ROWS < 16 else ATTEND_ROWS
     cdef Py_ssize_t d = 0
     while d + ROWS <= head_dim_v:
-        if ROWS == 8:
+        if ROWS == 16:
+            accumulate_dims(16, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
+        elif ROWS == 8:
             accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
         else:
             accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
         d += ROWS
+    while ROWS == 16 and d + 4 <= head_dim_v:
+        accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
+        d += 4
     while d < head_dim_v:
         accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
         d += 1
@@ -160,9 +264,10 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, real* referen
     cdef vf old, new, slack = vset1(<real> SLACK)
     cdef Py_ssize_t d
     cdef int v
-    cdef bint grew = False
+    cdef bint grew = False, fresh = True
     for v in range(VECTORS):
         grew = grew or vany(vless(slack, (tile_max[v] - vload(reference + v * LANES)) * unit))
+        fresh = fresh and not vany(vdiffer(vload(reference + v * LANES), vset1(<real> LOWEST)))
     if not grew:
         return
     for v in range(VECTORS):
@@ -171,6 +276,8 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, real* referen
         factor[v] = vexp2((old - new) * unit)
         vstore(reference + v * LANES, new)
         vstore(row_sum + v * LANES, vload(row_sum + v * LANES) * factor[v])
+    if fresh:  # nothing is summed yet
+        return
     for d in range(head_dim_v):
         for v in range(VECTORS):
             vstore(acc + (d * VECTORS + v) * LANES, vload(acc + (d * VECTORS + v) * LANES) * factor[v])
@@ -190,7 +297,7 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     cdef Py_ssize_t i, j, part, skipped, n
     # Keys that no lane of this panel sees are not computed at all: for causal attention the tile ends at the panel's
     # own diagonal, not at the block's.
-    for i in range(1, width):
+    for i in range(1, 1 if p.same_keys else width):
         low = min(low, lanes[i].low)
         high = max(high, lanes[i].high)
         all_low = max(all_low, lanes[i].low)
@@ -205,6 +312,12 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     t.key_start, t.n = key_start, n
     t.limited = key_start < all_low or key_start + n > all_high
 
+    panel.exponentiated = (
+        ATTEND_ROWS == 16 and n % 16 == 0 and p.head_dim <= NARROW_DIMS and not is_modified(p, t) and p.weights == NULL
+        and score_at_once(p, panel, state.reference + panel.first_lane, w.queries + panel.first_lane * p.q_stride, k,
+                          k_stride))
+    if panel.exponentiated:
+        return True
     for i in range(VECTORS):
         tile_max[i] = vset1(<real> -INFINITY)
     j = 0
@@ -235,6 +348,8 @@ cdef void begin_softmax(Softmax* e, const Panel* panel, const State* state, real
     for v in range(panel.vectors):
         e.reference[v] = vload(state.reference + panel.first_lane + v * LANES)
         e.total[v] = vset1(<real> 0.0)
+    if panel.exponentiated:
+        e.left, e.total[0] = 0, panel.total
 
 
 cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, Panel* panel,
@@ -251,16 +366,19 @@ cdef void accumulate_panel(const Problem* p, const State* state, Panel* panel, S
     with then: tile.n = 0, as it may be before."""
     cdef real* acc = state.acc + panel.first_lane * p.v_stride
     cdef const Tile* t = &panel.tile
+    if ATTEND_ROWS == 16 and e.left:
+        exponentiate(e, e.left)
     if t.n == 0:
         pass
-    elif PANEL_VECTORS == 3 and panel.vectors == 3:
+    elif ATTEND_VECTORS == 3 and panel.vectors == 3:
         accumulate(3, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
-    elif panel.vectors == 2:
+    elif ATTEND_VECTORS >= 2 and panel.vectors == 2:
         accumulate(2, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
     else:
         accumulate(1, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
     panel.tile.n = 0
-    exponentiate(e, e.left)  # what the panel had no room for
+    if e.left:
+        exponentiate(e, e.left)  # what the panel had no room for
 
 
 cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
@@ -269,10 +387,11 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
     cdef Py_ssize_t first = 0, v, i, d, width
     cdef bint in_place = rows_are_real(&p.q)
     cdef const Lane* lanes
+    cdef const real* row[MAX_LANES]
     cdef real* packed
     cdef int panel
     while first < vectors:
-        panel = panel_vectors(vectors - first)
+        panel = panel_vectors(ATTEND_VECTORS, vectors - first)
         width = panel * LANES
         for v in range(panel):
             lanes = w.lanes + (first + v) * LANES
@@ -282,9 +401,11 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
                           p.q.stride[2] // <Py_ssize_t> sizeof(real), LANES, p.head_dim)
             else:
                 for i in range(LANES):
-                    load_row(w.rows + i * p.head_dim, row_of(&p.q, task.batch, lanes[i].head, lanes[i].query),
-                             p.q.stride[3], p.head_dim, p.q.kind)
-                transpose(packed, width, w.rows, p.head_dim, LANES, p.head_dim)
+                    row[i] = <const real*> row_of(&p.q, task.batch, lanes[i].head, lanes[i].query)
+                    if not in_place:
+                        load_row(w.rows + i * p.head_dim, <const char*> row[i], p.q.stride[3], p.head_dim, p.q.kind)
+                        row[i] = w.rows + i * p.head_dim
+                transpose_rows(packed, width, row, p.head_dim)
             if p.sign < 0:
                 for d in range(p.head_dim):
                     vstore(packed + d * width, -vload(packed + d * width))
@@ -317,7 +438,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
         v_is_finite = -1    # not yet known
         first = 0
         while first < vectors:
-            panel.vectors, panel.first_lane = panel_vectors(vectors - first), first * LANES
+            panel.vectors, panel.first_lane = panel_vectors(ATTEND_VECTORS, vectors - first), first * LANES
             panel.v, panel.v_stride = v, v_stride
             panel.tile.width, panel.tile.lanes = panel.vectors * LANES, w.lanes + panel.first_lane
             panel.tile.batch, panel.tile.key_start, panel.tile.n = task.batch, b.key_start, b.n
@@ -325,9 +446,9 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
             first += panel.vectors
             if pending.tile.n and pending.first_lane == panel.first_lane:  # before reference moves
                 accumulate_panel(p, state, &pending, &nothing, &ahead)
-            if PANEL_VECTORS == 3 and panel.vectors == 3:
+            if ATTEND_VECTORS == 3 and panel.vectors == 3:
                 seen = score_panel(3, p, w, state, &panel, <const real*> b.k, k_stride)
-            elif panel.vectors == 2:
+            elif ATTEND_VECTORS >= 2 and panel.vectors == 2:
                 seen = score_panel(2, p, w, state, &panel, <const real*> b.k, k_stride)
             else:
                 seen = score_panel(1, p, w, state, &panel, <const real*> b.k, k_stride)
@@ -355,7 +476,7 @@ cdef bint prefill_reads_in_place(const Tensor* v, Py_ssize_t head_dim_v, Py_ssiz
     """Rows of V that lie apart fall into few L1 sets and are each read in several columns: they are copied, unless a
     single panel is to read them. (Rows of K are read whole.)"""
     return rows_are_real(v) and (v.stride[2] == head_dim_v * <Py_ssize_t> sizeof(real)
-                                 or block_rows <= PANEL_VECTORS * LANES)
+                                 or block_rows <= ATTEND_VECTORS * LANES)
 
 
 cdef void prefill_merge(const Problem* p, const Task* task, State* total, State* lost,
@@ -366,7 +487,7 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, State*
     cdef vf factors[2]
     cdef int panel
     while first < vectors:
-        panel = panel_vectors(vectors - first)
+        panel = panel_vectors(ATTEND_VECTORS, vectors - first)
         for v in range(panel):
             i = (first + v) * LANES
             merge_reference(total.reference + i, part.reference + i, p.unit, factors)
@@ -380,7 +501,7 @@ cdef void prefill_merge(const Problem* p, const Task* task, State* total, State*
 cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task, const State* state) noexcept nogil:
     """out (OUT), logsumexp and weights: acc / row_sum, transposed, panel by panel. True: to be done again."""
     cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
-    cdef Py_ssize_t first = 0, i, v, d, width, num_rows
+    cdef Py_ssize_t first = 0, i, v, d, width, num_rows, whole
     cdef bint out_in_place = rows_are_real(&p.out)
     cdef bint again = False, all_right
     cdef real inverse_sum[MAX_WIDTH]
@@ -390,9 +511,10 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
     cdef const Lane* lanes
     cdef real* shrink
     cdef real* acc
+    cdef real* out
     cdef int panel
     while first < vectors:
-        panel = panel_vectors(vectors - first)
+        panel = panel_vectors(ATTEND_VECTORS, vectors - first)
         width = panel * LANES
         num_rows = min(width, task.num_rows - first * LANES)
         lanes = w.lanes + first * LANES
@@ -422,9 +544,15 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
                 finish_row(p, task.batch, lanes[i], state.reference[first * LANES + i],
                            state.row_sum[first * LANES + i], inverse_sum[i])
         # Straight into out where the panel's rows lie there as reals, one after the other; through scratch otherwise.
-        if all_right and out_in_place and lanes[width - 1].query == lanes[0].query + width - 1:
-            transpose(<real*> row_of(&p.out, task.batch, lanes[0].head, lanes[0].query),
-                      p.out.stride[2] // <Py_ssize_t> sizeof(real), acc, width, p.head_dim_v, width)
+        if all_right and out_in_place and lanes[num_rows - 1].query == lanes[0].query + num_rows - 1:
+            whole = num_rows // LANES * LANES
+            out = <real*> row_of(&p.out, task.batch, lanes[0].head, lanes[0].query)
+            transpose(out, p.out.stride[2] // <Py_ssize_t> sizeof(real), acc, width, p.head_dim_v, whole)
+            if whole < num_rows:
+                transpose(w.rows, p.head_dim_v, acc + whole, width, p.head_dim_v, LANES)
+            for i in range(whole, num_rows):
+                memcpy(out + i * (p.out.stride[2] // <Py_ssize_t> sizeof(real)), w.rows + (i - whole) * p.head_dim_v,
+                       p.head_dim_v * sizeof(real))
         else:
             transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
             for i in range(num_rows):

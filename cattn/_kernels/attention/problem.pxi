@@ -44,7 +44,9 @@ cdef struct Problem:
     bint k_in_place, v_in_place     # rows of K, V are read where they lie, in whatever block
     Kind block_kind                 # of the numbers in blocks of K and V
     bint may_mask                   # some row may not see some key of a block
+    bint same_keys                  # all rows of a batch row see the same, but for masks
     Py_ssize_t q_stride, v_stride   # reals from one row of packed queries, of acc, to the next
+    Py_ssize_t k_stride             # likewise of copied keys
     Py_ssize_t block_rows           # query rows in a block, a multiple of LANES (decode: decode_width)
     Py_ssize_t num_blocks           # blocks of query rows per (batch, key head)
     Py_ssize_t block_kv             # keys in a block: what one pass of the kernel's loops takes
@@ -66,7 +68,7 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; times p.sign
     real* scores                    # [block_kv][width]
     real* next_scores               # likewise, for prefill
-    real* k_rows                    # [block_kv][q_stride]; unless K is read in place
+    real* k_rows                    # [block_kv][k_stride]; unless K is read in place
     real* v_rows                    # [block_kv][v_stride]; unless V is read in place, and always as reals
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
     real* v_finite                  # [block_kv][v_stride]; both only where a row may not see a key
@@ -122,7 +124,7 @@ cdef inline void place_state(State* s, char* base, const Problem* p) noexcept no
 
 cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     """Lays the workspace out from `base` on, 64-byte aligned pieces; returns its size in bytes."""
-    cdef Py_ssize_t width = min(p.block_rows, <Py_ssize_t> PANEL_VECTORS * LANES)
+    cdef Py_ssize_t width = min(p.block_rows, <Py_ssize_t> ATTEND_VECTORS * LANES)
     cdef Py_ssize_t keys = round_up(min(p.block_kv, p.seq_len_kv), LANES)
     cdef size_t size = 0
     cdef Py_ssize_t state = state_size(p)
@@ -132,7 +134,7 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     w.queries = <real*> take(base, &size, p.block_rows * p.q_stride * sizeof(real))
     w.scores = <real*> take(base, &size, keys * width * sizeof(real))
     w.next_scores = <real*> take(base, &size, keys * width * sizeof(real))
-    w.k_rows = <real*> take(base, &size, 0 if p.k_in_place else keys * p.q_stride * sizeof(real))
+    w.k_rows = <real*> take(base, &size, 0 if p.k_in_place else keys * p.k_stride * sizeof(real))
     w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real) if copies_values(p) else 0)
     w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
                           * sizeof(real))
@@ -174,11 +176,13 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
     cdef Py_ssize_t size = MAX_ROWS // LANES, wide, fewer_blocks     # size, wide: vectors in a block
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
     p.decode_width = 0
-    p.may_mask = p.mask.data != NULL or p.window_left >= 0 or p.window_right >= 0 or p.kv_lens != NULL
+    p.same_keys = p.window_left < 0 and p.window_right < 0
+    p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL
     if rows <= min(MAX_DECODE_ROWS, LANES):
         p.decode_width = 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
         p.q_stride = round_up(p.head_dim, LANES)
         p.v_stride = round_up(p.head_dim_v, LANES)
+        p.k_stride = p.q_stride
         p.block_kv, p.split_kv = DECODE_KEYS, DECODE_SPLIT
         p.num_blocks, p.block_rows = 1, p.decode_width
         # Both in place or both copied, since one loop reads one kind of rows.
@@ -190,7 +194,7 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         # Halve the blocks until every thread has a few. Smaller blocks read K and V more often, from L2 or L3.
         p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), PREFILL_SPLIT
         if size * LANES * widest > MAX_BLOCK:
-            size = max(1, MAX_BLOCK // (LANES * widest) // PANEL_VECTORS) * PANEL_VECTORS
+            size = max(1, MAX_BLOCK // (LANES * widest) // ATTEND_VECTORS) * ATTEND_VECTORS
         while (num_threads > 1 and size // 2 >= MIN_BLOCK
                and p.batch_size * p.num_kv_heads * ceil_div(vectors, size) < TASKS_PER_THREAD * num_threads):
             size //= 2
@@ -200,14 +204,16 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         fewer_blocks = max(1, (vectors + size * 2 // 3) // size)
         wide = ceil_div(vectors, fewer_blocks)
         if wide < vectors:
-            wide = round_up(wide, PANEL_VECTORS)
+            wide = round_up(wide, ATTEND_VECTORS)
         size = ceil_div(vectors, p.num_blocks)
         if (num_threads == 1 or p.batch_size * p.num_kv_heads * ceil_div(vectors, wide)
                 >= TASKS_PER_THREAD * num_threads):
             size = wide
         p.num_blocks = ceil_div(vectors, size)
         p.block_rows = size * LANES
-        p.k_in_place = rows_are_real(&p.k)
+        p.k_stride = key_stride(p.head_dim)
+        p.k_in_place = rows_are_real(&p.k) and (
+            ATTEND_ROWS < 16 or p.head_dim > NARROW_DIMS or p.k.stride[2] == p.k_stride * <Py_ssize_t> sizeof(real))
         p.v_in_place = prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
         p.block_kind = real_kind()
     p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)

@@ -101,9 +101,7 @@ cdef void transpose(real* out, Py_ssize_t out_stride, const real* a, Py_ssize_t 
     while r + LANES <= rows:
         c = 0
         while c + LANES <= columns:
-            for i in range(LANES):
-                square[i] = vload(a + (r + i) * a_stride + c)
-            vtranspose(square)
+            vload_square(square, a + r * a_stride + c, a_stride)
             for i in range(LANES):
                 vstore(out + (c + i) * out_stride + r, square[i])
             c += LANES
@@ -116,6 +114,24 @@ cdef void transpose(real* out, Py_ssize_t out_stride, const real* a, Py_ssize_t 
         for c in range(columns):
             out[c * out_stride + r] = a[r * a_stride + c]
         r += 1
+
+
+cdef void transpose_rows(real* out, Py_ssize_t out_stride, const real** row, Py_ssize_t columns) noexcept nogil:
+    """out[c * out_stride + r] (OUT) = row[r][c] for r < LANES, c < columns: rows wherever they lie."""
+    cdef vf square[MAX_LANES]
+    cdef Py_ssize_t c = 0
+    cdef int r
+    while c + LANES <= columns:
+        for r in range(LANES):
+            square[r] = vload(row[r] + c)
+        vtranspose(square)
+        for r in range(LANES):
+            vstore(out + (c + r) * out_stride, square[r])
+        c += LANES
+    while c < columns:
+        for r in range(LANES):
+            out[c * out_stride + r] = row[r][c]
+        c += 1
 
 
 cdef int describe(Tensor* t, array, Kind kind) except -1:
