@@ -1,6 +1,7 @@
 """Write a run into README.md, docs/benchmark.md and docs/pictures/benchmark.png: `python -m bench.readme BENCH.json`.
 
-README gets a short table, docs/benchmark.md all of it, each between its markers; the picture is of all rows.
+README gets a short table, docs/benchmark.md all of it, beside those of other machines, each between its markers; the
+picture is of all rows.
 """
 
 import argparse
@@ -100,6 +101,16 @@ def between_markers(page, text):
     return f"{before}{START}\n{text}\n{END}{after}"
 
 
+def beside_others(page, text):
+    """The page with a machine's section between its markers: where the one of that heading was, else first."""
+    _, _, rest = page.partition(START)
+    sections = [f"## {section.strip()}" for section in f"\n{rest.partition(END)[0]}".split("\n## ")[1:]]
+    heading = text.splitlines()[0]
+    others = [section for section in sections if section.splitlines()[0] != heading]
+    at = next((i for i, section in enumerate(sections) if section.splitlines()[0] == heading), 0)
+    return between_markers(page, "\n\n".join([*others[:at], text.strip(), *others[at:]]))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.partition("\n")[0])
     parser.add_argument("json", type=Path, help="what python -m bench --json wrote")
@@ -108,9 +119,9 @@ def main(argv=None):
     pages, path = {}, args.root
     try:
         data = whole_run(args.json.read_text())
-        for name, make in {"README.md": short, PAGE: report.markdown}.items():
+        for name, make, place in ("README.md", short, between_markers), (PAGE, report.markdown, beside_others):
             path = args.root / name
-            pages[path] = between_markers(path.read_text(), make(data))
+            pages[path] = place(path.read_text(), make(data))
         path = args.root / PICTURE
         path.parent.mkdir(exist_ok=True)
         report.plot(data, path)

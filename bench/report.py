@@ -97,7 +97,9 @@ def limits(data):
     """What the machine can do at most: all that any probe of the run has seen."""
     for count, rates in data["limits"].items():
         fma, read = rates["fma"] / 1e9, rates["read"] / 1e9
-        yield f"{threads(count)}: FMA peak {fma:.1f} GFLOP/s (float32), read bandwidth {read:.1f} GB/s"
+        nbytes = data["machine"].get("read_nbytes")
+        of = f" (of {nbytes / 1e6:.0f} MB)" if nbytes else ""
+        yield f"{threads(count)}: FMA peak {fma:.1f} GFLOP/s (float32), read bandwidth {read:.1f} GB/s{of}"
 
 
 def summary(data):
@@ -170,8 +172,9 @@ def footer(data):
 
 
 def markdown(data):
-    """The whole report for a page: a line for each workload."""
+    """The whole report for a page, under the machine's name: a line for each workload."""
     counts, peers = list(data["limits"]), peers_of(data)
+    name, *versions = machine(data)
     times = [cell for count in counts for cell in (f"ms, {threads(count)}", "of limit")]
     table = [["workload", *times, "error", *peers]]
     for rows in by_workload(data):
@@ -179,16 +182,20 @@ def markdown(data):
         for row in rows:
             result = row["results"]["cattn"]
             share = percent(row, result, data["limits"])
-            cells += [time_cell(row), "" if share is None else f"{share:.0f} %"]
+            of = f" of {row['bandwidth'] / 1e9:.1f} GB/s" if row["limit"] == "read" else ""
+            cells += [time_cell(row), "" if share is None else f"{share:.0f} %{of}"]
         cells.append(f"{result['error']:.0e}" if "best" in result else "")
         table.append(cells + [peer_cell(row, peer) for peer in peers])
     return "\n".join(
         [
-            *(f"{line}  " for line in (*machine(data), *limits(data))),  # two spaces: a line break
+            f"## {name}",
+            "",
+            *(f"{line}  " for line in (*versions, *limits(data))),  # two spaces: a line break
             "",
             markdown_table(table),
             "",
-            "ms: median. Of limit: best call against the FMA peak of the same run (decode: reading as many bytes).",
+            "ms: median. Of limit: best call against the FMA peak of the same run (decode: the bandwidth of reading as "
+            "many bytes).",
             "Error: the largest against float64.",
             f"Peers: their median in units of cattn's, {threads(counts[-1])}.",
             "",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
 )
 REPEATS = 2  # of the turns, while the machine is busy
+LEAST_READ = 1 << 28  # bytes, to measure memory by
 LIMITS = 5  # measurements of a limit, at the start and where it has turned out too low
-BEYOND_CACHES = 1 << 28  # bytes
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
@@ -148,7 +149,7 @@ def measure(work, num_threads, processes, expected, tolerance, seconds, limits, 
         before = probe(machine, limits)
         attempt = {"times": take_turns(results, processes, seconds)}
         if work.limit == "read":
-            limits["read"] = max(limits["read"], machine.ask("read", BEYOND_CACHES)["result"])
+            limits["read"] = max(limits["read"], machine.ask("read", beyond_caches())["result"])
             attempt["bandwidth"] = machine.ask("read", work.nbytes)["result"]
         after = probe(machine, limits)
         attempts.append(attempt | {"seen": {name: min(before[name], after[name]) for name in QUIET}})
@@ -211,12 +212,13 @@ def run(works, peers, thread_counts, seconds, about, say):
             about(f"starting {', '.join(peers)} on {report.threads(n)}")
             groups[n] = {peer: Process(peer, n) for peer in peers}
             ask_versions(groups[n], say)
-            limits[str(n)] = {"fma": 0.0, "nop": 0.0, "read": groups[n]["cattn"].ask("read", BEYOND_CACHES)["result"]}
+            limits[str(n)] = {"fma": 0.0, "nop": 0.0, "read": groups[n]["cattn"].ask("read", beyond_caches())["result"]}
             for _ in range(LIMITS):
                 probe(groups[n]["cattn"], limits[str(n)])
         versions = {peer: process.version for peer, process in groups[thread_counts[0]].items()}
         data = {
-            "machine": {"cpu": cpu_model(), "isa": cattn.isa, "system": f"{platform.system()} {platform.machine()}"},
+            "machine": {"cpu": cpu_model(), "isa": cattn.isa, "system": f"{platform.system()} {platform.machine()}",
+                        "read_nbytes": beyond_caches()},
             "versions": {"python": platform.python_version()} | versions,
             "limits": limits,
             "rows": [],
@@ -249,10 +251,29 @@ def describe(work):
     return {"workload": work.name} | {name: getattr(work, name) for name in names}
 
 
+@cache
+def beyond_caches(caches="/sys/devices/system/cpu/cpu0/cache", memory="/proc/meminfo"):
+    """Bytes to measure memory by: four times the last cache, as far as Linux tells it; a process for each number of
+    threads reads so many, so no more than an eighth of the memory."""
+    sizes = [int(path.read_text().strip().removesuffix("K")) << 10 for path in Path(caches).glob("index*/size")]
+    found = [line.split()[1] for line in read(memory).splitlines() if line.startswith("MemTotal:")]
+    most = (int(found[0]) << 10) // 8 if found else LEAST_READ
+    return max(LEAST_READ, min(4 * max(sizes, default=0), most)) // 4096 * 4096
+
+
+def read(path):
+    path = Path(path)
+    return path.read_text() if path.exists() else ""
+
+
 def cpu_model():
-    """The CPU's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    """The CPU's name as the system gives it, and on x86 its family and model: virtual machines hide the rest."""
+    found = {}
+    for line in read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in found:
+        return found["model name"]
+    return f"{found['model name']} (family {found['cpu family']}, model {found['model']})"

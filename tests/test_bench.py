@@ -366,16 +366,51 @@ def test_readme_round_trip(root):
     for _ in range(2):  # the second time changes nothing
         assert write_pages(root) == 0
         short, page = ((root / name).read_text() for name in ("README.md", readme.PAGE))
-        for text in (short, page):
-            assert text.startswith("# cattn\n<!-- bench:start -->\na CPU, avx2, a system")
+        for text, mark in ((short, ""), (page, "## ")):
+            assert text.startswith(f"# cattn\n<!-- bench:start -->\n{mark}a CPU, avx2, a system")
             assert text.endswith("<!-- bench:end -->\nthe rest\n")
             assert "old" not in text
         assert "| work-fma | 1000 | 50 % | 500.0 | 50 % | 1e-07 | 3.00x |" in page
-        assert "| work-read | 1000 | 50 % | 500.0 | 50 % | 1e-07 | WRONG |" in page
+        assert "| work-read | 1000 | 50 % of 80.0 GB/s | 500.0 | 50 % of 160.0 GB/s | 1e-07 | WRONG |" in page
         for words in readme.SHORT.values():
             assert f"| {words} | 1000 | 2.00x |" in short
         assert "work-fma" not in short and f"]({readme.PAGE})" in short
         assert (root / readme.PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_keeps_each_machine(root, data):
+    """A table of each, where it was; a new one comes first."""
+    pytest.importorskip("matplotlib")
+    page, run = root / readme.PAGE, root / "bench.json"
+
+    def headings():
+        return [line for line in page.read_text().splitlines() if line.startswith("## ")]
+
+    for cpu in ("A", "B", "C", "B"):
+        data["machine"]["cpu"] = cpu
+        data["versions"]["numpy"] = f"3.{len(headings())}"
+        run.write_text(json.dumps(data))
+        assert write_pages(root) == 0
+    assert headings() == [f"## {cpu}, avx2, a system" for cpu in "CBA"]
+    text = page.read_text()
+    assert [text.count(f"numpy 3.{n}") for n in range(4)] == [1, 0, 1, 1]  # A, once B, C, B again
+    assert text.endswith("<!-- bench:end -->\nthe rest\n")
+
+
+def test_bytes_to_measure_memory_by(tmp_path):
+    def bytes_of(megabytes, total):
+        caches = tmp_path / f"{megabytes} {total}"
+        for number, size in enumerate(("48K", f"{megabytes << 10}K")):
+            (caches / f"index{number}").mkdir(parents=True)
+            (caches / f"index{number}" / "size").write_text(f"{size}\n")
+        memory = caches / "meminfo"
+        memory.write_text(f"MemTotal:       {total << 10} kB\n")
+        return runner.beyond_caches(caches, memory) >> 20
+
+    assert bytes_of(32, 1 << 16) == 256
+    assert bytes_of(300, 1 << 16) == 1200
+    assert bytes_of(300, 4096) == 512
+    assert runner.beyond_caches(tmp_path / "nothing", tmp_path / "nothing") == runner.LEAST_READ
 
 
 def test_readme_says_where_the_machine_was_busy(data):
@@ -449,7 +484,7 @@ def test_a_run_end_to_end(tmp_path, capsys):
     assert main(["--workloads", names, "--threads", "1", "--seconds", "0.01", "--json", str(path)]) == 0
     data = json.loads(path.read_text())
     assert data.keys() == {"machine", "versions", "limits", "rows", "probes"}
-    assert data["machine"].keys() == {"cpu", "isa", "system"}
+    assert data["machine"].keys() == {"cpu", "isa", "system", "read_nbytes"}
     assert data["versions"].keys() == {"python", "cattn", "numpy"}
     assert all(data["limits"]["1"][name] > 0 for name in ("fma", "nop", "read"))
     assert [line["workload"] for line in data["rows"]] == names.split(",")

@@ -168,7 +168,8 @@ cdef void enter_block(Rotations* t, const Encoding* e, Py_ssize_t block) noexcep
 cdef void fill(char* numbers, Kind kind, const double* seed, const double* turned, const double* same,
                const double* other, Py_ssize_t n) noexcept nogil:
     """numbers (OUT; n of this kind, contiguous and aligned) = seed * same + turned * other: two products each, rounded
-    once more where the kind is narrower. From here on the limit is how fast memory takes the table."""
+    once more where the kind is narrower. From here on the limit is how fast memory takes the table: stores past the
+    caches take the same time (131072 x 1024, one thread and two, Emerald Rapids)."""
     cdef float* f32 = <float*> numbers
     cdef double* f64 = <double*> numbers
     cdef uint16_t* half = <uint16_t*> numbers
