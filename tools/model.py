@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""What llvm-mca thinks of the kernels' inner loops on CPUs that are not at hand:
+
+    tools/model.py [--llvm-mca PROGRAM] [--cpus znver3,...] [--module avx512,...] [--ports]
+
+For each innermost loop of a built module that has some FMAs: how many instructions and FMAs a turn has, and for each
+CPU the cycles of a turn and the part of what the model gives the loop that measures the FMA peak (spin_fma). --ports
+also says how busy each resource is, in cycles a turn. Everything is taken to come from L1, each branch to be foreseen,
+and loops to go on forever: what is left out is what the benchmark measures. A CPU that has no model of its own gets
+that of an older one (LLVM 16: sapphirerapids that of Ice Lake). Debian 12: apt-get install binutils llvm-16.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+KERNELS = Path(__file__).parent.parent / "cattn/_kernels"
+CPUS = "sapphirerapids,znver3,znver4"
+LEAST_FMAS = 8  # of a loop that is worth a line
+MOST_INSTRUCTIONS = 400
+ITERATIONS = 200
+
+
+def loops(module):
+    """(function, instructions) of the innermost loops: those that no other branch leaves or enters."""
+    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", module], capture_output=True, text=True, check=True)
+    function, body, at = "", [], {}
+    for line in text.stdout.splitlines():
+        if start := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            function, body, at = start[1], [], {}
+        elif found := re.match(r"\s*([0-9a-f]+):\s+(.*)", line):
+            at[found[1]] = len(body)
+            body.append(re.sub(r"\s*(#|<).*", "", found[2]))
+            jump = re.match(r"j\w+\s+([0-9a-f]+)", body[-1])
+            if jump and jump[1] in at:
+                turn = body[at[jump[1]]:]
+                fmas = sum("vfmadd" in line for line in turn)
+                if fmas >= LEAST_FMAS and len(turn) <= MOST_INSTRUCTIONS and not any(
+                        re.match("j|call|ret", line) for line in turn[:-1]):
+                    yield re.sub(r"^__pyx_\w*?_kernels_\d+\w*?_(?=[a-z]+_|few|pack)", "", function), turn, fmas
+
+
+def model(program, cpu, turn):
+    """(cycles of a turn, {resource: its cycles}); None where the CPU lacks an instruction."""
+    code = "\n".join([*turn[:-1], "jne 0"])
+    done = subprocess.run([program, f"-mcpu={cpu}", f"-iterations={ITERATIONS}", "-instruction-info=false"],
+                          input=code, capture_output=True, text=True)
+    if "unsupported instruction" in done.stderr:
+        return None
+    if done.returncode:
+        sys.exit(f"{program} -mcpu={cpu}: {done.stderr.strip()}")
+    cycles = int(re.search(r"Total Cycles:\s+(\d+)", done.stdout)[1]) / ITERATIONS
+    names = dict(re.findall(r"^\[([\d.]+)\]\s+- (\S+)", done.stdout, re.M))
+    head, pressure = re.search(r"Resource pressure per iteration:\n(.*)\n(.*)", done.stdout).groups()
+    numbers = re.findall(r"\[([\d.]+)\]", head)
+    busy = [float(value) if value != "-" else 0.0 for value in pressure.split()]
+    return cycles, {names[number]: value for number, value in zip(numbers, busy, strict=True) if value}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--llvm-mca", default="llvm-mca-16")
+    parser.add_argument("--cpus", default=CPUS)
+    parser.add_argument("--module", default="avx512_intel,avx512,avx2")
+    parser.add_argument("--ports", action="store_true")
+    args = parser.parse_args()
+    cpus = args.cpus.split(",")
+    for name in args.module.split(","):
+        module = next(KERNELS.glob(f"{name}.*so"), None)
+        if module is None:
+            sys.exit(f"{KERNELS}/{name}.*so: expected a module that is built")
+        print(f"{name:40} insns FMAs" + "".join(f"{cpu:>22}" for cpu in cpus))
+        found_loops = list(loops(module))
+        peaks = next([model(args.llvm_mca, cpu, turn) for cpu in cpus] + [fmas]
+                     for function, turn, fmas in found_loops if "spin_fma" in function)
+        printed = set()
+        for function, turn, fmas in found_loops:
+            modelled = [model(args.llvm_mca, cpu, turn) for cpu in cpus]
+            cells = [f"{found[0]:9.1f} cycles {100 * fmas / found[0] * peak[0] / peaks[-1]:4.0f} %" if found else "-"
+                     for found, peak in zip(modelled, peaks[:-1], strict=True)]
+            if (function, fmas, *cells) in printed:  # of another kind or stride of keys
+                continue
+            printed.add((function, fmas, *cells))
+            print(f"  {function[-38:]:38} {len(turn):5} {fmas:4}" + "".join(f"{cell:>22}" for cell in cells))
+            for cpu, found in zip(cpus, modelled, strict=True) if args.ports else ():
+                if found:
+                    print(f"      {cpu}: " + ", ".join(f"{port} {cycles:.1f}" for port, cycles in found[1].items()))
+
+
+if __name__ == "__main__":
+    main()
