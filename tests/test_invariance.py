@@ -171,15 +171,17 @@ def with_odd_numbers(x):
 @pytest.mark.skipif(not {"avx512", "avx512_intel"} <= set(cattn.available_isas()), reason="this CPU has no AVX-512")
 @pytest.mark.parametrize("keys", [np.asarray, growing, with_odd_numbers])
 @pytest.mark.parametrize("head_dim", [1, 17, 31, 32, 33, 64, 65, 128, 129, 256, 257, 300])
-def test_tiles(head_dim, keys, monkeypatch):
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_tiles(head_dim, keys, dtype, monkeypatch):
     """Those of avx512 and avx512_intel: rows of K as far apart as its loops know, others, and every rest of 16 keys."""
-    tiles = [_kernels._load(name) for name in ("avx512", "avx512_intel")]
+    precision = "f32" if dtype == np.float32 else "f64"
+    tiles = [_kernels._load(_kernels.module_name(isa, precision)) for isa in ("avx512", "avx512_intel")]
     for seq_len_kv in (*range(1, 34), 128, 136, 137, 144, 256, 272, 300):
-        query, key, value = problem(seq_len_q=23, seq_len_kv=seq_len_kv, num_heads=2, head_dim=head_dim)
+        query, key, value = problem(seq_len_q=23, seq_len_kv=seq_len_kv, num_heads=2, head_dim=head_dim, dtype=dtype)
         for options in ({}, {"is_causal": True, "q_offset": seq_len_kv - 20}, {"softcap": 2.0}):
             results = []
             for module in tiles:
-                monkeypatch.setattr(_kernels, "f32", module)
+                monkeypatch.setattr(_kernels, precision, module if precision == "f32" else lambda module=module: module)
                 results.append(everything(query, keys(key), value, **options))
                 results.append((attention(query, keys(key), value, **options),))  # no weights to be kept on the way
             # A NaN's sign is that of whichever operand came first.

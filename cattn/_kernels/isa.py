@@ -30,7 +30,7 @@ X86_64 = ("x86_64", "AMD64")
 # same bits as avx512.
 ISAS = (
     Isa("avx512_intel", X86_64, ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"),
-        ("-mtune=haswell", "-DCATTN_BROADCAST_TILE"), ("f32",), "intel"),
+        ("-mtune=haswell", "-DCATTN_BROADCAST_TILE"), vendor="intel"),
     Isa("avx512", X86_64, ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"), ("-mtune=haswell",)),
     Isa("avx2", X86_64, ("avx2", "fma", "f16c"), ("-mtune=haswell",)),
     Isa("baseline", (), ()),

@@ -24,9 +24,9 @@
  *
  * CATTN_BROADCAST_TILE: 16 x 1, whose broadcasts are operands of the FMAs: 17 instructions for 16 FMAs, where 8 x 2 has
  * 26. On an Intel Xeon (Emerald Rapids) attention takes 0.85 to 0.9 of the time, and 0.76 to 0.82 where another hardware
- * thread takes half of what the core decodes; panels of two or three such vectors, which share what they read of K and V,
- * 1 % less still. Projections would have to copy W, for rows a constant apart: up to 15 % slower, where nobody else is
- * on the core. On Zen 4 and 5, 17 loads take longer than 16 FMAs. */
+ * thread takes half of what the core decodes (double, then: 0.76 to 0.84); panels of two or three such vectors, which
+ * share what they read of K and V, 1 % less still. Projections would have to copy W, for rows a constant apart: up to
+ * 15 % slower, where nobody else is on the core. Not measured on AMD, whose exponentials run beside the FMAs. */
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #define REGISTERS 32
