@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import cattn
+from cattn import _threads
 from cattn._speed import QUIET, how_quiet
 
 from . import report
@@ -256,20 +257,15 @@ def beyond_caches(caches="/sys/devices/system/cpu/cpu0/cache", memory="/proc/mem
     """Bytes to measure memory by: four times the last cache, as far as Linux tells it; a process for each number of
     threads reads so many, so no more than an eighth of the memory."""
     sizes = [int(path.read_text().strip().removesuffix("K")) << 10 for path in Path(caches).glob("index*/size")]
-    found = [line.split()[1] for line in read(memory).splitlines() if line.startswith("MemTotal:")]
+    found = [line.split()[1] for line in _threads._read(memory).splitlines() if line.startswith("MemTotal:")]
     most = (int(found[0]) << 10) // 8 if found else LEAST_READ
     return max(LEAST_READ, min(4 * max(sizes, default=0), most)) // 4096 * 4096
-
-
-def read(path):
-    path = Path(path)
-    return path.read_text() if path.exists() else ""
 
 
 def cpu_model():
     """The CPU's name as the system gives it, and on x86 its family and model: virtual machines hide the rest."""
     found = {}
-    for line in read("/proc/cpuinfo").splitlines():
+    for line in _threads._read("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
         found.setdefault(name.strip(), value.strip())
     if "model name" not in found:

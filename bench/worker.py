@@ -96,9 +96,9 @@ class Worker:
 
     def read(self, nbytes):
         """Bytes a second, of an array of that size: it lies in the same cache as what a workload reads, or in none."""
-        if self.array is None or self.array.nbytes != nbytes:
+        if self.array is None or self.array.nbytes < nbytes:
             self.array = np.ones(nbytes // 4, np.float32)
-        return self.machine.read(self.array)
+        return self.machine.read(self.array[: nbytes // 4])
 
 
 def main():

@@ -24,12 +24,13 @@ ITERATIONS = 200
 
 
 def loops(module):
-    """(function, instructions) of the innermost loops: those that no other branch leaves or enters."""
+    """(function, instructions, number of FMAs) of the innermost loops: those that no other branch leaves or enters."""
     text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", module], capture_output=True, text=True, check=True)
+    name = module.name.partition(".")[0]
     function, body, at = "", [], {}
     for line in text.stdout.splitlines():
         if start := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
-            function, body, at = start[1], [], {}
+            function, body, at = re.sub(rf"^__pyx_\w*_{len(name)}{name}_", "", start[1]), [], {}
         elif found := re.match(r"\s*([0-9a-f]+):\s+(.*)", line):
             at[found[1]] = len(body)
             body.append(re.sub(r"\s*(#|<).*", "", found[2]))
@@ -37,9 +38,9 @@ def loops(module):
             if jump and jump[1] in at:
                 turn = body[at[jump[1]]:]
                 fmas = sum("vfmadd" in line for line in turn)
-                if fmas >= LEAST_FMAS and len(turn) <= MOST_INSTRUCTIONS and not any(
-                        re.match("j|call|ret", line) for line in turn[:-1]):
-                    yield re.sub(r"^__pyx_\w*?_kernels_\d+\w*?_(?=[a-z]+_|few|pack)", "", function), turn, fmas
+                leaves = any(re.match("j|call|ret", line) for line in turn[:-1])
+                if fmas >= LEAST_FMAS and len(turn) <= MOST_INSTRUCTIONS and not leaves:
+                    yield function, turn, fmas
 
 
 def model(program, cpu, turn):
@@ -72,14 +73,13 @@ def main():
         if module is None:
             sys.exit(f"{KERNELS}/{name}.*so: expected a module that is built")
         print(f"{name:40} insns FMAs" + "".join(f"{cpu:>22}" for cpu in cpus))
-        found_loops = list(loops(module))
-        peaks = next([model(args.llvm_mca, cpu, turn) for cpu in cpus] + [fmas]
-                     for function, turn, fmas in found_loops if "spin_fma" in function)
+        rows = [(function, turn, fmas, [model(args.llvm_mca, cpu, turn) for cpu in cpus])
+                for function, turn, fmas in loops(module)]
+        peak = next((fmas, modelled) for function, _, fmas, modelled in rows if function == "spin_fma")
         printed = set()
-        for function, turn, fmas in found_loops:
-            modelled = [model(args.llvm_mca, cpu, turn) for cpu in cpus]
-            cells = [f"{found[0]:9.1f} cycles {100 * fmas / found[0] * peak[0] / peaks[-1]:4.0f} %" if found else "-"
-                     for found, peak in zip(modelled, peaks[:-1], strict=True)]
+        for function, turn, fmas, modelled in rows:
+            cells = [f"{found[0]:9.1f} cycles {100 * fmas / found[0] * best[0] / peak[0]:4.0f} %" if found else "-"
+                     for found, best in zip(modelled, peak[1], strict=True)]
             if (function, fmas, *cells) in printed:  # of another kind or stride of keys
                 continue
             printed.add((function, fmas, *cells))

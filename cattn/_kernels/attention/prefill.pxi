@@ -87,11 +87,15 @@ cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf*
             vstore(scores + (r * VECTORS + v) * LANES, acc[r * VECTORS + v])
 
 
+cdef inline bint strides_are_known(Py_ssize_t head_dim) noexcept nogil:
+    """Tiles of 16 keys want rows as far apart as one of the constants that score_tile has loops for. With a stride in a
+    register, they are 7 to 19 % slower than tiles of 8 x 2 (Emerald Rapids)."""
+    return ATTEND_ROWS == 16 and head_dim <= NARROW_DIMS
+
+
 cdef inline Py_ssize_t key_stride(Py_ssize_t head_dim) noexcept nogil:
-    """Reals from one row of copied keys to the next, and where a tile has 16 of them, also of those in place: one of
-    the constants that score_tile has loops for. With a stride in a register, tiles of 16 are 7 to 19 % slower than of
-    8 x 2 (Emerald Rapids)."""
-    if ATTEND_ROWS < 16 or head_dim > NARROW_DIMS:
+    """Reals from one row of copied keys to the next, and where strides are known, also of those in place."""
+    if not strides_are_known(head_dim):
         return head_dim
     return 32 if head_dim <= 32 else 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
@@ -313,7 +317,7 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     t.limited = key_start < all_low or key_start + n > all_high
 
     panel.exponentiated = (
-        ATTEND_ROWS == 16 and n % 16 == 0 and p.head_dim <= NARROW_DIMS and not is_modified(p, t) and p.weights == NULL
+        strides_are_known(p.head_dim) and n % 16 == 0 and not is_modified(p, t) and p.weights == NULL
         and score_at_once(p, panel, state.reference + panel.first_lane, w.queries + panel.first_lane * p.q_stride, k,
                           k_stride))
     if panel.exponentiated:
@@ -511,7 +515,6 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
     cdef const Lane* lanes
     cdef real* shrink
     cdef real* acc
-    cdef real* out
     cdef int panel
     while first < vectors:
         panel = panel_vectors(ATTEND_VECTORS, vectors - first)
@@ -546,13 +549,13 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         # Straight into out where the panel's rows lie there as reals, one after the other; through scratch otherwise.
         if all_right and out_in_place and lanes[num_rows - 1].query == lanes[0].query + num_rows - 1:
             whole = num_rows // LANES * LANES
-            out = <real*> row_of(&p.out, task.batch, lanes[0].head, lanes[0].query)
-            transpose(out, p.out.stride[2] // <Py_ssize_t> sizeof(real), acc, width, p.head_dim_v, whole)
+            transpose(<real*> row_of(&p.out, task.batch, lanes[0].head, lanes[0].query),
+                      p.out.stride[2] // <Py_ssize_t> sizeof(real), acc, width, p.head_dim_v, whole)
             if whole < num_rows:
                 transpose(w.rows, p.head_dim_v, acc + whole, width, p.head_dim_v, LANES)
             for i in range(whole, num_rows):
-                memcpy(out + i * (p.out.stride[2] // <Py_ssize_t> sizeof(real)), w.rows + (i - whole) * p.head_dim_v,
-                       p.head_dim_v * sizeof(real))
+                store_row(row_of(&p.out, task.batch, lanes[i].head, lanes[i].query), p.out.stride[3],
+                          w.rows + (i - whole) * p.head_dim_v, p.head_dim_v, p.out.kind)
         else:
             transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
             for i in range(num_rows):

@@ -213,7 +213,7 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         p.block_rows = size * LANES
         p.k_stride = key_stride(p.head_dim)
         p.k_in_place = rows_are_real(&p.k) and (
-            ATTEND_ROWS < 16 or p.head_dim > NARROW_DIMS or p.k.stride[2] == p.k_stride * <Py_ssize_t> sizeof(real))
+            not strides_are_known(p.head_dim) or p.k.stride[2] == p.k_stride * <Py_ssize_t> sizeof(real))
         p.v_in_place = prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
         p.block_kind = real_kind()
     p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)
