@@ -43,8 +43,8 @@ ROWS = sorted({1, 2, 3, 5} | around(*EDGES["decode_rows"], *(n * lanes for lanes
               | {n * max(_LANES) for n in (5, 6)} | {6 * max(_LANES) + 1, 2 * _BLOCK_ROWS + 1}
               | {row + step for row in _LAST_ROWS for step in (0, 1)})
 # Keys: register tiles, blocks, several of these.
-_BLOCKS = EDGES["decode_keys"] + EDGES["prefill_keys"] + EDGES["wide_prefill_keys"]
-KEYS = sorted({1, 2, 3, 4 * max(_BLOCKS) + 1} | around(*EDGES["tile_rows"], *_BLOCKS, 2 * max(_BLOCKS)))
+_BLOCKS = EDGES["block_keys"] + EDGES["wide_block_keys"]
+KEYS = sorted({1, 2, 3, 4 * max(_BLOCKS) + 1} | around(*EDGES["tile_rows"], *_LANES, *_BLOCKS, 2 * max(_BLOCKS)))
 # head_dim: lanes, common sizes, where the number of keys in a block changes, and where long sums end.
 _DIMS = EDGES["narrow_dims"] + EDGES["dims_at_once"]
 HEAD_DIMS = sorted({1, 3, 5, 64, 65, 80, 128, 129, max(_LANES) + 1, 2 * max(_DIMS) + 1, *_LANES}

@@ -37,7 +37,7 @@ from cattn.reference import dropout_keep
 F16, F32, F64 = (np.dtype(name) for name in ("float16", "float32", "float64"))
 attention = cattn.scaled_dot_product_attention
 
-(DECODE_SPLIT,), (PREFILL_SPLIT,) = EDGES["decode_split"], EDGES["prefill_split"]
+(SPLIT,) = EDGES["split_keys"]
 both_precisions = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 all_dtypes = pytest.mark.parametrize(
     ("dtype", "kv_dtype"), DTYPES, ids=[f"{q}" if q == kv else f"{q}-{kv}" for q, kv in DTYPES]
@@ -93,8 +93,8 @@ def test_keys(isa, seq_len_kv, dtype):
 
 @both_precisions
 @pytest.mark.parametrize(("seq_len_q", "seq_len_kv"), [
-    *((1, n) for n in sorted(around(DECODE_SPLIT))), (3, 2 * DECODE_SPLIT + 1), (8, 5 * DECODE_SPLIT - 120),
-    *((20, n) for n in sorted(around(PREFILL_SPLIT))), (9, 2 * PREFILL_SPLIT + 1), (1, 16 * DECODE_SPLIT),
+    *((rows, n) for rows in (1, 20) for n in sorted(around(SPLIT))), (3, 2 * SPLIT + 1), (8, 5 * SPLIT - 120),
+    (9, 8 * SPLIT + 1), (1, 16 * SPLIT),
 ])
 def test_many_keys(isa, seq_len_q, seq_len_kv, dtype):
     """Where keys are cut into splits whose results are merged."""
@@ -1040,7 +1040,7 @@ def test_errors_do_not_grow_with_the_number_of_keys(isa, rows, dtype):
         shape = 1, 1, seq_len_kv
         return attention(query, np.broadcast_to(key, (*shape, 8)), np.broadcast_to(value, (*shape, 20)))
 
-    one_split = mean_of(DECODE_SPLIT if rows == 1 else PREFILL_SPLIT)
+    one_split = mean_of(SPLIT)
     for seq_len_kv in (2**16, 2**19):
         np.testing.assert_allclose(mean_of(seq_len_kv), one_split, rtol=2 * np.finfo(dtype).eps, atol=0)
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from problems import BFLOAT16, DTYPES, FLOATS, INF, LAYOUTS, NAN, assert_same_bits, calls, normal, problem
+from problems import BFLOAT16, DTYPES, EDGES, FLOATS, INF, LAYOUTS, NAN, assert_same_bits, calls, normal, problem
 from tolerance import everything
 
 import cattn
@@ -224,20 +224,44 @@ def test_out_weights_and_logsumexp_change_nothing(isa, shape):
 
 @all_dtypes
 def test_grouped_heads_are_repeated_heads(isa, dtype, kv_dtype):
-    """By index or by np.repeat, where both have rows enough for the kernel with queries in its lanes."""
-    query, key, value = problem(50, 300, 40, num_heads=6, num_kv_heads=2, dtype=dtype, kv_dtype=kv_dtype)
-    repeated = [np.repeat(x, 3, axis=1) for x in (key, value)]
-    for options in ({}, some_options(6, 2, 300), {"dropout_p": 0.2, "seed": 4}):
-        assert_same_bits(everything(query, key, value, **options), everything(query, *repeated, **options))
+    """By index or by np.repeat."""
+    for seq_len_q in (1, 2, 5, 50):
+        query, key, value = problem(seq_len_q, 300, 40, num_heads=6, num_kv_heads=2, dtype=dtype, kv_dtype=kv_dtype)
+        repeated = [np.repeat(x, 3, axis=1) for x in (key, value)]
+        for options in ({}, some_options(6, 2, 300), {"dropout_p": 0.2, "seed": 4}):
+            assert_same_bits(everything(query, key, value, **options), everything(query, *repeated, **options))
+
+
+ROWS = EDGES["decode_rows"][-1] + 3
+
+
+@all_dtypes
+@pytest.mark.parametrize("keys", [np.asarray, growing])
+@pytest.mark.parametrize("seq_len_kv", [1, 2, 15, 33, 127, 128, 130, 300, 1024, 2100])
+def test_a_row_alone(isa, seq_len_kv, keys, dtype, kv_dtype):
+    """One row, and any few, in the kernel for few rows, and as rows of a batch in that for many."""
+    for number, head_dim in enumerate((1, 24, 33, 64, 80, 128, 257, 272, 528)):
+        head_dim_v = (head_dim, 16, 128)[number % 3]
+        query, key, value = problem(ROWS, seq_len_kv, head_dim, head_dim_v, leading=(1,), num_heads=1, dtype=dtype,
+                                    kv_dtype=kv_dtype)
+        key = keys(key)
+        options = [{}, {"is_causal": True, "q_offset": seq_len_kv - 7}, {"softcap": 2.0, "sinks": np.ones(1)},
+                   {"window": (3, seq_len_kv // 2), "q_offset": seq_len_kv // 3}, {"attn_mask": normal(seq_len_kv)}]
+        for asked in (options[number % 5], options[(number + 2) % 5]):
+            expected = everything(query, key, value, **asked)
+            for start, end in ((0, 1), (ROWS - 1, ROWS), (1, 3), (2, 5), (4, 8), (3, 8), (1, 9), (0, 9)):
+                own = dict(asked, q_offset=asked["q_offset"] + start) if "q_offset" in asked else asked
+                few = everything(query[:, :, start:end], key, value, **own)
+                assert_same_bits(few, tuple(x[:, :, start:end] for x in expected))
 
 
 @pytest.mark.parametrize(("seq_len_kv", "cuts"), [
     (200, [20, 100, 190]), (200, [33, 66, 190]), (200, [64, 128, 190]), (200, [150, 170, 190]), (5000, [9, 40]),
+    (200, [1, 3, 6, 10, 15, 23, 24, 190]), (5000, [1, 2, 4, 12, 40]),
 ], ids=str)
 @all_dtypes
 def test_queries_in_chunks(isa, seq_len_kv, cuts, dtype, kv_dtype):
-    """Chunks of the queries, each with its q_offset, and all at once. (Dropout depends on the index. Fewer than 9 rows
-    have a kernel of their own.)"""
+    """Chunks of the queries, each with its q_offset, and all at once. (Dropout depends on the index.)"""
     query, key, value = problem(cuts[-1], seq_len_kv, 24, dtype=dtype, kv_dtype=kv_dtype)
     options = {"is_causal": True, "window": (seq_len_kv // 2, None), "alibi_slopes": np.array([0.1, 0.3]) / 20,
                "softcap": 4.0, "sinks": np.ones(2), "kv_lens": np.array([seq_len_kv, seq_len_kv - 50])}
@@ -269,8 +293,7 @@ def test_one_mask_in_many_forms(isa, shape, scale):
     arrays = arrays_of(shape)
     seq_len_q, seq_len_kv = arrays[0].shape[2], arrays[1].shape[2]
     i, j = np.arange(seq_len_q)[:, None] + seq_len_kv // 3, np.arange(seq_len_kv)
-    # The sums of a single row start where its window does.
-    left = seq_len_kv // 4 if seq_len_q > 1 else seq_len_kv
+    left = seq_len_kv // 4
     said = {"is_causal": True, "q_offset": seq_len_kv // 3, "window": (left, None),
             "kv_lens": np.array([seq_len_kv, seq_len_kv // 3 + 5])}
     seen = (j <= i) & (j >= i - left) & (j < said["kv_lens"][:, None, None, None])

@@ -4,7 +4,7 @@ Read in this order, in which they are included:
     base/openmp.pxi         the OpenMP runtime: how a parallel region is entered; what show_config tells of it
     base/tasks.pxi          a call's threads: how many, how they share its tasks, how Ctrl-C ends them; their scratch
     base/tensor.pxi         arrays of any stride and dtype; a row of one is loaded into reals, or stored from them
-    base/tile.pxi           the register tile, the inner loop of all products
+    base/tile.pxi           the two inner loops of all products
     base/dropout.pxi        the counter-based generator
     attention/problem.pxi   one attention problem, how it is cut into tasks, and the scratch of a thread
     attention/rows.pxi      the query rows of a task: which keys they see, and their softmax so far
@@ -13,7 +13,7 @@ Read in this order, in which they are included:
     attention/values.pxi    NaN and infinities of V behind a mask
     attention/finish.pxi    how a row ends: result, logsumexp, weights
     attention/prefill.pxi   the kernel for many query rows: queries in the SIMD lanes
-    attention/decode.pxi    the kernel for few query rows: dimensions in the SIMD lanes
+    attention/decode.pxi    the kernel for few query rows: keys in the SIMD lanes, then dimensions
     attention/attend.pxi    who does which task or split, and who merges them
     attention/entry.pxi     the entries from Python
     linear.pxi              the layer's projections
@@ -69,6 +69,7 @@ cdef extern from "simd.h" nogil:
     const int LANES, VECTOR_BYTES, REGISTERS, TILE_ROWS, PANEL_VECTORS, ATTEND_ROWS, ATTEND_VECTORS, IS_DOUBLE
     void prefetch(const void*)
     const real* in_register(const real*)
+    const char* byte_in_register(const char*)
     vf vload(const real*)
     void vstore(real*, vf)
     vf vset1(real)
@@ -84,7 +85,10 @@ cdef extern from "simd.h" nogil:
     int vany(vi)
     vf vexp2(vf)
     void vtranspose(vf*)
-    void vload_square(vf*, const real*, Py_ssize_t)
+    void vload_square(vf*, const char*, Py_ssize_t)
+    void vweave(vf*, int)
+    void vsplit_f16(vf*, vf)
+    void vsplit_bf16(vf*, vf)
     void vfalse_tile(int8_t*, const char* const*, Py_ssize_t)
     vi vfalse(const int8_t*, int)
     ctypedef int fp_mode

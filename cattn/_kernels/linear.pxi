@@ -71,34 +71,20 @@ cdef inline void linear_panel(const int VECTORS, real* tile, const real* x, cons
         weight += w_stride
 
 
-cdef inline void linear_columns(const int ROWS, real* tile, const real* x, Py_ssize_t x_stride, const real* weight,
-                                Py_ssize_t w_stride, const char* ahead, Py_ssize_t ahead_stride, Py_ssize_t ahead_item,
+cdef inline void linear_columns(const int ROWS, real* tile, const real* x, const real* weight, Py_ssize_t w_stride,
+                                const char* ahead, Py_ssize_t ahead_stride, Py_ssize_t ahead_item,
                                 Py_ssize_t dims) noexcept nogil:
     """tile[ROWS][LANES] (IN/OUT): `dims` dimensions of LANES features. As many at `ahead`, of ahead_item bytes each,
     are prefetched on the way; 0: none."""
     cdef vf acc[8]
-    cdef vf columns[MAX_LANES]
-    cdef real lanes[MAX_LANES]
-    cdef Py_ssize_t d = 0
-    cdef int i, r
+    cdef Soon soon
+    cdef int r
     for r in range(ROWS):
         acc[r] = vset1(<real> 0.0)
-    while d + LANES <= dims:
-        if ahead_item and d * ahead_item % 64 == 0:
-            for i in range(LANES):
-                prefetch(ahead + i * ahead_stride + d * ahead_item)
-        vload_square(columns, weight + d, w_stride)
-        for i in range(LANES):
-            for r in range(ROWS):
-                acc[r] = vfma(columns[i], vset1(x[r * x_stride + d + i]), acc[r])
-        d += LANES
-    while d < dims:
-        for i in range(LANES):
-            lanes[i] = weight[i * w_stride + d]
-        columns[0] = vload(lanes)
-        for r in range(ROWS):
-            acc[r] = vfma(columns[0], vset1(x[r * x_stride + d]), acc[r])
-        d += 1
+    soon.lines, soon.step, soon.item, soon.pitch = ahead, ahead_stride, ahead_item, ahead_item
+    soon.bytes = dims * ahead_item
+    multiply_columns(F64 if IS_DOUBLE else F32, ROWS, 1, acc, <const char*> weight, w_stride * sizeof(real), x, dims,
+                     &soon)
     for r in range(ROWS):
         vstore(tile + r * LANES, vload(tile + r * LANES) + acc[r])
 
@@ -117,7 +103,7 @@ cdef struct Linear:
     Py_ssize_t in_features, out_features
     Py_ssize_t block, first_row     # rows of x at a time; the first of those that are worked on
     bint w_in_place                 # W is read where it lies: rows of adjacent reals
-    real* packed                    # x of the block: [panel][in_features][width], few rows: [row][in_features]
+    real* packed                    # x of the block: [panel][in_features][width], few rows: [in_features][row]
     Taken* taken                    # one per thread, of the block's tasks
     Call* call
 
@@ -161,10 +147,12 @@ cdef void pack_dims(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssi
     cdef LinearWorkspace b
     carve_linear(&b, scratch, l)
     if few_rows(rows):
-        for r in range(padded_rows(rows)):
-            load_row(packed + r * l.in_features + first,
-                     row_number(l, &l.x, first_row + min(r, rows - 1)) + first * l.x.stride[3], l.x.stride[3], dims,
-                     l.x.kind)
+        width = padded_rows(rows)
+        for r in range(width):
+            load_row(b.rows, row_number(l, &l.x, first_row + min(r, rows - 1)) + first * l.x.stride[3], l.x.stride[3],
+                     dims, l.x.kind)
+            for n in range(dims):
+                packed[(first + n) * width + r] = b.rows[n]
         return
     while vectors > 0:
         width = panel_vectors(PANEL_VECTORS, vectors) * LANES
@@ -223,14 +211,14 @@ cdef void few_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t fir
                          l.weight.kind)
             memset(b.weight + n * W_STRIDE, 0, (LANES - n) * W_STRIDE * sizeof(real))
         if padded == 1:
-            linear_columns(1, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+            linear_columns(1, tile, x, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
         elif padded == 2:
-            linear_columns(2, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+            linear_columns(2, tile, x, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
         elif padded == 4:
-            linear_columns(4, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+            linear_columns(4, tile, x, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
         else:
-            linear_columns(8, tile, x, l.in_features, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
-        x += dims
+            linear_columns(8, tile, x, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+        x += dims * padded
         weight += dims * l.weight.stride[3]
         first += dims
     for r in range(rows):

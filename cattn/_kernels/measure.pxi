@@ -88,8 +88,7 @@ def edges():
     """{what: its size}, of all that loops and blocks begin and end by: tests take shapes on both sides of them."""
     return {
         "lanes": LANES, "tile_rows": ATTEND_ROWS, "block_rows": MAX_ROWS, "decode_rows": MAX_DECODE_ROWS,
-        "decode_keys": DECODE_KEYS, "prefill_keys": keys_per_block(1, 1),
-        "wide_prefill_keys": keys_per_block(NARROW_DIMS + 1, 1), "decode_split": DECODE_SPLIT,
-        "prefill_split": PREFILL_SPLIT, "narrow_dims": NARROW_DIMS, "dims_at_once": DIMS_AT_ONCE,
+        "block_keys": keys_per_block(1, 1), "wide_block_keys": keys_per_block(NARROW_DIMS + 1, 1),
+        "split_keys": SPLIT_KEYS, "narrow_dims": NARROW_DIMS, "dims_at_once": DIMS_AT_ONCE,
         "features": FEATURES, "block_dims": BLOCK_DIMS, "table_rows": STEPS, "table_columns": 2 * STRIP,
     }

@@ -25,6 +25,17 @@ cdef void locate(const Problem* p, Workspace* w, Task* task, char* scratch, Py_s
     w.again = False
 
 
+cdef inline void expect(const Problem* p, Task* task, Py_ssize_t number, Py_ssize_t split) noexcept nogil:
+    """task (OUT): the thread probably goes on with this split of task `number`. Where a window begins, only its rows
+    know."""
+    cdef Task following
+    if not p.decode_width or p.window_left >= 0 or number >= p.batch_size * p.num_kv_heads * p.num_blocks:
+        return
+    locate_task(p, number, &following)
+    task.next_batch, task.next_kv_head, task.next_low = following.batch, following.kv_head, split * p.split_kv
+    task.next_n = min(p.block_kv, p.seq_len_kv - task.next_low)
+
+
 cdef void pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
     if p.decode_width:
         decode_pack(p, w, task)
@@ -87,6 +98,8 @@ cdef void do_task(const Problem* p, Py_ssize_t number, char* scratch) noexcept n
     cdef Workspace w
     cdef Task task
     locate(p, &w, &task, scratch, number)
+    # Where tasks take equally long, a thread gets every num_threads-th.
+    expect(p, &task, number + p.call.num_threads, 0)
     pack(p, &w, &task)
     # Twice for the rare block with a row whose values overflow: see store_result.
     if do_splits(p, &w, &task):
@@ -156,7 +169,7 @@ cdef void do_part(const Problem* p, Parts* parts, Py_ssize_t number, char* scrat
     cdef Workspace w
     cdef Task task
     cdef State state
-    cdef Py_ssize_t of_task = 0
+    cdef Py_ssize_t of_task = 0, next_task, following = number + p.call.num_threads
     while number - atomic_read(&parts.merged) >= parts.slots:
         if stopped_by_signal(p.call):
             return
@@ -164,6 +177,11 @@ cdef void do_part(const Problem* p, Parts* parts, Py_ssize_t number, char* scrat
     while number >= parts.first[of_task + 1]:
         of_task += 1
     locate(p, &w, &task, scratch, of_task)
+    if following < p.call.num_tasks:
+        next_task = of_task
+        while following >= parts.first[next_task + 1]:
+            next_task += 1
+        expect(p, &task, next_task, following - parts.first[next_task])
     pack(p, &w, &task)
     place_state(&state, parts.states + number % parts.slots * state_size(p), p)
     do_split(p, &w, &task, &state, first_split(p, &task) + number - parts.first[of_task])

@@ -1,23 +1,29 @@
 # Attention of few query rows (a decoding step: one row for each head that shares the key head) against long K and V.
-# Each number of K and V is used for a few FMAs only, so the limit is how fast they arrive; *dimensions are in the SIMD
-# lanes*, which takes rows of K and V as they lie, also in 16 bits, and one pass over them serves all rows.
+# Each number of K and V is used for a few FMAs only, so the limit is how fast they arrive: rows of K and V are taken as
+# they lie, also in 16 bits, and one pass over them serves all rows. *Keys are in the SIMD lanes* for scores, dimensions
+# for values.
 #
 #     for each (batch, key head), each split of the keys
 #         for each block of keys
-#             for KEYS keys at a time, KEYS x rows = LANES accumulators
-#                 scores      S[key][row] = sum over dims of K vectors x q vectors; prefetch these keys' rows of V
-#             modify, softmax as in prefill, on S as one run of vectors (lane l belongs to row l % rows)
+#             for LANES keys at a time, GROUPS of them
+#                 scores      S[row][keys] += K transposed in registers x q broadcast; prefetch these keys' rows of V
+#             modify, softmax as in prefill, on S[key][row] as one run of vectors (lane l belongs to row l % rows)
 #             for a few vectors of dims at a time
 #                 accumulate  O[row][dims] += P[key][row] broadcast x V vectors; prefetch the next block's rows of K
 #     merge the splits in order; out = O / row_sum
 #
-# The prefetches are worth 1.6 to 2.3 x (Zen 4): the hardware's own streams stop at each page and each new array.
-# Exactness: as prefill; a dot product is LANES partial sums, so it is a little more exact, and its bits are not those
-# of the same row in prefill. Which kernel a call takes depends on rows per key head alone.
+# Every dot product, sum and reference is what prefill makes it, in the same order, on the same grid of keys: a row has
+# the same bits in either kernel, and how many stand beside it decides only how fast it is done. Sums over dims in the
+# lanes would need no transposition, and have other bits: one row of float32 in cache takes 0.85 to 0.95 of the time
+# then, of float16 0.65 to 0.85, from memory 0.95 to 1 and 0.85 to 1; from 4 rows on they are slower (Emerald Rapids,
+# AVX-512 and AVX2).
+#
+# The prefetches are worth 1.6 to 2.3 x (Zen 4): the hardware's own streams stop at each page and each new array. Both
+# loops need them: with half of V's asked for a block ahead, among K's, decoding from memory takes 1.1 to 1.2 times as
+# long, with half of K's among V's 1.05 to 1.1; every second line alone, 1.15 to 1.3 times (Emerald Rapids).
 
 cdef enum:
     MAX_DECODE_ROWS = 8     # more rows need the arithmetic that prefill has
-    DECODE_KEYS = 64        # a block: K and V blocks of 32 KB each at head_dim 128 stay in L2 between their two uses
 
 
 # KIND and WIDTH are constants wherever these functions are inlined: there are 3 kinds of rows (real, float16, bfloat16)
@@ -32,63 +38,81 @@ cdef inline vf load_kv(const int KIND, const char* row, Py_ssize_t d) noexcept n
     return vload(<const real*> row + d)
 
 
-cdef inline void decode_scores(const int KIND, const int WIDTH, real* scores, const real* q, Py_ssize_t dims,
-                               const Block* b, Py_ssize_t head_dim_v) noexcept nogil:
-    """scores[key][WIDTH] (OUT) for the block's keys, rounded up to whole groups by repeating the last; dims: a multiple
-    of LANES. These keys' rows of V are prefetched on the way, a line at a time: in a burst they would fill the queue of
-    misses."""
-    cdef vf acc[MAX_LANES]
-    cdef vf k_d
-    cdef const char* row[MAX_LANES]
-    cdef const char* v_ahead[MAX_LANES]
-    cdef Py_ssize_t size = size_of(<Kind> KIND)
-    cdef Py_ssize_t n = b.n, v_row = head_dim_v * size, j = 0, d, ahead
-    cdef int key, r, step
-    cdef int KEYS = LANES // WIDTH
-    # KEYS * WIDTH accumulators, one a (key, row), that add up dimensions in their lanes. q comes from L1 each time:
-    # with 8 rows and vectors of 8 that is 9 loads for 8 FMAs, which holds such calls to half the read bandwidth.
-    while j < n:
-        for r in range(LANES):
-            acc[r] = vset1(<real> 0.0)
-        for key in range(KEYS):
-            row[key] = b.k + min(j + key, n - 1) * b.k_step
-            v_ahead[key] = b.v + min(j + key, n - 1) * b.v_step
-        d = 0
-        while d < dims:
-            ahead = d * size
-            if ahead % 64 == 0 and ahead < v_row:
-                for key in range(KEYS):
-                    prefetch(v_ahead[key] + ahead)
-            for key in range(KEYS):
-                k_d = load_kv(KIND, row[key], d)
-                for r in range(WIDTH):
-                    acc[key * WIDTH + r] = vfma(k_d, vload(q + r * dims + d), acc[key * WIDTH + r])
-            d += LANES
-        vtranspose(acc)  # then the sums of the accumulators' lanes are sums of whole vectors
-        step = LANES // 2
-        while step:
-            for r in range(step):
-                acc[r] = acc[r] + acc[r + step]
-            step //= 2
-        vstore(scores + j * WIDTH, acc[0])
-        ahead = dims * size
-        while ahead < v_row:     # V is wider than K
-            for key in range(KEYS):
-                prefetch(v_ahead[key] + ahead)
-            ahead += 64
-        j += KEYS
+cdef inline void decode_group(const int KIND, const int WIDTH, const int GROUPS, real* scores, const real* q,
+                              Py_ssize_t dims, const char* k, Py_ssize_t k_step, const char* v, Py_ssize_t v_step,
+                              Py_ssize_t v_row) noexcept nogil:
+    """scores[key][WIDTH] (OUT) of GROUPS x LANES keys at k; dims: a multiple of LANES. These keys' rows of V, of v_row
+    bytes, are prefetched on the way; in the order in which they lie, where no gaps are between them: 2 to 3 % faster
+    than one line of each at a time (Emerald Rapids)."""
+    cdef vf acc[8]
+    cdef vf before[8]
+    cdef Py_ssize_t d = 0, n, size = size_of(<Kind> KIND)
+    cdef bint no_gaps = v_step == v_row
+    cdef Py_ssize_t line = 64 * GROUPS * LANES if no_gaps else 64   # from a step's first line to the next step's
+    cdef Soon soon
+    cdef int i, key
+    soon.item, soon.step, soon.pitch = size, 64 if no_gaps else v_step, line // (64 // size)
+    while True:
+        n = min(dims - d, <Py_ssize_t> DIMS_AT_ONCE)
+        for i in range(GROUPS * WIDTH):
+            acc[i] = vset1(<real> 0.0)
+        soon.lines, soon.bytes = v + d // (64 // size) * line, v_row - d * size
+        multiply_columns(KIND, WIDTH, GROUPS, acc, k + d * size, k_step, q + d * WIDTH, n, &soon)
+        if d:
+            for i in range(GROUPS * WIDTH):
+                acc[i] = acc[i] + before[i]
+        d += n
+        if d == dims:
+            break
+        for i in range(GROUPS * WIDTH):
+            before[i] = acc[i]
+    for i in range(GROUPS):
+        vweave(acc + i * WIDTH, WIDTH)
+    for i in range(GROUPS * WIDTH):
+        vstore(scores + i * LANES, acc[i])
+    d //= 64 // size
+    while d * 64 < v_row:   # V is wider than K
+        for key in range(GROUPS * LANES):
+            prefetch(v + d * line + key * soon.step)
+        d += 1
+
+
+cdef inline void decode_scores(const int KIND, const int WIDTH, const Problem* p, const Workspace* w,
+                               const Block* b) noexcept nogil:
+    """w.scores[key][WIDTH] (OUT) for the block's keys."""
+    # Accumulators, each one chain of FMAs: 4, or 1 with AVX-512, whose squares take 16 numbers of each key as long as
+    # their FMAs do. With 4, that is 5 to 15 % slower, with 2, AVX2 up to 17 % (Emerald Rapids).
+    cdef int GROUPS = max(1, (1 if VECTOR_BYTES == 64 else 4) // WIDTH)
+    cdef Py_ssize_t j = 0, i, row = p.q_stride * size_of(<Kind> KIND), v_row = p.head_dim_v * size_of(<Kind> KIND)
+    cdef Py_ssize_t k_step = b.k_step
+    cdef const char* k
+    cdef char* copy = <char*> w.rows
+    while GROUPS > 1 and j + GROUPS * LANES <= b.n:
+        decode_group(KIND, WIDTH, GROUPS, w.scores + j * WIDTH, w.queries, p.q_stride, b.k + j * b.k_step, b.k_step,
+                     b.v + j * b.v_step, b.v_step, v_row)
+        j += GROUPS * LANES
+    while j < b.n:
+        k = b.k + j * b.k_step
+        if j + LANES > b.n:     # behind the rest, there may be no memory
+            for i in range(LANES):
+                memcpy(copy + i * row, b.k + min(j + i, b.n - 1) * b.k_step, row)
+            k, k_step, v_row = copy, row, 0
+        decode_group(KIND, WIDTH, 1, w.scores + j * WIDTH, w.queries, p.q_stride, k, k_step, b.v + j * b.v_step,
+                     b.v_step, v_row)
+        j += LANES
 
 
 cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS, real* acc, Py_ssize_t acc_stride,
                              const real* probs, const char* v, Py_ssize_t v_bytes, Py_ssize_t d, Py_ssize_t n,
-                             const char* next_k, Py_ssize_t k_bytes, Py_ssize_t next_n) noexcept nogil:
+                             const char* next_k, Py_ssize_t k_bytes, Py_ssize_t next_n, vf* sums) noexcept nogil:
     """acc[WIDTH][VECTORS] (IN/OUT) at dimension d += n keys' probabilities times V. The same dimensions of the next_n
-    rows at next_k are prefetched on the way."""
+    rows at next_k are prefetched on the way. d = 0: sums[0] (OUT), in lane r < WIDTH, the sum of row r's probabilities,
+    at next to no cost where the FMAs wait for V."""
     cdef Py_ssize_t size = size_of(<Kind> KIND)
     cdef int LINES = <int> ceil_div(VECTORS * LANES * size, 64)
     cdef vf tile[16]
     cdef vf v_d[8]
-    cdef vf prob
+    cdef vf prob, sum = vset1(<real> 0.0)
     cdef Py_ssize_t j
     cdef int r, c
     for r in range(WIDTH * VECTORS):
@@ -97,44 +121,51 @@ cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS,
         if j < next_n and d * size % 64 == 0:
             for c in range(LINES):
                 prefetch(next_k + j * k_bytes + d * size + 64 * c)
+        if d == 0:
+            sum = sum + vload(probs + j * WIDTH)
         for c in range(VECTORS):
             v_d[c] = load_kv(KIND, v + j * v_bytes, d + c * LANES)
         for r in range(WIDTH):
             prob = vset1(probs[j * WIDTH + r])
             for c in range(VECTORS):
                 tile[r * VECTORS + c] = vfma(prob, v_d[c], tile[r * VECTORS + c])
+    if d == 0:
+        sums[0] = sum
     for r in range(WIDTH):
         for c in range(VECTORS):
             vstore(acc + r * acc_stride + d + c * LANES,
                    vload(acc + r * acc_stride + d + c * LANES) + tile[r * VECTORS + c])
 
 
-cdef inline void decode_values(const int KIND, const int WIDTH, real* acc, Py_ssize_t dims, const real* probs,
-                               const char* v, Py_ssize_t v_bytes, Py_ssize_t n, const char* next_k,
-                               Py_ssize_t k_bytes, Py_ssize_t next_n) noexcept nogil:
-    """acc[WIDTH][dims] (IN/OUT) over n keys; next_k: the next_n rows of K to prefetch."""
+cdef inline vf decode_values(const int KIND, const int WIDTH, real* acc, Py_ssize_t dims, const real* probs,
+                             const char* v, Py_ssize_t v_bytes, Py_ssize_t n, const char* next_k, Py_ssize_t k_bytes,
+                             Py_ssize_t next_n) noexcept nogil:
+    """acc[WIDTH][dims] (IN/OUT) over n keys; next_k: the next_n rows of K to prefetch. Returns the sums of
+    probabilities: lane r < WIDTH is row r's."""
     # 8 accumulators, or 16 for 4 and 8 rows where there are 32 registers: with 4 for one row, decoding was 15 % slower.
     # The block's rows of V are in cache by now, so that going over them several times costs little. What is left is
     # done by half as many, not one by one, where each FMA waits for the one before: one row of head_dim 64 takes 0.90
     # of the time with AVX-512, one of 32 0.82 with AVX2 (Emerald Rapids, keys in cache).
     cdef int VECTORS = 8 if WIDTH == 1 else min(4, max(1, REGISTERS // 2 // WIDTH))
     cdef Py_ssize_t d = 0
+    cdef vf sums = vset1(<real> 0.0)
     while VECTORS == 8 and d + 8 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 8, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n)
+        decode_dims(KIND, WIDTH, 8, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n, &sums)
         d += 8 * LANES
     while VECTORS >= 4 and d + 4 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 4, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n)
+        decode_dims(KIND, WIDTH, 4, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n, &sums)
         d += 4 * LANES
     while VECTORS >= 2 and d + 2 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 2, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n)
+        decode_dims(KIND, WIDTH, 2, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n, &sums)
         d += 2 * LANES
     while d < dims:
-        decode_dims(KIND, WIDTH, 1, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n)
+        decode_dims(KIND, WIDTH, 1, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n, &sums)
         d += LANES
+    return sums
 
 
 cdef inline vf spread_max(vf x, int width) noexcept nogil:
-    """In each lane, the largest of the lanes that belong to the same row: once a block of 64 keys, so by scalars."""
+    """In each lane, the largest of the lanes that belong to the same row: once a block of keys, so by scalars."""
     cdef real lanes[MAX_LANES]
     cdef int i
     vstore(lanes, x)
@@ -145,11 +176,22 @@ cdef inline vf spread_max(vf x, int width) noexcept nogil:
     return vload(lanes)
 
 
+cdef inline vf each_row(vf x, int width) noexcept nogil:
+    """In each lane, what lane % width has."""
+    cdef real lanes[MAX_LANES]
+    cdef int i
+    vstore(lanes, x)
+    for i in range(width, LANES):
+        lanes[i] = lanes[i - width]
+    return vload(lanes)
+
+
 cdef void decode_softmax(const Workspace* w, const State* state, real unit, int width, Py_ssize_t vectors,
                          Py_ssize_t dims) noexcept nogil:
-    """w.scores (IN/OUT): whole vectors of scores become probabilities; the state follows, as in update_reference."""
-    cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
-    cdef vf reference = vload(state.reference), slack = vset1(<real> SLACK), moved, factor, prob
+    """w.scores (IN/OUT): whole vectors of scores become probabilities; the state follows, but for the sums of these, as
+    in update_reference."""
+    cdef vf largest = vset1(<real> -INFINITY)
+    cdef vf reference = vload(state.reference), slack = vset1(<real> SLACK), moved, factor
     cdef real factors[MAX_LANES]
     cdef real* acc = state.acc
     cdef real* scores = w.scores
@@ -168,25 +210,30 @@ cdef void decode_softmax(const Workspace* w, const State* state, real unit, int 
             for d in range(dims):
                 acc[i * dims + d] *= factors[i]
     for i in range(vectors):
-        prob = vexp2((vload(scores + i * LANES) - reference) * unit)
-        total = total + prob
-        vstore(scores + i * LANES, prob)
-    vstore(state.row_sum, vload(state.row_sum) + total)
+        vstore(scores + i * LANES, vexp2((vload(scores + i * LANES) - reference) * unit))
 
 
-cdef void accumulate_finite(const Problem* p, const Workspace* w, const State* state, Py_ssize_t n) noexcept nogil:
+cdef vf sum_probs(const real* probs, int width, Py_ssize_t n) noexcept nogil:
+    """In lane r < width, the sum of row r's probabilities."""
+    cdef vf sum = vset1(<real> 0.0)
+    cdef Py_ssize_t j
+    for j in range(n):
+        sum = sum + vload(probs + j * width)
+    return sum
+
+
+cdef vf accumulate_finite(const Problem* p, const Workspace* w, const State* state, Py_ssize_t n) noexcept nogil:
     """decode_values of n rows of w.v_finite: seldom, and so not inlined in each loop over blocks, where it took the
     compiler an eighth of its time for a module."""
     cdef const char* v = <const char*> w.v_finite
     cdef Py_ssize_t v_bytes = p.v_stride * sizeof(real)
     if p.decode_width == 1:
-        decode_values(F64 if IS_DOUBLE else F32, 1, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
-    elif p.decode_width == 2:
-        decode_values(F64 if IS_DOUBLE else F32, 2, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
-    elif p.decode_width == 4:
-        decode_values(F64 if IS_DOUBLE else F32, 4, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
-    else:
-        decode_values(F64 if IS_DOUBLE else F32, 8, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
+        return decode_values(F64 if IS_DOUBLE else F32, 1, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
+    if p.decode_width == 2:
+        return decode_values(F64 if IS_DOUBLE else F32, 2, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
+    if p.decode_width == 4:
+        return decode_values(F64 if IS_DOUBLE else F32, 4, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
+    return decode_values(F64 if IS_DOUBLE else F32, 8, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
 
 
 cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p, const Workspace* w, const Task* task,
@@ -196,6 +243,8 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
     cdef const real* v_rows
     cdef Block b
     cdef Tile t
+    cdef vf sums = vset1(<real> 0.0), of_values
+    cdef bint are_modified, is_finite
     t.scores, t.width, t.lanes, t.batch = w.scores, WIDTH, w.lanes, task.batch
     # Keys [all_low, all_high) are seen by all rows. Outside, a tile is limited: some row must not see some key.
     for i in range(WIDTH):
@@ -203,7 +252,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
         all_high = min(all_high, w.lanes[i].high)
     before_block(&b, low)
     while next_block(p, w, task, high, &b):
-        decode_scores(KIND, WIDTH, w.scores, w.queries, p.q_stride, &b, p.head_dim_v)
+        decode_scores(KIND, WIDTH, p, w, &b)
         t.key_start, t.n = b.key_start, b.n
         t.limited = b.key_start < all_low or b.key_start + b.n > all_high
         modify_tile(p, w, &t)
@@ -214,22 +263,30 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
             w.scores[i] = <real> -INFINITY
             i += 1
         decode_softmax(w, state, p.unit, WIDTH, i // LANES, p.v_stride)
-        modify_probs(p, w, &t)
+        are_modified = p.dropout or w.again
+        if are_modified:
+            sums = sum_probs(w.scores, WIDTH, b.n)
+            modify_probs(p, w, &t)
+        # NaN and infinities behind a mask must not leak: see make_finite
+        v_rows, is_finite = NULL, True
         if t.limited or p.mask.data != NULL:
-            # NaN and infinities behind a mask must not leak: see make_finite
             v_rows = values_of(p, w, task, &b, &v_stride)
-            if make_finite(w.v_finite, p.v_stride, v_rows, v_stride, b.n, p.head_dim_v):
-                accumulate_finite(p, w, state, b.n)
-                repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride)
-                continue
-        decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, b.v, b.v_step, b.n, b.next_k, b.k_step, b.next_n)
+            is_finite = not make_finite(w.v_finite, p.v_stride, v_rows, v_stride, b.n, p.head_dim_v)
+        if is_finite:
+            of_values = decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, b.v, b.v_step, b.n, b.next_k,
+                                      b.k_step, b.next_n)
+        else:
+            of_values = accumulate_finite(p, w, state, b.n)
+            repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride)
+        vstore(state.row_sum, vload(state.row_sum) + each_row(sums if are_modified else of_values, WIDTH))
 
 
 cdef bint decode_reads_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
     """Whole vectors of adjacent numbers, which 16-bit loads take at any alignment."""
     if dim % LANES:
         return False
-    return rows_are_real(t) or (not IS_DOUBLE and (t.kind == F16 or t.kind == BF16) and t.stride[3] == 2)
+    return rows_are_real(t) or (
+        not IS_DOUBLE and dim >= 2 * LANES and (t.kind == F16 or t.kind == BF16) and t.stride[3] == 2)
 
 
 cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
@@ -256,16 +313,15 @@ cdef inline void decode_kind(const int KIND, const Problem* p, const Workspace* 
 
 
 cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
-    """w.queries (OUT)[row][q_stride] = sign * q, dimensions padded with 0."""
+    """w.queries (OUT)[dim][row] = sign * q, dimensions padded with 0."""
     cdef Py_ssize_t i, d
-    cdef real* row
     for i in range(p.decode_width):
-        row = w.queries + i * p.q_stride
-        load_row(row, row_of(&p.q, task.batch, w.lanes[i].head, w.lanes[i].query), p.q.stride[3], p.head_dim, p.q.kind)
+        load_row(w.rows, row_of(&p.q, task.batch, w.lanes[i].head, w.lanes[i].query), p.q.stride[3], p.head_dim,
+                 p.q.kind)
         for d in range(p.head_dim):
-            row[d] *= p.sign
+            w.queries[d * p.decode_width + i] = w.rows[d] * p.sign
         for d in range(p.head_dim, p.q_stride):
-            row[d] = 0.0
+            w.queries[d * p.decode_width + i] = 0.0
 
 
 cdef void decode_merge(const Problem* p, State* total, State* lost, const State* part) noexcept nogil:
@@ -292,11 +348,7 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
     cdef real row_sum, inverse
     cdef real* row
     for i in range(task.num_rows):
-        row_sum = 0.0
-        lane = i    # the parts of this row's sum are in every decode_width-th lane
-        while lane < LANES:
-            row_sum += state.row_sum[lane]
-            lane += p.decode_width
+        row_sum = state.row_sum[i]
         # no key seen: 0 / 0 is 0 here
         inverse = 1 / (row_sum + sink_term(p, w.lanes[i], state.reference[i])) if row_sum != 0 else <real> 0.0
         finish_row(p, task.batch, w.lanes[i], state.reference[i], row_sum, inverse)

@@ -31,13 +31,14 @@ cdef void copy_rows(real* copy, const Tensor* t, Py_ssize_t batch, Py_ssize_t he
 
 cdef inline void before_block(Block* b, Py_ssize_t low) noexcept nogil:
     """b (OUT): next_block's next one starts at `low`."""
-    b.key_start, b.n = low, 0
+    b.key_start, b.n, b.next_k = low, 0, NULL
 
 
 cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* task, Py_ssize_t high,
                             Block* b) noexcept nogil:
     """b (IN: the block before; OUT): the next keys below `high`, on a grid that starts at key 0, where they lie or in
     w.k_rows and w.v_rows. False: there are none, or the call is to end."""
+    cdef Py_ssize_t next_key
     b.key_start += b.n
     if b.key_start >= high or stopped_by_signal(p.call):
         return False
@@ -45,7 +46,12 @@ cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* ta
     b.kind, b.next_n = p.block_kind, 0
     if p.k_in_place:
         b.k, b.k_step = row_of(&p.k, task.batch, task.kv_head, b.key_start), p.k.stride[2]
-        b.next_k, b.next_n = b.k + b.n * b.k_step, min(p.block_kv, high - b.key_start - b.n)
+        next_key = b.key_start + b.n
+        if next_key < (task.high if p.parts == NULL else high):
+            b.next_k, b.next_n = b.k + b.n * b.k_step, min(p.block_kv, task.high - next_key)
+        else:
+            b.next_k = row_of(&p.k, task.next_batch, task.next_kv_head, task.next_low)
+            b.next_n = task.next_n
     else:
         copy_rows(w.k_rows, &p.k, task.batch, task.kv_head, b.key_start, b.n, p.head_dim, p.k_stride)
         b.k, b.k_step = <const char*> w.k_rows, p.k_stride * sizeof(real)

@@ -10,8 +10,7 @@ cdef enum:
     # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower
     # than 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
     MAX_BLOCK = 65536
-    DECODE_SPLIT = 1024        # keys: 512 to 4096 measured within 4 %
-    PREFILL_SPLIT = 4096       # keys: a merge is one more pass over acc
+    SPLIT_KEYS = 1024          # 512 to 4096 measured within 4 %
 
 cdef struct Parts   # attend.pxi
 
@@ -59,13 +58,13 @@ cdef struct State:                  # of the softmax of a block of rows, over th
     # In the unit of what leaves the modifiers. [block_rows], decode: [LANES], row r in each lane l with
     # l % decode_width == r
     real* reference
-    real* row_sum                   # likewise; decode: the lanes of a row hold parts of its sum
+    real* row_sum                   # likewise
     real* acc                       # [panel][head_dim_v][width], decode: [row][v_stride]
 
 cdef struct Workspace:              # one per thread, SCRATCH
     State total, part
     State lost                      # what rounding has taken from the sums of total, see merge_vector; no reference
-    real* queries                   # [panel][head_dim][width], decode: [row][q_stride]; times p.sign
+    real* queries                   # [panel][head_dim][width], decode: [q_stride][row]; times p.sign
     real* scores                    # [block_kv][width]
     real* next_scores               # likewise, for prefill
     real* k_rows                    # [block_kv][k_stride]; unless K is read in place
@@ -90,7 +89,7 @@ cdef struct Block:                  # some consecutive keys of a head, see next_
     const char* v                   # likewise
     Py_ssize_t k_step, v_step
     Kind kind                       # of these numbers
-    const char* next_k              # rows of K, as far apart, that are read next
+    const char* next_k              # rows of K, as far apart, that are probably read next
     Py_ssize_t next_n
 
 cdef struct Tile:                   # a panel of query rows against some keys of a block
@@ -108,6 +107,8 @@ cdef struct Task:
     Py_ssize_t head, query          # of the first row
     Py_ssize_t num_rows             # query rows in this block
     Py_ssize_t low, high            # keys [low, high) are seen by some row
+    # From which key on the thread probably goes on after these; next_n: with how many, 0 where nobody knows
+    Py_ssize_t next_batch, next_kv_head, next_low, next_n
 
 
 cdef inline Py_ssize_t state_size(const Problem* p) noexcept nogil:
@@ -177,13 +178,13 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
     p.decode_width = 0
     p.same_keys = p.window_left < 0 and p.window_right < 0
+    p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), SPLIT_KEYS
     p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL
     if rows <= min(MAX_DECODE_ROWS, LANES):
         p.decode_width = 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
         p.q_stride = round_up(p.head_dim, LANES)
         p.v_stride = round_up(p.head_dim_v, LANES)
         p.k_stride = p.q_stride
-        p.block_kv, p.split_kv = DECODE_KEYS, DECODE_SPLIT
         p.num_blocks, p.block_rows = 1, p.decode_width
         # Both in place or both copied, since one loop reads one kind of rows.
         p.k_in_place = decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
@@ -192,7 +193,6 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
     else:
         p.q_stride, p.v_stride = p.head_dim, p.head_dim_v
         # Halve the blocks until every thread has a few. Smaller blocks read K and V more often, from L2 or L3.
-        p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), PREFILL_SPLIT
         if size * LANES * widest > MAX_BLOCK:
             size = max(1, MAX_BLOCK // (LANES * widest) // ATTEND_VECTORS) * ATTEND_VECTORS
         while (num_threads > 1 and size // 2 >= MIN_BLOCK

@@ -74,12 +74,13 @@ typedef lane_int vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef lane_bits vu __attribute__((vector_size(VECTOR_BYTES))); /* where sums may wrap */
 typedef int8_t vb __attribute__((vector_size(VECTOR_BYTES)));
 typedef int8_t vb_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
-typedef real vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef real vf_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
 
 /* Into L2. On Zen 4, fetches into L1 wait for its 24 buffers of misses: half the bandwidth of memory. */
 SIMD void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 /* p as it is, whose origin the compiler does not know: what lies around it is addressed by p and a constant. */
 SIMD const real *in_register(const real *p) { __asm__("" : "+r"(p)); return p; }
+SIMD const char *byte_in_register(const char *p) { __asm__("" : "+r"(p)); return p; }
 SIMD vf vload(const real *p) { return *(const vf_unaligned *)p; }
 SIMD void vstore(real *p, vf x) { *(vf_unaligned *)p = x; }
 SIMD vf vset1(real x) { return x - (vf){0}; }        /* x - 0, not x + 0: keeps the sign of a zero */
@@ -253,31 +254,44 @@ SIMD void vtranspose(vf *r) {
     TRANSPOSE_ROUND(1)
 }
 
-/* 16 bytes at p, then 16 of each QUAD-th row from there on: a vector. */
 #define QUAD (16 / (int)sizeof(real))
-SIMD vf vload_quads(const real *p, intptr_t stride) {
+/* two[0] (OUT) = 16 bytes at p, p + step, ...: a vector; with AVX-512, two[1] the next 16 bytes of each. */
 #if defined(__AVX512F__)
-    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps((const float *)p));
-    x = _mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + QUAD * stride)), 1);
-    x = _mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + 2 * QUAD * stride)), 2);
-    return (vf)_mm512_insertf32x4(x, _mm_loadu_ps((const float *)(p + 3 * QUAD * stride)), 3);
-#elif defined(__AVX2__)
-    __m256 x = _mm256_castps128_ps256(_mm_loadu_ps((const float *)p));
-    return (vf)_mm256_insertf128_ps(x, _mm_loadu_ps((const float *)(p + QUAD * stride)), 1);
+#define QUADS_AT_ONCE 2
+SIMD __m512 vload_halves(const char *low, const char *high) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps((const float *)low)),
+                              _mm256_loadu_ps((const float *)high), 1);
+}
+SIMD void vload_quads(vf *two, const char *p, intptr_t step) {
+    __m512 first = vload_halves(p, p + step), last = vload_halves(p + 2 * step, p + 3 * step);
+    two[0] = (vf)_mm512_shuffle_f32x4(first, last, 0x88);
+    two[1] = (vf)_mm512_shuffle_f32x4(first, last, 0xdd);
+}
 #else
-    (void)stride;
-    return vload(p);
+#define QUADS_AT_ONCE 1
+SIMD void vload_quads(vf *two, const char *p, intptr_t step) {
+#if defined(__AVX2__)
+    __m256 x = _mm256_castps128_ps256(_mm_loadu_ps((const float *)p));
+    two[0] = (vf)_mm256_insertf128_ps(x, _mm_loadu_ps((const float *)(p + step)), 1);
+#else
+    (void)step;
+    two[0] = vload((const real *)p);
 #endif
 }
+#endif
 /* Of the first and of the second half (s: 0, 1) of each 16 bytes of a and b: lanes in turns, or pairs of lanes. */
 #define TURNS(e, s) ((e) / QUAD * QUAD + (s) * (QUAD / 2) + (e) % QUAD / 2 + (e) % 2 * LANE_COUNT)
 #define PAIRS(e, s) ((e) / QUAD * QUAD + (s) * (QUAD / 2) + (e) % 2 + (e) % QUAD / 2 * LANE_COUNT)
-/* columns[c][r] (OUT) = p[r * stride + c], a LANES x LANES square. Gathered by 16 bytes from memory, so that what is left
- * to shuffle stays within 16 bytes: half the shuffles of vtranspose. Rows are read whole one after the other: powers of
- * two apart, they share a set of L1. */
-SIMD void vload_square(vf *columns, const real *p, intptr_t stride) {
-    for (int i = 0; i < QUAD; i++)
-        for (int q = 0; q < LANE_COUNT; q += QUAD) columns[q + i] = vload_quads(p + i * stride + q, stride);
+/* columns[c][r] (OUT) = number c of the row at p + r * step, a LANES x LANES square, at any alignment. Gathered by 16
+ * bytes from memory, so that what is left to shuffle stays within 16 bytes: half the shuffles of vtranspose. Rows are
+ * read whole one after the other: powers of two apart, they share a set of L1. */
+SIMD void vload_square(vf *columns, const char *p, intptr_t step) {
+    for (int i = 0; i < QUAD; i++, p = byte_in_register(p + step))
+        for (int q = 0; q < LANE_COUNT; q += QUADS_AT_ONCE * QUAD) {
+            vf two[2];
+            vload_quads(two, p + q * (int)sizeof(real), QUAD * step);
+            for (int t = 0; t < QUADS_AT_ONCE; t++) columns[q + t * QUAD + i] = two[t];
+        }
     for (int q = 0; q < LANE_COUNT; q += QUAD) {
         vf *z = columns + q;
         vf low = SHUFFLE(z[0], z[1], EACH(TURNS, 0)), high = SHUFFLE(z[0], z[1], EACH(TURNS, 1));
@@ -292,6 +306,19 @@ SIMD void vload_square(vf *columns, const real *p, intptr_t stride) {
         z[3] = SHUFFLE(high, high2, EACH(PAIRS, 1));
 #endif
     }
+}
+
+/* r[0..n) (IN/OUT), as many vectors, become one run of numbers in which those of the n vectors take turns; n: a power of
+ * two. */
+#define WEAVE(e, s) ((e) % 2 * LANE_COUNT + (e) / 2 + (s) * (LANE_COUNT / 2))
+SIMD void vweave(vf *r, int n) {
+    for (int half = n / 2; half; half /= 2)
+        for (int i = 0; i < n; i++)
+            if (!(i & half)) {
+                vf low = SHUFFLE(r[i], r[i + half], EACH(WEAVE, 0));
+                r[i + half] = SHUFFLE(r[i], r[i + half], EACH(WEAVE, 1));
+                r[i] = low;
+            }
 }
 
 /* tile (OUT): -1 where rows[r][first + k], r < LANES, k < VECTOR_BYTES, is 0, else 0; transposed as bytes, with a quarter
@@ -429,6 +456,34 @@ SIMD vf vload_bf16(const uint16_t *p) {
     real r[LANES];
     for (int i = 0; i < LANES; i++) { uint16_t h; memcpy(&h, p + i, 2); r[i] = widen_bf16(h); }
     return vload(r);
+#endif
+}
+/* two (OUT) = the first and the second 16-bit number of each lane of `pairs`, widened. */
+SIMD void vsplit_bf16(vf *two, vf pairs) {
+    two[0] = (vf)((vu)pairs << 16);
+    two[1] = (vf)((vu)pairs >> 16 << 16);
+}
+SIMD void vsplit_f16(vf *two, vf pairs) {
+#if !IS_DOUBLE && defined(__AVX512BW__)
+    const __m512i split = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
+                                           30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    __m512i halves = _mm512_permutexvar_epi16(split, (__m512i)pairs);
+    two[0] = (vf)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    two[1] = (vf)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+#elif !IS_DOUBLE && defined(__F16C__)
+    const __m256i split = _mm256_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0,
+                                          15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
+    __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)pairs, split), 0xd8);
+    two[0] = (vf)_mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    two[1] = (vf)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#elif !IS_DOUBLE && defined(__aarch64__)
+    two[0] = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32((uint32x4_t)pairs)));
+    two[1] = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u32((uint32x4_t)pairs, 16)));
+#else
+    for (int i = 0; i < LANES; i++) {
+        two[0][i] = widen_f16((uint16_t)((vu)pairs)[i]);
+        two[1][i] = widen_f16((uint16_t)(((vu)pairs)[i] >> 16));
+    }
 #endif
 }
 SIMD vf vload_f16(const uint16_t *p) {

@@ -101,7 +101,7 @@ cdef void transpose(real* out, Py_ssize_t out_stride, const real* a, Py_ssize_t 
     while r + LANES <= rows:
         c = 0
         while c + LANES <= columns:
-            vload_square(square, a + r * a_stride + c, a_stride)
+            vload_square(square, <const char*> (a + r * a_stride + c), a_stride * sizeof(real))
             for i in range(LANES):
                 vstore(out + (c + i) * out_stride + r, square[i])
             c += LANES

@@ -1,5 +1,7 @@
-# The register tile: some rows of numbers times a panel of vectors, the one inner loop of scores, of the accumulation of
-# values and of projections.
+# The two inner loops of products. `multiply`: some rows of numbers times a panel of vectors; for scores, the
+# accumulation of values, and projections of many rows. `multiply_columns`: rows of numbers times few others, for scores
+# and projections of few rows, where each number is used a few times only. Both add a dot product's terms one after the
+# other, in one chain of FMAs, and have the same bits.
 
 cdef enum:
     MAX_TILE = 24       # accumulators of a tile, at most
@@ -56,3 +58,69 @@ cdef inline void multiply(const int ROWS, const int VECTORS, vf* acc, const real
             n -= 4
     for k in range(n):
         multiply_once(ROWS, VECTORS, acc, a + k * a_step, a_row, b + k * VECTORS * LANES)
+
+
+cdef struct Soon:               # rows that are wanted soon, as many as there are in use
+    const char* lines           # the first line of the first row, of `bytes` bytes, of numbers of `item` bytes
+    Py_ssize_t item, bytes
+    Py_ssize_t step             # bytes from a line to the next that is asked for together with it
+    Py_ssize_t pitch            # from there to the lines that are asked for one number later: / 64 * item
+
+
+cdef inline void multiply_columns(const int KIND, const int ROWS, const int GROUPS, vf* acc, const char* a,
+                                  Py_ssize_t a_step, const real* b, Py_ssize_t n,
+                                  const Soon* soon) noexcept nogil:
+    """acc[g][r] (IN/OUT), lane l, += sum over k < n of a[g * LANES + l][k] * b[k][r]: rows of `a`, of KIND, lie a_step
+    bytes apart, and are transposed in registers, LANES numbers of each or (16 bits) twice as many. n: for 16 bits, a
+    multiple of LANES, and at least 2 LANES.
+ `soon` is prefetched on the way, a line for each row and 64 bytes of it: in a burst, the queue of misses would
+    fill."""
+    cdef vf square[MAX_LANES]
+    cdef real lanes[MAX_LANES]
+    cdef Py_ssize_t k = 0
+    cdef int STEP = LANES if KIND == real_kind() else 2 * LANES
+    cdef int c, g, r
+    while k + STEP <= n:
+        if k * soon.item < soon.bytes and k * soon.item % 64 == 0:
+            for r in range(GROUPS * LANES):
+                prefetch(soon.lines + r * soon.step + k * soon.pitch)
+        for g in range(GROUPS):
+            vload_square(square, a + g * LANES * a_step, a_step)
+            multiply_square(KIND, ROWS, acc + g * ROWS, square, 0, b)
+        a = byte_in_register(a + LANES * <Py_ssize_t> sizeof(real))
+        b = in_register(b + STEP * ROWS)
+        k += STEP
+    if KIND != real_kind() and k < n:   # LANES numbers are left: with those before, which count no more
+        for g in range(GROUPS):
+            vload_square(square, a + g * LANES * a_step - LANES * 2, a_step)
+            multiply_square(KIND, ROWS, acc + g * ROWS, square, LANES // 2, b - LANES * ROWS)
+        return
+    while k < n:
+        for g in range(GROUPS):
+            for c in range(LANES):
+                lanes[c] = (<const real*> (a + (g * LANES + c) * a_step))[0]
+            for r in range(ROWS):
+                acc[g * ROWS + r] = vfma(vload(lanes), vset1(b[r]), acc[g * ROWS + r])
+        a += sizeof(real)
+        b += ROWS
+        k += 1
+
+
+cdef inline void multiply_square(const int KIND, const int ROWS, vf* acc, const vf* square, const int FIRST,
+                                 const real* b) noexcept nogil:
+    """acc[r] (IN/OUT) += what the columns of a square hold, from FIRST on, times b[k][r]."""
+    cdef vf two[2]
+    cdef int c, r
+    for c in range(FIRST, LANES):
+        if KIND == real_kind():
+            for r in range(ROWS):
+                acc[r] = vfma(square[c], vset1(b[c * ROWS + r]), acc[r])
+            continue
+        if KIND == F16:
+            vsplit_f16(two, square[c])
+        else:
+            vsplit_bf16(two, square[c])
+        for r in range(ROWS):
+            acc[r] = vfma(two[0], vset1(b[2 * c * ROWS + r]), acc[r])
+        for r in range(ROWS):
+            acc[r] = vfma(two[1], vset1(b[(2 * c + 1) * ROWS + r]), acc[r])
