@@ -7,7 +7,12 @@
 # key_start.
 
 cdef enum:
-    AHEAD_LINES = 2     # asked for every EXP_KEYS keys: 1 is 15 % slower where short sequences come from memory
+    # Asked for every EXP_KEYS keys, at least: 1 is 15 % slower where short sequences come from memory
+    AHEAD_LINES = 2
+    # K and V of a call, in bytes: larger ones are asked for although the hardware foresees them. From memory, 12 to 64
+    # rows a key head take 0.82 to 0.95 of the time then, 128 and more 0.87 to 0.93; 16 rows on keys in L2, 1.1 times
+    # (Emerald Rapids)
+    FAR_BYTES = 1 << 21
 
 cdef struct Rows:
     const char* row             # the first that is left
@@ -16,6 +21,7 @@ cdef struct Rows:
 cdef struct Ahead:              # what is asked of memory while tiles are accumulated, a few lines at a time: in a
     Rows rows[4]                # burst, the queue of misses would fill, and the loops' own loads wait
     int count, current          # of rows[]
+    int lines                   # to be asked for every EXP_KEYS keys
     Py_ssize_t offset           # in the current row
 
 
@@ -110,18 +116,23 @@ cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, 
 
 cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
                      Ahead* a) noexcept nogil:
-    """a (OUT): what is wanted when the keys up to key_end are done, and the hardware does not foresee. The next block
-    of keys, where its rows lie apart; in the last block of a split, the rows of out, and the first rows of the next
-    task."""
-    cdef Py_ssize_t n = min(high - key_end, p.block_kv)
+    """a (OUT): what is wanted when the keys up to key_end are done. The next block of keys, where it is far or its rows
+    lie apart; in the last block of a split, the rows of out, and the first rows of the next task."""
+    cdef Py_ssize_t n = min(high - key_end, p.block_kv), panels
+    cdef Py_ssize_t row = p.head_dim * size_of(p.k.kind) + p.head_dim_v * size_of(p.v.kind)
+    cdef bint far = p.batch_size * p.num_kv_heads * p.seq_len_kv * row > FAR_BYTES
     cdef Task next_task
+    a.lines = AHEAD_LINES
     a.count = a.current = 0
     a.offset = 0
     if n > 0:
-        if p.k.stride[2] != p.head_dim * p.k.stride[3]:
+        if far or p.k.stride[2] != p.head_dim * p.k.stride[3]:
             ask_for(a, &p.k, task.batch, task.kv_head, key_end, n, p.head_dim)
-        if p.v.stride[2] != p.head_dim_v * p.v.stride[3]:
+        if far or p.v.stride[2] != p.head_dim_v * p.v.stride[3]:
             ask_for(a, &p.v, task.batch, task.kv_head, key_end, n, p.head_dim_v)
+        # All of it, while each panel accumulates its tiles of ATTEND_ROWS dimensions.
+        panels = ceil_div(task.num_rows, <Py_ssize_t> ATTEND_VECTORS * LANES)
+        a.lines = <int> max(<Py_ssize_t> AHEAD_LINES, row * EXP_KEYS * ATTEND_ROWS // (64 * p.head_dim_v * panels))
         return
     if not p.call.in_flight:  # so little work that all of it is in the caches
         return

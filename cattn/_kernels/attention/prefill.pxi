@@ -231,7 +231,7 @@ cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, c
                  min(n - j, <Py_ssize_t> KEYS))
         if ATTEND_ROWS < 16 and e.left:
             exponentiate(e, 1)
-        prefetch_ahead(ahead, KEYS // EXP_KEYS * AHEAD_LINES)
+        prefetch_ahead(ahead, KEYS // EXP_KEYS * ahead.lines)
         j += KEYS
     for r in range(ROWS * VECTORS):
         vstore(acc + r * LANES, vload(acc + r * LANES) + tile[r])
@@ -430,7 +430,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
     cdef Softmax e, nothing
     pending.tile.n = pending.first_lane = nothing.left = 0
     pending.tile.scores = NULL
-    ahead.count = ahead.current = 0
+    ahead.count = ahead.current = ahead.lines = 0
     before_block(&b, low)
     while True:
         if pending.tile.n and not p.v_in_place:  # its rows of V are about to be overwritten

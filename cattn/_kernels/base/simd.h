@@ -480,10 +480,13 @@ SIMD void vsplit_f16(vf *two, vf pairs) {
     two[0] = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32((uint32x4_t)pairs)));
     two[1] = (vf)vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u32((uint32x4_t)pairs, 16)));
 #else
+    real low[LANES], high[LANES];
     for (int i = 0; i < LANES; i++) {
-        two[0][i] = widen_f16((uint16_t)((vu)pairs)[i]);
-        two[1][i] = widen_f16((uint16_t)(((vu)pairs)[i] >> 16));
+        low[i] = widen_f16((uint16_t)((vu)pairs)[i]);
+        high[i] = widen_f16((uint16_t)(((vu)pairs)[i] >> 16));
     }
+    two[0] = vload(low);
+    two[1] = vload(high);
 #endif
 }
 SIMD vf vload_f16(const uint16_t *p) {
