@@ -78,7 +78,7 @@ def calls(head_dims, kernels):
         lens = [n for n in SEQ_LENS_Q if (n <= 4) == (kernel == "decode")]
         seq_len_q = lens[number // 3 % len(lens)]
         seq_len_kv = SEQ_LENS_KV[number // 5 % len(SEQ_LENS_KV)]
-        head_dim_v = head_dim if number % 2 else 1 + number * 7 % 130
+        head_dim_v = head_dim if number // 16 % 2 else 1 + number * 7 % 130
         num_kv_heads = 1 + number % 2
         arrays = problem(seq_len_q, seq_len_kv, head_dim, head_dim_v, num_heads=2, num_kv_heads=num_kv_heads,
                          dtype=dtype, kv_dtype=kv_dtype, seed=number)
@@ -89,6 +89,12 @@ def calls(head_dims, kernels):
         if number % 3 == 0:
             options["out"] = LAYOUTS[names[3]](np.zeros((2, 2, seq_len_q, head_dim_v), dtype))
         yield f"{[(x.shape, x.strides, str(x.dtype)) for x in arrays]} {list(options)}", arrays, options
+    # Few rows whose K and V are read in place, with every kind of rest: of keys, and of 16-bit dimensions.
+    if "decode" in kernels:
+        rest = itertools.product((16, 48, 80, 272), (1, 15, 17, 130), DTYPES)
+        for number, (head_dim, seq_len_kv, (dtype, kv_dtype)) in enumerate(rest):
+            arrays = problem(1 + number % 4, seq_len_kv, head_dim, dtype=dtype, kv_dtype=kv_dtype, seed=number)
+            yield f"in place, {[(x.shape, str(x.dtype)) for x in arrays]}", arrays, {}
 
 
 def attention(head_dims, kernels=("decode", "prefill")):

@@ -1048,7 +1048,7 @@ def test_errors_do_not_grow_with_the_number_of_keys(isa, rows, dtype):
 @pytest.mark.parametrize("rows", [1, 20])
 def test_maxima_that_rise_from_split_to_split(isa, rows):
     """A factor near 1 at each of 64 merges would lose a unit of exp2's error each time."""
-    seq_len_kv = 2**18 if rows > 8 else 2**16
+    seq_len_kv = 64 * SPLIT
     query = np.ones((rows, 1), np.float32)
     key = np.linspace(0, 6, seq_len_kv, dtype=np.float32)[:, None]
     check(query, key, np.random.default_rng(0).uniform(0.5, 1, (seq_len_kv, 2)).astype(np.float32), scale=1.0)

@@ -253,6 +253,8 @@ def test_a_row_alone(isa, seq_len_kv, keys, dtype, kv_dtype):
                 own = dict(asked, q_offset=asked["q_offset"] + start) if "q_offset" in asked else asked
                 few = everything(query[:, :, start:end], key, value, **own)
                 assert_same_bits(few, tuple(x[:, :, start:end] for x in expected))
+                assert_same_bits(attention(query[:, :, start:end], key, value, **own), few[0])
+            assert_same_bits(attention(query, key, value, **asked), expected[0])
 
 
 @pytest.mark.parametrize(("seq_len_kv", "cuts"), [

@@ -26,8 +26,8 @@ class Isa(NamedTuple):
 X86_64 = ("x86_64", "AMD64")
 
 # Best first. -mtune=haswell: with the tuning of newer AMD cores gcc 12 folds the query vectors into memory operands
-# of the FMAs and loses a quarter of the speed. avx512_intel has attention's tiles of broadcasts (base/simd.h), and the
-# same bits as avx512.
+# of the FMAs and loses a quarter of the speed. avx512_intel has other tiles (base/simd.h), and the same bits as
+# avx512.
 ISAS = (
     Isa("avx512_intel", X86_64, ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"),
         ("-mtune=haswell", "-DCATTN_BROADCAST_TILE"), vendor="intel"),

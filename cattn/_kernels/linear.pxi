@@ -2,7 +2,7 @@
 # not packed: packing is what a BLAS spends its time on when each number of W is used for few rows.
 #
 #     for each block of rows of x
-#         x as reals: few rows as they are, many packed as X^T in panels of up to 3 vectors of rows (in parallel)
+#         x as reals: packed as X^T, many rows in panels of up to 3 vectors of them (in parallel)
 #         for each task: FEATURES rows of W (in parallel)
 #             few rows    for each LANES of them, for each BLOCK_DIMS dimensions
 #                             LANES dimensions of W transposed in registers,

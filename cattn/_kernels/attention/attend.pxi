@@ -29,7 +29,7 @@ cdef inline void expect(const Problem* p, Task* task, Py_ssize_t number, Py_ssiz
     """task (OUT): the thread probably goes on with this split of task `number`. Where a window begins, only its rows
     know."""
     cdef Task following
-    if not p.decode_width or p.window_left >= 0 or number >= p.batch_size * p.num_kv_heads * p.num_blocks:
+    if not p.decode_width or p.window_left >= 0:
         return
     locate_task(p, number, &following)
     task.next_batch, task.next_kv_head, task.next_low = following.batch, following.kv_head, split * p.split_kv
@@ -99,7 +99,8 @@ cdef void do_task(const Problem* p, Py_ssize_t number, char* scratch) noexcept n
     cdef Task task
     locate(p, &w, &task, scratch, number)
     # Where tasks take equally long, a thread gets every num_threads-th.
-    expect(p, &task, number + p.call.num_threads, 0)
+    if number + p.call.num_threads < p.call.num_tasks:
+        expect(p, &task, number + p.call.num_threads, 0)
     pack(p, &w, &task)
     # Twice for the rare block with a row whose values overflow: see store_result.
     if do_splits(p, &w, &task):

@@ -5,7 +5,7 @@
 #
 #     for each (batch, key head), each split of the keys
 #         for each block of keys
-#             for LANES keys at a time, GROUPS of them
+#             for GROUPS x LANES keys at a time
 #                 scores      S[row][keys] += K transposed in registers x q broadcast; prefetch these keys' rows of V
 #             modify, softmax as in prefill, on S[key][row] as one run of vectors (lane l belongs to row l % rows)
 #             for a few vectors of dims at a time
@@ -285,8 +285,7 @@ cdef bint decode_reads_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
     """Whole vectors of adjacent numbers, which 16-bit loads take at any alignment."""
     if dim % LANES:
         return False
-    return rows_are_real(t) or (
-        not IS_DOUBLE and dim >= 2 * LANES and (t.kind == F16 or t.kind == BF16) and t.stride[3] == 2)
+    return rows_are_real(t) or (not IS_DOUBLE and (t.kind == F16 or t.kind == BF16) and t.stride[3] == 2)
 
 
 cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,

@@ -9,6 +9,7 @@
 cdef enum:
     # Asked for every EXP_KEYS keys, at least: 1 is 15 % slower where short sequences come from memory
     AHEAD_LINES = 2
+    MOST_LINES = 64     # where K is far wider than V; 2 to 16 elsewhere
     # K and V of a call, in bytes: larger ones are asked for although the hardware foresees them. From memory, 12 to 64
     # rows a key head take 0.82 to 0.95 of the time then, 128 and more 0.87 to 0.93; 16 rows on keys in L2, 1.1 times
     # (Emerald Rapids)
@@ -35,6 +36,11 @@ cdef void copy_rows(real* copy, const Tensor* t, Py_ssize_t batch, Py_ssize_t he
             copy[j * stride + d] = 0.0
 
 
+cdef inline Py_ssize_t end_of_keys(const Problem* p, const Task* task, Py_ssize_t high) noexcept nogil:
+    """Where a thread that is at a split up to `high` will be done with the task: after it, or after all of them."""
+    return task.high if p.parts == NULL else high
+
+
 cdef inline void before_block(Block* b, Py_ssize_t low) noexcept nogil:
     """b (OUT): next_block's next one starts at `low`."""
     b.key_start, b.n, b.next_k = low, 0, NULL
@@ -53,7 +59,7 @@ cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* ta
     if p.k_in_place:
         b.k, b.k_step = row_of(&p.k, task.batch, task.kv_head, b.key_start), p.k.stride[2]
         next_key = b.key_start + b.n
-        if next_key < (task.high if p.parts == NULL else high):
+        if next_key < end_of_keys(p, task, high):
             b.next_k, b.next_n = b.k + b.n * b.k_step, min(p.block_kv, task.high - next_key)
         else:
             b.next_k = row_of(&p.k, task.next_batch, task.next_kv_head, task.next_low)
@@ -117,8 +123,8 @@ cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, 
 cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
                      Ahead* a) noexcept nogil:
     """a (OUT): what is wanted when the keys up to key_end are done. The next block of keys, where it is far or its rows
-    lie apart; in the last block of a split, the rows of out, and the first rows of the next task."""
-    cdef Py_ssize_t n = min(high - key_end, p.block_kv), panels
+    lie apart; after the last, the rows of out, and the first rows of the next task."""
+    cdef Py_ssize_t n = min(end_of_keys(p, task, high) - key_end, p.block_kv), panels, lines
     cdef Py_ssize_t row = p.head_dim * size_of(p.k.kind) + p.head_dim_v * size_of(p.v.kind)
     cdef bint far = p.batch_size * p.num_kv_heads * p.seq_len_kv * row > FAR_BYTES
     cdef Task next_task
@@ -132,15 +138,16 @@ cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_
             ask_for(a, &p.v, task.batch, task.kv_head, key_end, n, p.head_dim_v)
         # All of it, while each panel accumulates its tiles of ATTEND_ROWS dimensions.
         panels = ceil_div(task.num_rows, <Py_ssize_t> ATTEND_VECTORS * LANES)
-        a.lines = <int> max(<Py_ssize_t> AHEAD_LINES, row * EXP_KEYS * ATTEND_ROWS // (64 * p.head_dim_v * panels))
+        lines = row * EXP_KEYS * ATTEND_ROWS // (64 * p.head_dim_v * panels)
+        a.lines = <int> min(max(lines, <Py_ssize_t> AHEAD_LINES), <Py_ssize_t> MOST_LINES)
         return
     if not p.call.in_flight:  # so little work that all of it is in the caches
         return
     n = min(task.num_rows, p.seq_len_q - task.query)
     ask_for(a, &p.out, task.batch, task.head, task.query, n, p.head_dim_v)
-    # Where tasks take equally long, a thread gets every num_threads-th. Of a task whose keys are cut into splits this
-    # one may be just a part; of windows only the rows know where they begin.
-    if p.num_splits > 1 or p.window_left >= 0 or task.number + p.call.num_threads >= p.call.num_tasks:
+    # Where tasks take equally long, a thread gets every num_threads-th. This may be just a part of one; where windows
+    # begin, only their rows know.
+    if p.parts != NULL or p.window_left >= 0 or task.number + p.call.num_threads >= p.call.num_tasks:
         return
     locate_task(p, task.number + p.call.num_threads, &next_task)
     n = min(p.block_kv, p.seq_len_kv)

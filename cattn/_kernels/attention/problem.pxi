@@ -10,7 +10,7 @@ cdef enum:
     # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower
     # than 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
     MAX_BLOCK = 65536
-    SPLIT_KEYS = 1024          # 512 to 4096 measured within 4 %
+    SPLIT_KEYS = 1024          # decode: 512 to 4096 measured within 4 %; prefill of 2048 keys: 1 % for the merge
 
 cdef struct Parts   # attend.pxi
 
@@ -66,12 +66,12 @@ cdef struct Workspace:              # one per thread, SCRATCH
     State lost                      # what rounding has taken from the sums of total, see merge_vector; no reference
     real* queries                   # [panel][head_dim][width], decode: [q_stride][row]; times p.sign
     real* scores                    # [block_kv][width]
-    real* next_scores               # likewise, for prefill
+    real* next_scores               # likewise, for prefill; decode's vectors reach into it from the end of scores
     real* k_rows                    # [block_kv][k_stride]; unless K is read in place
     real* v_rows                    # [block_kv][v_stride]; unless V is read in place, and always as reals
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
     real* v_finite                  # [block_kv][v_stride]; both only where a row may not see a key
-    real* rows                      # query or result rows, or LANES mask rows of block_kv
+    real* rows                      # query or result rows, LANES mask rows of block_kv, or the last keys of decode
     real* shrink                    # [block_rows], decode: [LANES]; factors of probabilities, see store_result
     bint again                      # some of them are not 1
     Lane* lanes                     # [block_rows]
@@ -169,8 +169,8 @@ cdef int choose_units(Problem* p, scale) except -1:
 
 
 cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
-    """Which kernel, and how the work is cut. What decides bits (decode_width, block_kv, split_kv) follows from the
-    shape of one batch row alone. The query rows of a key head are cut into blocks: large, so that K and V are read
+    """Which kernel, and how the work is cut. What decides bits (block_kv, split_kv) follows from head_dim and
+    head_dim_v alone. The query rows of a key head are cut into blocks: large, so that K and V are read
     seldom, but enough of them for all threads; which block a row is in decides no bit of its result."""
     cdef Py_ssize_t rows = p.group_size * p.seq_len_q
     cdef Py_ssize_t vectors = ceil_div(rows, LANES)
@@ -187,7 +187,8 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         p.k_stride = p.q_stride
         p.num_blocks, p.block_rows = 1, p.decode_width
         # Both in place or both copied, since one loop reads one kind of rows.
-        p.k_in_place = decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
+        p.k_in_place = (decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
+                        and (p.k.kind == real_kind() or p.head_dim >= 2 * LANES))   # see multiply_columns
         p.v_in_place = p.k_in_place
         p.block_kind = p.k.kind if p.k_in_place else real_kind()
     else:

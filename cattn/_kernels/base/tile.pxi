@@ -68,12 +68,11 @@ cdef struct Soon:               # rows that are wanted soon, as many as there ar
 
 
 cdef inline void multiply_columns(const int KIND, const int ROWS, const int GROUPS, vf* acc, const char* a,
-                                  Py_ssize_t a_step, const real* b, Py_ssize_t n,
-                                  const Soon* soon) noexcept nogil:
+                                  Py_ssize_t a_step, const real* b, Py_ssize_t n, const Soon* soon) noexcept nogil:
     """acc[g][r] (IN/OUT), lane l, += sum over k < n of a[g * LANES + l][k] * b[k][r]: rows of `a`, of KIND, lie a_step
     bytes apart, and are transposed in registers, LANES numbers of each or (16 bits) twice as many. n: for 16 bits, a
-    multiple of LANES, and at least 2 LANES.
- `soon` is prefetched on the way, a line for each row and 64 bytes of it: in a burst, the queue of misses would
+    multiple of LANES; where it is an odd one, each row has LANES numbers more before its last LANES.
+    `soon` is prefetched on the way, a line for each row and 64 bytes of it: in a burst, the queue of misses would
     fill."""
     cdef vf square[MAX_LANES]
     cdef real lanes[MAX_LANES]
