@@ -72,19 +72,14 @@ cdef inline void linear_panel(const int VECTORS, real* tile, const real* x, cons
 
 
 cdef inline void linear_columns(const int ROWS, real* tile, const real* x, const real* weight, Py_ssize_t w_stride,
-                                const char* ahead, Py_ssize_t ahead_stride, Py_ssize_t ahead_item,
-                                Py_ssize_t dims) noexcept nogil:
-    """tile[ROWS][LANES] (IN/OUT): `dims` dimensions of LANES features. As many at `ahead`, of ahead_item bytes each,
-    are prefetched on the way; 0: none."""
+                                Py_ssize_t dims, const Soon* soon) noexcept nogil:
+    """tile[ROWS][LANES] (IN/OUT): `dims` dimensions of LANES features."""
     cdef vf acc[8]
-    cdef Soon soon
     cdef int r
     for r in range(ROWS):
         acc[r] = vset1(<real> 0.0)
-    soon.lines, soon.step, soon.item, soon.pitch = ahead, ahead_stride, ahead_item, ahead_item
-    soon.bytes = dims * ahead_item
     multiply_columns(F64 if IS_DOUBLE else F32, ROWS, 1, acc, <const char*> weight, w_stride * sizeof(real), x, dims,
-                     &soon)
+                     soon)
     for r in range(ROWS):
         vstore(tile + r * LANES, vload(tile + r * LANES) + acc[r])
 
@@ -186,12 +181,15 @@ cdef void few_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t fir
                        Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
     """out[first_row : + rows][feature : + n] (OUT): few rows, at most LANES features. All dimensions of these after the
     other: each row of W is one stream from memory."""
-    cdef Py_ssize_t first = 0, r, dims, padded = padded_rows(rows), w_stride, ahead, item = l.weight.stride[3]
+    cdef Py_ssize_t first = 0, r, dims, padded = padded_rows(rows), w_stride
     cdef bint in_place = l.w_in_place and n == LANES
     cdef const char* weight = row_of(&l.weight, 0, 0, feature)
     cdef const real* w
     cdef const real* x = l.packed
     cdef real* tile = b.tile
+    cdef Soon soon
+    soon.item = soon.pitch = l.weight.stride[3]
+    soon.step = l.weight.stride[2]
     load_linear_bias(l, b.rows, feature, n)
     for r in range(padded):
         vstore(tile + r * LANES, vload(b.rows))
@@ -200,9 +198,11 @@ cdef void few_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t fir
             return
         dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
         # Asked for: the next dimensions, in the end the first ones of the next features.
-        ahead = dims * item if first + dims < l.in_features else LANES * l.weight.stride[2] - first * item
-        if feature + 2 * LANES > l.out_features and first + dims == l.in_features:
-            item = 0
+        soon.lines, soon.bytes = weight + dims * soon.item, dims * soon.item
+        if first + dims == l.in_features:
+            soon.lines = weight - first * soon.item + LANES * soon.step
+            if feature + 2 * LANES > l.out_features:
+                soon.bytes = 0
         w, w_stride = <const real*> weight, l.weight.stride[2] // <Py_ssize_t> sizeof(real)
         if not in_place:
             w, w_stride = b.weight, W_STRIDE
@@ -211,13 +211,13 @@ cdef void few_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t fir
                          l.weight.kind)
             memset(b.weight + n * W_STRIDE, 0, (LANES - n) * W_STRIDE * sizeof(real))
         if padded == 1:
-            linear_columns(1, tile, x, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+            linear_columns(1, tile, x, w, w_stride, dims, &soon)
         elif padded == 2:
-            linear_columns(2, tile, x, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+            linear_columns(2, tile, x, w, w_stride, dims, &soon)
         elif padded == 4:
-            linear_columns(4, tile, x, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+            linear_columns(4, tile, x, w, w_stride, dims, &soon)
         else:
-            linear_columns(8, tile, x, w, w_stride, weight + ahead, l.weight.stride[2], item, dims)
+            linear_columns(8, tile, x, w, w_stride, dims, &soon)
         x += dims * padded
         weight += dims * l.weight.stride[3]
         first += dims

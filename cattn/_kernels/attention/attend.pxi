@@ -29,11 +29,13 @@ cdef inline void expect(const Problem* p, Task* task, Py_ssize_t number, Py_ssiz
     """task (OUT): the thread probably goes on with this split of task `number`. Where a window begins, only its rows
     know."""
     cdef Task following
-    if not p.decode_width or p.window_left >= 0:
+    if p.window_left >= 0:
         return
     locate_task(p, number, &following)
     task.next_batch, task.next_kv_head, task.next_low = following.batch, following.kv_head, split * p.split_kv
     task.next_n = min(p.block_kv, p.seq_len_kv - task.next_low)
+    task.next_head, task.next_query = following.head, following.query
+    task.next_rows = min(following.num_rows, p.seq_len_q - following.query)
 
 
 cdef void pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:

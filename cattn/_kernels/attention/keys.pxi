@@ -123,11 +123,10 @@ cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, 
 cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
                      Ahead* a) noexcept nogil:
     """a (OUT): what is wanted when the keys up to key_end are done. The next block of keys, where it is far or its rows
-    lie apart; after the last, the rows of out, and the first rows of the next task."""
+    lie apart; after the last, the rows of out, and what the thread goes on with."""
     cdef Py_ssize_t n = min(end_of_keys(p, task, high) - key_end, p.block_kv), panels, lines
     cdef Py_ssize_t row = p.head_dim * size_of(p.k.kind) + p.head_dim_v * size_of(p.v.kind)
     cdef bint far = p.batch_size * p.num_kv_heads * p.seq_len_kv * row > FAR_BYTES
-    cdef Task next_task
     a.lines = AHEAD_LINES
     a.count = a.current = 0
     a.offset = 0
@@ -143,15 +142,7 @@ cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_
         return
     if not p.call.in_flight:  # so little work that all of it is in the caches
         return
-    n = min(task.num_rows, p.seq_len_q - task.query)
-    ask_for(a, &p.out, task.batch, task.head, task.query, n, p.head_dim_v)
-    # Where tasks take equally long, a thread gets every num_threads-th. This may be just a part of one; where windows
-    # begin, only their rows know.
-    if p.parts != NULL or p.window_left >= 0 or task.number + p.call.num_threads >= p.call.num_tasks:
-        return
-    locate_task(p, task.number + p.call.num_threads, &next_task)
-    n = min(p.block_kv, p.seq_len_kv)
-    ask_for(a, &p.k, next_task.batch, next_task.kv_head, 0, n, p.head_dim)
-    ask_for(a, &p.v, next_task.batch, next_task.kv_head, 0, n, p.head_dim_v)
-    n = min(next_task.num_rows, p.seq_len_q - next_task.query)
-    ask_for(a, &p.q, next_task.batch, next_task.head, next_task.query, n, p.head_dim)
+    ask_for(a, &p.out, task.batch, task.head, task.query, min(task.num_rows, p.seq_len_q - task.query), p.head_dim_v)
+    ask_for(a, &p.k, task.next_batch, task.next_kv_head, task.next_low, task.next_n, p.head_dim)
+    ask_for(a, &p.v, task.next_batch, task.next_kv_head, task.next_low, task.next_n, p.head_dim_v)
+    ask_for(a, &p.q, task.next_batch, task.next_head, task.next_query, task.next_rows, p.head_dim)

@@ -107,8 +107,10 @@ cdef struct Task:
     Py_ssize_t head, query          # of the first row
     Py_ssize_t num_rows             # query rows in this block
     Py_ssize_t low, high            # keys [low, high) are seen by some row
-    # From which key on the thread probably goes on after these; next_n: with how many, 0 where nobody knows
+    # What the thread probably goes on with, see expect: keys [next_low, + next_n), for a task as the one above whose
+    # first row is of next_head and next_query. next_n: 0 where nobody knows
     Py_ssize_t next_batch, next_kv_head, next_low, next_n
+    Py_ssize_t next_head, next_query, next_rows
 
 
 cdef inline Py_ssize_t state_size(const Problem* p) noexcept nogil:

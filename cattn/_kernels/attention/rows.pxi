@@ -11,6 +11,7 @@ cdef void locate_task(const Problem* p, Py_ssize_t number, Task* task) noexcept 
     task.query = first_row % p.seq_len_q
     task.num_rows = min(p.block_rows, p.group_size * p.seq_len_q - first_row)
     task.next_batch = task.next_kv_head = task.next_low = task.next_n = 0
+    task.next_head = task.next_query = task.next_rows = 0
 
 
 cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* lanes) noexcept nogil:

@@ -463,6 +463,19 @@ SIMD vf vload_bf16(const uint16_t *p) {
     return vload(r);
 #endif
 }
+SIMD vf vload_f16(const uint16_t *p) {
+#if !IS_DOUBLE && defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif !IS_DOUBLE && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif !IS_DOUBLE && defined(__aarch64__)
+    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    real r[LANES];
+    for (int i = 0; i < LANES; i++) { uint16_t h; memcpy(&h, p + i, 2); r[i] = widen_f16(h); }
+    return vload(r);
+#endif
+}
 /* two (OUT) = the first and the second 16-bit number of each lane of `pairs`, widened. */
 SIMD void vsplit_bf16(vf *two, vf pairs) {
     two[0] = (vf)((vu)pairs << 16);
@@ -492,19 +505,6 @@ SIMD void vsplit_f16(vf *two, vf pairs) {
     }
     two[0] = vload(low);
     two[1] = vload(high);
-#endif
-}
-SIMD vf vload_f16(const uint16_t *p) {
-#if !IS_DOUBLE && defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#elif !IS_DOUBLE && defined(__F16C__)
-    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-#elif !IS_DOUBLE && defined(__aarch64__)
-    return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-#else
-    real r[LANES];
-    for (int i = 0; i < LANES; i++) { uint16_t h; memcpy(&h, p + i, 2); r[i] = widen_f16(h); }
-    return vload(r);
 #endif
 }
 
