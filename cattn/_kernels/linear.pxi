@@ -128,11 +128,6 @@ cdef inline bint rows_are_even(const Linear* l, const Tensor* t, Py_ssize_t firs
         row_number(l, t, first_row + n - 1) == row_number(l, t, first_row) + (n - 1) * t.stride[2])
 
 
-cdef inline Py_ssize_t padded_rows(Py_ssize_t rows) noexcept nogil:
-    """As many rows of x as the loops over few take at once; the last of them repeats."""
-    return 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
-
-
 cdef void pack_dims(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssize_t rows,
                     Py_ssize_t first) noexcept nogil:
     """BLOCK_DIMS dimensions of l.packed (OUT), from `first` on; lanes past the last row are 0."""

@@ -245,7 +245,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
     cdef Tile t
     cdef vf sums = vset1(<real> 0.0), of_values
     cdef bint are_modified, is_finite
-    t.scores, t.width, t.lanes, t.batch = w.scores, WIDTH, w.lanes, task.batch
+    t.scores, t.width, t.lanes = w.scores, WIDTH, w.lanes
     # Keys [all_low, all_high) are seen by all rows. Outside, a tile is limited: some row must not see some key.
     for i in range(WIDTH):
         all_low = max(all_low, w.lanes[i].low)
@@ -315,8 +315,7 @@ cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) no
     """w.queries (OUT)[dim][row] = sign * q, dimensions padded with 0."""
     cdef Py_ssize_t i, d
     for i in range(p.decode_width):
-        load_row(w.rows, row_of(&p.q, task.batch, w.lanes[i].head, w.lanes[i].query), p.q.stride[3], p.head_dim,
-                 p.q.kind)
+        load_row(w.rows, lane_row(&p.q, &w.lanes[i]), p.q.stride[3], p.head_dim, p.q.kind)
         for d in range(p.head_dim):
             w.queries[d * p.decode_width + i] = w.rows[d] * p.sign
         for d in range(p.head_dim, p.q_stride):
@@ -349,13 +348,13 @@ cdef bint decode_finish(const Problem* p, const Workspace* w, const Task* task, 
     for i in range(task.num_rows):
         row_sum = state.row_sum[i]
         # no key seen: 0 / 0 is 0 here
-        inverse = 1 / (row_sum + sink_term(p, w.lanes[i], state.reference[i])) if row_sum != 0 else <real> 0.0
-        finish_row(p, task.batch, w.lanes[i], state.reference[i], row_sum, inverse)
+        inverse = 1 / (row_sum + sink_term(p, &w.lanes[i], state.reference[i])) if row_sum != 0 else <real> 0.0
+        finish_row(p, &w.lanes[i], state.reference[i], row_sum, inverse)
         inverse /= w.shrink[i]
         row = state.acc + i * p.v_stride
         for d in range(p.head_dim_v):
             row[d] *= inverse
-        again = store_result(p, task.batch, w.lanes[i], w.shrink + i, row) or again
+        again = store_result(p, &w.lanes[i], w.shrink + i, row) or again
     for lane in range(p.decode_width, LANES):
         w.shrink[lane] = w.shrink[lane % p.decode_width]
     return again

@@ -22,6 +22,9 @@ cdef int describe_inputs(Problem* p, query, key, value, Kind q_kind, Kind kv_kin
     p.batch_size, p.seq_len_q, p.head_dim = p.q.length[0], p.q.length[2], p.q.length[3]
     p.num_kv_heads, p.seq_len_kv, p.head_dim_v = p.k.length[1], p.k.length[2], p.v.length[3]
     p.group_size = p.q.length[1] // max(1, p.num_kv_heads)
+    p.folded = 1
+    if p.k.stride[0] == p.v.stride[0] == 0 and p.batch_size > 0:
+        p.folded = p.batch_size
     return num_axes
 
 

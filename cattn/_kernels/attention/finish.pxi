@@ -1,7 +1,7 @@
 # How a row ends: its result, logsumexp and weights.
 
-cdef inline real* weights_row(const Problem* p, Py_ssize_t batch, Lane lane) noexcept nogil:
-    return p.weights + ((batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query) * p.seq_len_kv
+cdef inline real* weights_row(const Problem* p, const Lane* lane) noexcept nogil:
+    return p.weights + ((lane.batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query) * p.seq_len_kv
 
 
 cdef void clear_weights(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
@@ -10,7 +10,7 @@ cdef void clear_weights(const Problem* p, const Workspace* w, const Task* task) 
     for i in range(task.num_rows):
         if stopped_by_signal(p.call):
             return
-        row = weights_row(p, task.batch, w.lanes[i])
+        row = weights_row(p, &w.lanes[i])
         for j in range(p.seq_len_kv):
             row[j] = <real> -INFINITY
 
@@ -22,7 +22,7 @@ cdef void keep_scores(const Problem* p, const Tile* t) noexcept nogil:
     if p.weights == NULL:
         return
     for i in range(t.width):
-        row = weights_row(p, t.batch, t.lanes[i]) + t.key_start
+        row = weights_row(p, &t.lanes[i]) + t.key_start
         for j in range(t.n):
             row[j] = t.scores[j * t.width + i]
 
@@ -48,14 +48,14 @@ cdef void finish_weights(real* row, Py_ssize_t n, real reference, real unit, rea
         memcpy(row, last, tail * sizeof(real))
 
 
-cdef bint store_result(const Problem* p, Py_ssize_t batch, Lane lane, real* shrink, real* row) noexcept nogil:
+cdef bint store_result(const Problem* p, const Lane* lane, real* shrink, real* row) noexcept nogil:
     """Stores a row of out. True where it has to be done again.
 
     Probabilities are relative to a reference near the maximum and may add up to 2**8 * keys, so that huge values can
     overflow acc where the result would not. A row with an infinity or NaN is done once more, with probabilities and acc
     times 2**-40, and only those numbers are taken from there: others would lose digits below 1e-26. Other rows keep
     their bits. Infinities and NaN that were in the input come out again."""
-    cdef char* target = row_of(&p.out, batch, lane.head, lane.query)
+    cdef char* target = lane_row(&p.out, lane)
     cdef real stored
     cdef Py_ssize_t d
     cdef bint again = False
@@ -71,23 +71,23 @@ cdef bint store_result(const Problem* p, Py_ssize_t batch, Lane lane, real* shri
     return again
 
 
-cdef inline real sink_term(const Problem* p, Lane lane, real reference) noexcept nogil:
+cdef inline real sink_term(const Problem* p, const Lane* lane, real reference) noexcept nogil:
     """What a sink adds to row_sum."""
     return <real> exp(p.sinks[lane.head] - reference * p.natural) if p.sinks != NULL else <real> 0.0
 
 
-cdef void finish_row(const Problem* p, Py_ssize_t batch, Lane lane, real reference, real row_sum,
+cdef void finish_row(const Problem* p, const Lane* lane, real reference, real row_sum,
                      real inverse_sum) noexcept nogil:
     """A row's logsumexp and weights (OUT), where asked for."""
     cdef real* row
     if p.logsumexp != NULL:
-        p.logsumexp[(batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query] = (
+        p.logsumexp[(lane.batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query] = (
             <real> (reference * p.natural + log(<double> row_sum)) if row_sum != 0 else <real> -INFINITY)
     if p.weights != NULL and not stopped_by_signal(p.call):
-        row = weights_row(p, batch, lane)
+        row = weights_row(p, lane)
         finish_weights(row, p.seq_len_kv, reference, p.unit, inverse_sum)
         if p.dropout:
             drop_weights(row, 1, 0, p.seq_len_kv, p.dropout_threshold, p.keep_scale, p.seed,
-                         <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + batch))
+                         <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + lane.batch))
         if p.narrow_weights != NULL:
             store_row(<char*> (p.narrow_weights + (row - p.weights)), sizeof(uint16_t), row, p.seq_len_kv, p.out.kind)

@@ -120,6 +120,14 @@ cdef void ask_for(Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, 
     a.count += 1
 
 
+cdef void ask_for_queries(const Problem* p, Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t kv_head,
+                          Py_ssize_t row, Py_ssize_t dim) noexcept nogil:
+    """Adds a block's rows of Q or out, from `row` of a key head's on: those of the first head."""
+    cdef Lane lane
+    locate_row(p, batch, kv_head, row, &lane)
+    ask_for(a, t, lane.batch, lane.head, lane.query, min(p.block_rows, num_queries(p, lane.batch) - lane.query), dim)
+
+
 cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,
                      Ahead* a) noexcept nogil:
     """a (OUT): what is wanted when the keys up to key_end are done. The next block of keys, where it is far or its rows
@@ -142,7 +150,8 @@ cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_
         return
     if not p.call.in_flight:  # so little work that all of it is in the caches
         return
-    ask_for(a, &p.out, task.batch, task.head, task.query, min(task.num_rows, p.seq_len_q - task.query), p.head_dim_v)
+    ask_for_queries(p, a, &p.out, task.batch, task.kv_head, task.first_row, p.head_dim_v)
     ask_for(a, &p.k, task.next_batch, task.next_kv_head, task.next_low, task.next_n, p.head_dim)
     ask_for(a, &p.v, task.next_batch, task.next_kv_head, task.next_low, task.next_n, p.head_dim_v)
-    ask_for(a, &p.q, task.next_batch, task.next_head, task.next_query, task.next_rows, p.head_dim)
+    if task.next_n:
+        ask_for_queries(p, a, &p.q, task.next_batch, task.next_kv_head, task.next_row, p.head_dim)

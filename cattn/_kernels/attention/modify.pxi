@@ -104,15 +104,14 @@ cdef inline void add_biases(real* s, real scale, vf bias) noexcept nogil:
     vstore(s, vselect(vequal(bias, masked), masked, vfma(vload(s), vset1(scale), bias)))
 
 
-cdef inline char* entry_of(const Tensor* mask, Py_ssize_t batch, const Lane* lane, Py_ssize_t key) noexcept nogil:
-    return row_of(mask, batch, lane.head, lane.query) + key * mask.stride[3]
+cdef inline char* entry_of(const Tensor* mask, const Lane* lane, Py_ssize_t key) noexcept nogil:
+    return lane_row(mask, lane) + key * mask.stride[3]
 
 
-cdef void load_bias(real* bias, const Tensor* mask, Py_ssize_t batch, const Lane* lane, Py_ssize_t key,
-                    Py_ssize_t n) noexcept nogil:
+cdef void load_bias(real* bias, const Tensor* mask, const Lane* lane, Py_ssize_t key, Py_ssize_t n) noexcept nogil:
     """bias (OUT) = n biases of one lane, from `key` on, in whole vectors."""
     cdef Py_ssize_t i
-    load_row(bias, entry_of(mask, batch, lane, key), mask.stride[3], n, mask.kind)
+    load_row(bias, entry_of(mask, lane, key), mask.stride[3], n, mask.kind)
     if mask.kind != BOOL:
         for i in range(ceil_div(n, LANES)):
             vstore(bias + i * LANES, bias_of(vload(bias + i * LANES)))
@@ -131,7 +130,7 @@ cdef inline void prefetch_mask(const Problem* p, const Tile* t, const int WIDTH,
         end_offset += 63  # rows seldom begin with a line: the one in which the last key lies, or else the next block's
     for i in range(WIDTH):
         for offset in range(round_up(first * mask.stride[3], 64), end_offset, 64):
-            prefetch(entry_of(mask, t.batch, t.lanes + i, t.key_start) + offset)
+            prefetch(entry_of(mask, t.lanes + i, t.key_start) + offset)
 
 
 cdef Py_ssize_t add_small_mask(const Tensor* mask, const Tile* t, Py_ssize_t lane, real factor) noexcept nogil:
@@ -143,7 +142,7 @@ cdef Py_ssize_t add_small_mask(const Tensor* mask, const Tile* t, Py_ssize_t lan
     cdef real* scores = t.scores + lane
     cdef Py_ssize_t n = t.n, width = t.width, j = 0, i
     for i in range(LANES):
-        rows[i] = <const real*> entry_of(mask, t.batch, t.lanes + lane + i, t.key_start)
+        rows[i] = <const real*> entry_of(mask, t.lanes + lane + i, t.key_start)
     while j + LANES <= n:
         largest = vset1(<real> 0.0)
         for i in range(LANES):
@@ -168,7 +167,7 @@ cdef Py_ssize_t add_bool_mask(const Tensor* mask, const Tile* t, Py_ssize_t lane
     cdef real* scores = t.scores + lane
     cdef real* s
     for i in range(LANES):
-        rows[i] = entry_of(mask, t.batch, t.lanes + lane + i, t.key_start)
+        rows[i] = entry_of(mask, t.lanes + lane + i, t.key_start)
     while j + VECTOR_BYTES <= n:
         vfalse_tile(tile, rows, j)
         for k in range(VECTOR_BYTES):
@@ -191,14 +190,15 @@ cdef void add_mask(const Problem* p, const Workspace* w, Tile* t) noexcept nogil
     t.scale = 1.0
     if width % LANES:  # few rows, in decode
         for i in range(width):
-            load_bias(biases, mask, t.batch, lanes + i, t.key_start, n)
+            load_bias(biases, mask, lanes + i, t.key_start, n)
             for j in range(n):
                 scores[j * width + i] = (biases[j] if biases[j] == -INFINITY
                                          else scores[j * width + i] * scale + biases[j])
         return
     # One row for every query, such as a key-padding mask: load it once, broadcast each entry to the lanes.
-    if mask.stride[2] == 0 and (mask.stride[1] == 0 or lanes[0].head == lanes[width - 1].head):
-        load_bias(biases, mask, t.batch, lanes, t.key_start, n)
+    if (mask.stride[2] == 0 and (mask.stride[1] == 0 or lanes[0].head == lanes[width - 1].head)
+            and (mask.stride[0] == 0 or lanes[0].batch == lanes[width - 1].batch)):
+        load_bias(biases, mask, lanes, t.key_start, n)
         for j in range(n):
             for v in range(width // LANES):
                 add_biases(scores + j * width + v * LANES, scale, vset1(biases[j]))
@@ -212,7 +212,7 @@ cdef void add_mask(const Problem* p, const Workspace* w, Tile* t) noexcept nogil
         if done == n:
             continue
         for i in range(LANES):
-            load_bias(biases + i * length, mask, t.batch, lanes + v * LANES + i, t.key_start + done, n - done)
+            load_bias(biases + i * length, mask, lanes + v * LANES + i, t.key_start + done, n - done)
         for j in range(ceil_div(n - done, LANES)):
             for i in range(LANES):
                 square[i] = vload(biases + i * length + j * LANES)
@@ -225,7 +225,7 @@ cdef void drop_probs(const Problem* p, const Workspace* w, Tile* t) noexcept nog
     cdef Py_ssize_t i
     for i in range(t.width):
         drop_weights(t.scores + i, t.width, t.key_start, t.n, p.dropout_threshold, p.keep_scale, p.seed,
-                     <uint32_t> t.lanes[i].query, <uint32_t> t.lanes[i].head, <uint32_t> (p.batch_offset + t.batch))
+                     <uint32_t> t.lanes[i].query, <uint32_t> t.lanes[i].head, <uint32_t> (p.batch_offset + t.lanes[i].batch))
 
 
 cdef void shrink_probs(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:

@@ -401,11 +401,11 @@ cdef void prefill_pack(const Problem* p, const Workspace* w, const Task* task) n
             lanes = w.lanes + (first + v) * LANES
             packed = w.queries + first * LANES * p.q_stride + v * LANES
             if in_place and lanes[LANES - 1].query == lanes[0].query + LANES - 1:   # rows of one head, none repeated
-                transpose(packed, width, <const real*> row_of(&p.q, task.batch, lanes[0].head, lanes[0].query),
+                transpose(packed, width, <const real*> lane_row(&p.q, lanes),
                           p.q.stride[2] // <Py_ssize_t> sizeof(real), LANES, p.head_dim)
             else:
                 for i in range(LANES):
-                    row[i] = <const real*> row_of(&p.q, task.batch, lanes[i].head, lanes[i].query)
+                    row[i] = <const real*> lane_row(&p.q, lanes + i)
                     if not in_place:
                         load_row(w.rows + i * p.head_dim, <const char*> row[i], p.q.stride[3], p.head_dim, p.q.kind)
                         row[i] = w.rows + i * p.head_dim
@@ -445,7 +445,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
             panel.vectors, panel.first_lane = panel_vectors(ATTEND_VECTORS, vectors - first), first * LANES
             panel.v, panel.v_stride = v, v_stride
             panel.tile.width, panel.tile.lanes = panel.vectors * LANES, w.lanes + panel.first_lane
-            panel.tile.batch, panel.tile.key_start, panel.tile.n = task.batch, b.key_start, b.n
+            panel.tile.key_start, panel.tile.n = b.key_start, b.n
             panel.tile.scores = w.scores if pending.tile.scores != w.scores else w.next_scores
             first += panel.vectors
             if pending.tile.n and pending.first_lane == panel.first_lane:  # before reference moves
@@ -524,7 +524,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         shrink = w.shrink + first * LANES
         acc = state.acc + first * LANES * p.v_stride
         for i in range(width):
-            inverse_sum[i] = sink_term(p, lanes[i], state.reference[first * LANES + i])
+            inverse_sum[i] = sink_term(p, lanes + i, state.reference[first * LANES + i])
         for v in range(panel):
             row_sum = vload(state.row_sum + (first + v) * LANES)
             result = vset1(<real> 1.0) / (row_sum + vload(inverse_sum + v * LANES))
@@ -544,21 +544,21 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
             all_right = all_right and not vany(vdiffer(check[v], vset1(<real> 0.0)))
         if p.logsumexp != NULL or p.weights != NULL:
             for i in range(num_rows):
-                finish_row(p, task.batch, lanes[i], state.reference[first * LANES + i],
+                finish_row(p, lanes + i, state.reference[first * LANES + i],
                            state.row_sum[first * LANES + i], inverse_sum[i])
         # Straight into out where the panel's rows lie there as reals, one after the other; through scratch otherwise.
         if all_right and out_in_place and lanes[num_rows - 1].query == lanes[0].query + num_rows - 1:
             whole = num_rows // LANES * LANES
-            transpose(<real*> row_of(&p.out, task.batch, lanes[0].head, lanes[0].query),
+            transpose(<real*> lane_row(&p.out, lanes),
                       p.out.stride[2] // <Py_ssize_t> sizeof(real), acc, width, p.head_dim_v, whole)
             if whole < num_rows:
                 transpose(w.rows, p.head_dim_v, acc + whole, width, p.head_dim_v, LANES)
             for i in range(whole, num_rows):
-                store_row(row_of(&p.out, task.batch, lanes[i].head, lanes[i].query), p.out.stride[3],
+                store_row(lane_row(&p.out, lanes + i), p.out.stride[3],
                           w.rows + (i - whole) * p.head_dim_v, p.head_dim_v, p.out.kind)
         else:
             transpose(w.rows, p.head_dim_v, acc, width, p.head_dim_v, width)
             for i in range(num_rows):
-                again = store_result(p, task.batch, lanes[i], shrink + i, w.rows + i * p.head_dim_v) or again
+                again = store_result(p, lanes + i, shrink + i, w.rows + i * p.head_dim_v) or again
         first += panel
     return again

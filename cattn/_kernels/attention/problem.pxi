@@ -1,9 +1,13 @@
 # One attention problem, how it is cut into tasks, and the scratch that a thread needs for it.
 #
 # A task is (batch, key head, block of query rows). The query rows of all heads that share a key head stand one after
-# the other, so grouped queries use each load of K and V together. The keys are cut into splits of a fixed length, each
-# with a softmax of its own, merged in order: a thread does the splits of its task one after the other, or, where there
-# are too few tasks, different threads do them. Who does what changes no bit.
+# the other, so grouped queries use each load of K and V together; and where all batch rows share their keys (a stride
+# of 0), the rows of all of them do. The keys are cut into splits of a fixed length, each with a softmax of its own,
+# merged in order: a thread does the splits of its task one after the other, or, where one task would keep a thread busy
+# for too large a part of the call, different threads do them. Who does what changes no bit.
+#
+# Where the batch rows differ in their numbers of queries, some are done by one kernel, and some by the other: a plan
+# for each, and one queue of tasks for all.
 
 cdef enum:
     MIN_BLOCK = 6              # vectors of query rows: two or three panels, so that K and V are still used twice
@@ -14,6 +18,11 @@ cdef enum:
 
 cdef struct Parts   # attend.pxi
 
+cdef struct Sequence:               # a batch row of a plan, where they differ in length: those with most work come first
+    Py_ssize_t batch
+    Py_ssize_t first_task           # of the plan's tasks
+    double work                     # of its longest task
+
 cdef struct Problem:
     Tensor q, k, v, out, mask       # IN, IN, IN, OUT, IN
     real* weights                   # OUT (batch, num_heads, seq_len_q, seq_len_kv), contiguous; or NULL
@@ -22,10 +31,13 @@ cdef struct Problem:
     const real* sinks               # IN (num_heads,); or NULL
     const real* slopes              # IN (batch or 1, num_heads); or NULL
     Py_ssize_t slopes_stride        # from one batch row of slopes to the next: num_heads or 0
+    const int64_t* cu_seqlens_q     # IN (batch + 1,): batch row i has rows [i] to [i + 1]; or NULL: all seq_len_q
     const int64_t* q_offsets        # IN (batch,); or NULL: q_offset for all
     const int64_t* kv_lens          # IN (batch,); or NULL: all seq_len_kv
     Py_ssize_t q_offset
+    # seq_len_q, seq_len_kv: of the longest batch row
     Py_ssize_t batch_size, num_kv_heads, group_size, seq_len_q, head_dim, head_dim_v, seq_len_kv
+    Py_ssize_t folded               # batch rows in a task: all of them where they share their keys, else 1
     Py_ssize_t window_left, window_right   # -1: unbounded; is_causal is window_right = 0
     # Of a score, see choose_units
     real sign                       # the scale's: queries are packed times it
@@ -39,6 +51,8 @@ cdef struct Problem:
     uint64_t seed
     Py_ssize_t batch_offset         # of this call's first batch row, for dropout
     # The plan
+    const Sequence* sequences       # [num_sequences]; or NULL: all batch rows are equally long
+    Py_ssize_t num_sequences, num_tasks
     int decode_width                # 0: prefill kernel; else lanes that decode gives to rows: 1, 2, 4 or 8
     bint k_in_place, v_in_place     # rows of K, V are read where they lie, in whatever block
     Kind block_kind                 # of the numbers in blocks of K and V
@@ -47,7 +61,6 @@ cdef struct Problem:
     Py_ssize_t q_stride, v_stride   # reals from one row of packed queries, of acc, to the next
     Py_ssize_t k_stride             # likewise of copied keys
     Py_ssize_t block_rows           # query rows in a block, a multiple of LANES (decode: decode_width)
-    Py_ssize_t num_blocks           # blocks of query rows per (batch, key head)
     Py_ssize_t block_kv             # keys in a block: what one pass of the kernel's loops takes
     Py_ssize_t split_kv             # keys in a split, a multiple of block_kv
     Py_ssize_t num_splits
@@ -77,6 +90,7 @@ cdef struct Workspace:              # one per thread, SCRATCH
     Lane* lanes                     # [block_rows]
 
 cdef struct Lane:
+    Py_ssize_t batch
     Py_ssize_t head         # query head
     Py_ssize_t query        # row of the query array
     Py_ssize_t position     # query + q_offset: the key position it stands at
@@ -96,21 +110,18 @@ cdef struct Tile:                   # a panel of query rows against some keys of
     real* scores                    # [n][width]; probabilities once the softmax is through
     Py_ssize_t width                # a lane for each row: whole vectors of them, or (decode) fewer than LANES
     const Lane* lanes               # [width]
-    Py_ssize_t batch
     Py_ssize_t key_start, n
     bint limited                    # some lane does not see some key
     real scale                      # what the scores are still to be multiplied by
 
 cdef struct Task:
-    Py_ssize_t number
-    Py_ssize_t batch, kv_head
-    Py_ssize_t head, query          # of the first row
-    Py_ssize_t num_rows             # query rows in this block
+    Py_ssize_t batch, kv_head       # whose keys
+    Py_ssize_t first_row, num_rows  # of the batch row's query rows, or of those of all folded ones
+    Py_ssize_t lanes                # a whole number of vectors of rows; decode: block_rows
     Py_ssize_t low, high            # keys [low, high) are seen by some row
-    # What the thread probably goes on with, see expect: keys [next_low, + next_n), for a task as the one above whose
-    # first row is of next_head and next_query. next_n: 0 where nobody knows
-    Py_ssize_t next_batch, next_kv_head, next_low, next_n
-    Py_ssize_t next_head, next_query, next_rows
+    # What the thread probably goes on with, see expect: keys [next_low, + next_n), for query rows from next_row on.
+    # next_n: 0 where nobody knows
+    Py_ssize_t next_batch, next_kv_head, next_low, next_n, next_row
 
 
 cdef inline Py_ssize_t state_size(const Problem* p) noexcept nogil:
@@ -170,24 +181,92 @@ cdef int choose_units(Problem* p, scale) except -1:
     return 0
 
 
-cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
-    """Which kernel, and how the work is cut. What decides bits (block_kv, split_kv) follows from head_dim and
-    head_dim_v alone. The query rows of a key head are cut into blocks: large, so that K and V are read
-    seldom, but enough of them for all threads; which block a row is in decides no bit of its result."""
-    cdef Py_ssize_t rows = p.group_size * p.seq_len_q
-    cdef Py_ssize_t vectors = ceil_div(rows, LANES)
+cdef inline Py_ssize_t num_queries(const Problem* p, Py_ssize_t batch) noexcept nogil:
+    return p.seq_len_q if p.cu_seqlens_q == NULL else p.cu_seqlens_q[batch + 1] - p.cu_seqlens_q[batch]
+
+
+cdef inline Py_ssize_t num_keys(const Problem* p, Py_ssize_t batch) noexcept nogil:
+    return p.seq_len_kv if p.kv_lens == NULL else p.kv_lens[batch]
+
+
+cdef inline Py_ssize_t num_rows(const Problem* p, Py_ssize_t batch) noexcept nogil:
+    """Query rows that use the same keys."""
+    return p.folded * p.group_size * num_queries(p, batch)
+
+
+cdef inline int width_of(Py_ssize_t rows) noexcept nogil:
+    """decode_width of so many query rows."""
+    return 0 if rows > min(MAX_DECODE_ROWS, LANES) else <int> padded_rows(rows)
+
+
+cdef inline bint lengths_differ(const Problem* p) noexcept nogil:
+    return p.folded == 1 and p.batch_size > 1 and (p.cu_seqlens_q != NULL or p.kv_lens != NULL)
+
+
+cdef inline bint is_planned(const Problem* p, Py_ssize_t batch) noexcept nogil:
+    """Whether the plan is this batch row's."""
+    return num_rows(p, batch) > 0 and width_of(num_rows(p, batch)) == p.decode_width
+
+
+cdef Py_ssize_t count_tasks(const Problem* p, Py_ssize_t block_rows) noexcept nogil:
+    """Of the plan, in blocks of so many query rows."""
+    cdef Py_ssize_t batch, blocks = 0
+    if not lengths_differ(p):
+        return p.batch_size // p.folded * p.num_kv_heads * ceil_div(num_rows(p, 0), block_rows)
+    for batch in range(p.batch_size):
+        if is_planned(p, batch):
+            blocks += ceil_div(num_rows(p, batch), block_rows)
+    return blocks * p.num_kv_heads
+
+
+cdef double work_of(const Problem* p, Py_ssize_t rows, Py_ssize_t batch) noexcept nogil:
+    """Of a task: products of a row and a key. Few rows take as long as some more, since they wait for the keys."""
+    return <double> (rows + MAX_DECODE_ROWS) * (num_keys(p, batch) + LANES)
+
+
+cdef int compare_work(const void* a, const void* b) noexcept nogil:
+    """For qsort: the most comes first; of as much, the first batch row."""
+    cdef const Sequence* one = <const Sequence*> a
+    cdef const Sequence* other = <const Sequence*> b
+    if one.work != other.work:
+        return -1 if one.work > other.work else 1
+    return -1 if one.batch < other.batch else 1
+
+
+cdef Py_ssize_t list_sequences(Problem* p, Sequence* sequences) noexcept nogil:
+    """The plan's batch rows (OUT), sorted, and their tasks; returns how many they are."""
+    cdef Py_ssize_t batch, i, n = 0, first_task = 0
+    for batch in range(p.batch_size):
+        if is_planned(p, batch):
+            sequences[n].batch = batch
+            sequences[n].work = work_of(p, min(num_rows(p, batch), p.block_rows), batch)
+            n += 1
+    qsort(sequences, n, sizeof(Sequence), compare_work)
+    for i in range(n):
+        sequences[i].first_task = first_task
+        first_task += p.num_kv_heads * ceil_div(num_rows(p, sequences[i].batch), p.block_rows)
+    p.sequences, p.num_sequences = sequences, n
+    return n
+
+
+cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_threads) noexcept nogil:
+    """How the work of those batch rows is cut that a kernel for this decode_width does; the longest has so many query
+    rows. What decides bits (block_kv, split_kv) follows from head_dim and head_dim_v alone. The query rows of a key
+    head are cut into blocks: large, so that K and V are read seldom, but enough of them for all threads; which block a
+    row is in decides no bit of its result."""
+    cdef Py_ssize_t vectors = ceil_div(longest, LANES)
     cdef Py_ssize_t size = MAX_ROWS // LANES, wide, fewer_blocks     # size, wide: vectors in a block
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
-    p.decode_width = 0
-    p.same_keys = p.window_left < 0 and p.window_right < 0
+    p.decode_width = decode_width
+    p.sequences = NULL
+    p.same_keys = p.window_left < 0 and p.window_right < 0 and (p.folded == 1 or p.kv_lens == NULL)
     p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), SPLIT_KEYS
     p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL
-    if rows <= min(MAX_DECODE_ROWS, LANES):
-        p.decode_width = 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
+    if decode_width:
         p.q_stride = round_up(p.head_dim, LANES)
         p.v_stride = round_up(p.head_dim_v, LANES)
         p.k_stride = p.q_stride
-        p.num_blocks, p.block_rows = 1, p.decode_width
+        p.block_rows = decode_width
         # Both in place or both copied, since one loop reads one kind of rows.
         p.k_in_place = (decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
                         and (p.k.kind == real_kind() or p.head_dim >= 2 * LANES))   # see multiply_columns
@@ -199,24 +278,22 @@ cdef void plan(Problem* p, Py_ssize_t num_threads) noexcept nogil:
         if size * LANES * widest > MAX_BLOCK:
             size = max(1, MAX_BLOCK // (LANES * widest) // ATTEND_VECTORS) * ATTEND_VECTORS
         while (num_threads > 1 and size // 2 >= MIN_BLOCK
-               and p.batch_size * p.num_kv_heads * ceil_div(vectors, size) < TASKS_PER_THREAD * num_threads):
+               and count_tasks(p, size * LANES) < TASKS_PER_THREAD * num_threads):
             size //= 2
-        p.num_blocks = ceil_div(vectors, size)
         # Where threads have tasks enough, a third more than a block is one block still, and several are whole panels:
         # 197 rows take 5 % longer in two blocks.
         fewer_blocks = max(1, (vectors + size * 2 // 3) // size)
         wide = ceil_div(vectors, fewer_blocks)
         if wide < vectors:
             wide = round_up(wide, ATTEND_VECTORS)
-        size = ceil_div(vectors, p.num_blocks)
-        if (num_threads == 1 or p.batch_size * p.num_kv_heads * ceil_div(vectors, wide)
-                >= TASKS_PER_THREAD * num_threads):
+        size = ceil_div(vectors, ceil_div(vectors, size))
+        if num_threads == 1 or count_tasks(p, wide * LANES) >= TASKS_PER_THREAD * num_threads:
             size = wide
-        p.num_blocks = ceil_div(vectors, size)
         p.block_rows = size * LANES
         p.k_stride = key_stride(p.head_dim)
         p.k_in_place = rows_are_real(&p.k) and (
             not strides_are_known(p.head_dim) or p.k.stride[2] == p.k_stride * <Py_ssize_t> sizeof(real))
         p.v_in_place = prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
         p.block_kind = real_kind()
+    p.num_tasks = count_tasks(p, p.block_rows)
     p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)

@@ -20,6 +20,11 @@ cdef inline int panel_vectors(const int MOST, Py_ssize_t vectors) noexcept nogil
     return <int> vectors if vectors <= MOST else 2 if MOST == 3 and vectors == 4 else MOST
 
 
+cdef inline Py_ssize_t padded_rows(Py_ssize_t rows) noexcept nogil:
+    """As many of few rows as multiply_columns takes at once; the last of them repeats."""
+    return 1 if rows == 1 else 2 if rows == 2 else 4 if rows <= 4 else 8
+
+
 cdef inline void multiply_once(const int ROWS, const int VECTORS, vf* acc, const real* a, Py_ssize_t a_row,
                                const real* b) noexcept nogil:
     """acc[r][v] += a[r * a_row] * b[v]"""
