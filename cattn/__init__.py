@@ -1,32 +1,39 @@
 """Attention for servers without a GPU: NumPy arrays in, NumPy arrays out, fused kernels between.
 
     scaled_dot_product_attention    softmax(Q K^T) V with masks, windows, GQA, dropout: PyTorch's names and order
+    varlen_attention, paged_attention   of sequences of different lengths: packed, or with keys in pages
+    KVCache                         keys and values of sequences that grow, in pages
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
     sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
     reference                       all of it in plain NumPy: the specification
     preload                         modules and threads that a first call would ask for, before rights are dropped
 
-How a call goes:  _attention.py, _multihead.py, _positional.py (checks by _checks.py, allocation)  ->  _kernels (one
-module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many threads.
+How a call goes:  _attention.py, _serving.py, _multihead.py, _positional.py (checks by _checks.py, allocation)  ->
+_kernels (one module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many
+threads.
 """
 
 from cattn import reference
 from cattn._attention import scaled_dot_product_attention
+from cattn._cache import KVCache
 from cattn._config import show_config
 from cattn._kernels import available_isas, isa
 from cattn._multihead import MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn._preload import preload
+from cattn._serving import paged_attention, varlen_attention
 from cattn._threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCache",
     "MultiHeadAttention",
     "PositionalEncoding",
     "available_isas",
     "get_num_threads",
     "isa",
+    "paged_attention",
     "preload",
     "reference",
     "relative_shift",
@@ -34,4 +41,5 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "sinusoidal_encoding",
+    "varlen_attention",
 ]

@@ -40,6 +40,7 @@ from cattn._checks import (
     check_shapes,
     check_vector,
     check_window,
+    shown,
     warn_of_0_and_1,
     warn_of_first_keys,
 )
@@ -53,9 +54,10 @@ __all__ = ["scaled_dot_product_attention"]
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    q_offset: ArrayLike | str | None = None, window: Sequence[int | None] | ArrayLike | None = None,
     softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
-    kv_lens: ArrayLike | None = None, return_weights: Literal[False] = False, return_logsumexp: Literal[False] = False,
+    kv_lens: ArrayLike | None = None, kv_starts: ArrayLike | None = None,
+    return_weights: Literal[False] = False, return_logsumexp: Literal[False] = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray: ...
 
@@ -64,9 +66,10 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    q_offset: ArrayLike | str | None = None, window: Sequence[int | None] | ArrayLike | None = None,
     softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
-    kv_lens: ArrayLike | None = None, return_weights: Literal[True], return_logsumexp: Literal[False] = False,
+    kv_lens: ArrayLike | None = None, kv_starts: ArrayLike | None = None,
+    return_weights: Literal[True], return_logsumexp: Literal[False] = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -75,9 +78,10 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    q_offset: ArrayLike | str | None = None, window: Sequence[int | None] | ArrayLike | None = None,
     softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
-    kv_lens: ArrayLike | None = None, return_weights: Literal[False] = False, return_logsumexp: Literal[True],
+    kv_lens: ArrayLike | None = None, kv_starts: ArrayLike | None = None,
+    return_weights: Literal[False] = False, return_logsumexp: Literal[True],
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -86,9 +90,10 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    q_offset: ArrayLike | str | None = None, window: Sequence[int | None] | ArrayLike | None = None,
     softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
-    kv_lens: ArrayLike | None = None, return_weights: Literal[True], return_logsumexp: Literal[True],
+    kv_lens: ArrayLike | None = None, kv_starts: ArrayLike | None = None,
+    return_weights: Literal[True], return_logsumexp: Literal[True],
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
@@ -97,9 +102,10 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    q_offset: ArrayLike | str | None = None, window: Sequence[int | None] | ArrayLike | None = None,
     softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
-    kv_lens: ArrayLike | None = None, return_weights: bool = False, return_logsumexp: bool = False,
+    kv_lens: ArrayLike | None = None, kv_starts: ArrayLike | None = None,
+    return_weights: bool = False, return_logsumexp: bool = False,
     out: np.ndarray | None = None, num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]: ...
 
@@ -107,9 +113,9 @@ def scaled_dot_product_attention(
 def scaled_dot_product_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
-    q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+    q_offset: ArrayLike | str | None = None, window: Sequence[int | None] | ArrayLike | None = None,
     softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
-    kv_lens: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None, kv_starts: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False, out: np.ndarray | None = None,
     num_threads: int | None = None, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
@@ -147,9 +153,10 @@ def scaled_dot_product_attention(
         dtype computed in, as softcap.
     enable_gqa : bool
         Accepted so that calls written for PyTorch work; the shapes say it all.
-    q_offset : int or int array (batch,), optional
+    q_offset : int, int array (batch,) or "end", optional
         Position of query 0 among the keys (those already in a cache). May be negative. "batch" is the shape
-        of the leading axes where there are several. 0 when None.
+        of the leading axes where there are several. "end": the queries are the last of the keys, kv_lens
+        (seq_len_kv, if not given) - seq_len_q. 0 when None.
     window : (left, right) or an array of two, optional
         How far each query sees: query i sees keys i + q_offset - left to i + q_offset + right, both included;
         None or -1 = unbounded.
@@ -163,6 +170,9 @@ def scaled_dot_product_attention(
         goes with it.
     kv_lens : int or int array (batch,), optional
         How many keys each batch row has, where it is padded: keys at and past the length do not exist.
+    kv_starts : int or int array (batch,), optional
+        Which key is the first of each batch row, where it is padded on the left: those before do not exist.
+        Positions are counted from key 0 all the same.
     return_weights, return_logsumexp : bool
         Return a tuple, with these after the result.
     out : array of the result's shape and dtype, optional
@@ -215,7 +225,8 @@ def scaled_dot_product_attention(
            [1.56 , 1.996]])
     """
     # An option that attend_short does not take has to be off: test_no_option_is_lost_on_the_short_way.
-    if (attn_mask is None and sinks is None and alibi_slopes is None and seed is None and return_weights is False
+    if (attn_mask is None and sinks is None and alibi_slopes is None and seed is None and kv_starts is None
+            and return_weights is False
             and (enable_gqa is False or enable_gqa is True)
             and type(dropout_p) is float and dropout_p == 0
             and (softcap == 0 if type(softcap) is float else softcap is None)):
@@ -238,32 +249,17 @@ def scaled_dot_product_attention(
     rows_shape = (*leading, seq_len_q) if one_head else (*leading, num_heads, seq_len_q)
     check_result(rows_shape, max(head_dim_v, seq_len_kv if return_weights else 1))
 
-    right = left = UNBOUNDED
-    if window is not None:
-        left, right = check_window(window)
-    if is_causal:
-        right = 0
-    smallest, largest = F64_RANGE if q_kind == F64 else F32_RANGE
-    scale = None if scale is None else check_number("scale", scale, -largest, largest)
-    softcap = 0.0 if softcap is None else check_number("softcap", softcap, smallest, largest)
-    dropout_p = check_dropout("dropout_p", dropout_p)
-    seed = check_seed(seed) if dropout_p or seed is not None else 0
-    num_threads = 0 if num_threads is None else _threads.checked(num_threads)  # 0: the kernel takes the default
+    options = check_options(
+        q_kind, num_heads, leading, is_causal=is_causal, scale=scale, window=window, softcap=softcap,
+        dropout_p=dropout_p, seed=seed, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
+    slopes = options.pop("slopes")
     no_offset = q_offset is None
-    q_offsets = None
-    if no_offset:
-        q_offset = 0
-    elif type(q_offset) is not int:
-        q_offsets = check_lengths("q_offset", q_offset, leading)
-        q_offset = 0
     if kv_lens is not None:
         kv_lens = check_kv_lens(kv_lens, leading, seq_len_kv)
+    if kv_starts is not None:
+        kv_starts = check_kv_lens(kv_starts, leading, seq_len_kv, "kv_starts")
+    q_offset, q_offsets = check_offset(q_offset, leading, seq_len_kv if kv_lens is None else kv_lens, seq_len_q)
     compute_dtype = np.float64 if q_kind == F64 else np.float32
-    if alibi_slopes is not None:
-        alibi_slopes = check_vector("alibi_slopes", alibi_slopes, ((num_heads,), (*leading, num_heads)), compute_dtype)
-        alibi_slopes = alibi_slopes.reshape(math.prod(alibi_slopes.shape[:-1]), num_heads)
-    if sinks is not None:
-        sinks = check_vector("sinks", sinks, ((num_heads,),), compute_dtype)
     mask_kind = BOOL
     if attn_mask is not None:
         given_mask = as_array("attn_mask", attn_mask)
@@ -271,8 +267,8 @@ def scaled_dot_product_attention(
     if out is None:
         out = target = np.empty((*rows_shape, head_dim_v), query.dtype)
     else:
-        inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "alibi_slopes": alibi_slopes,
-                  "sinks": sinks}
+        inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "alibi_slopes": slopes,
+                  "sinks": options["sinks"]}
         target = check_out(out, (*rows_shape, head_dim_v), query.dtype, inputs)
     if is_causal and no_offset and 0 < seq_len_q < seq_len_kv:
         warn_of_first_keys(seq_len_q, kv_lens)
@@ -294,12 +290,12 @@ def scaled_dot_product_attention(
             weights=None if weights is None else weights.reshape(-1)[of_weights],
             narrow_weights=None if narrow_weights is None else narrow_weights.view(np.uint16).reshape(-1)[of_weights],
             logsumexp=None if logsumexp is None else logsumexp.reshape(-1)[rows],
-            q_kind=q_kind, kv_kind=kv_kind, mask_kind=mask_kind, scale=scale, softcap=softcap,
-            window_left=left, window_right=right, q_offset=max(-FAR, min(FAR, q_offset)),
+            q_kind=q_kind, kv_kind=kv_kind, mask_kind=mask_kind, q_offset=q_offset,
             q_offsets=None if q_offsets is None else q_offsets[batch],
             kv_lens=None if kv_lens is None else kv_lens[batch],
-            slopes=alibi_slopes if alibi_slopes is None or len(alibi_slopes) == 1 else alibi_slopes[batch],
-            sinks=sinks, dropout_p=dropout_p, seed=seed, batch_offset=batch_offset, num_threads=num_threads,
+            kv_starts=None if kv_starts is None else kv_starts[batch],
+            slopes=slopes if slopes is None or len(slopes) == 1 else slopes[batch], batch_offset=batch_offset,
+            **options,
         )
     if not (return_weights or return_logsumexp):
         return out
@@ -309,6 +305,42 @@ def scaled_dot_product_attention(
     if return_logsumexp:
         results.append(logsumexp)
     return tuple(results)
+
+
+def check_options(q_kind, num_heads, leading, *, is_causal, scale, window, softcap, dropout_p, seed, alibi_slopes,
+                  sinks, num_threads):
+    """What all kinds of attention have in common, as the kernel's entry takes it."""
+    right = left = UNBOUNDED
+    if window is not None:
+        left, right = check_window(window)
+    if is_causal:
+        right = 0
+    smallest, largest = F64_RANGE if q_kind == F64 else F32_RANGE
+    scale = None if scale is None else check_number("scale", scale, -largest, largest)
+    softcap = 0.0 if softcap is None else check_number("softcap", softcap, smallest, largest)
+    dropout_p = check_dropout("dropout_p", dropout_p)
+    seed = check_seed(seed) if dropout_p or seed is not None else 0
+    num_threads = 0 if num_threads is None else _threads.checked(num_threads)  # 0: the kernel takes the default
+    compute_dtype = np.float64 if q_kind == F64 else np.float32
+    if alibi_slopes is not None:
+        alibi_slopes = check_vector("alibi_slopes", alibi_slopes, ((num_heads,), (*leading, num_heads)), compute_dtype)
+        alibi_slopes = alibi_slopes.reshape(math.prod(alibi_slopes.shape[:-1]), num_heads)
+    if sinks is not None:
+        sinks = check_vector("sinks", sinks, ((num_heads,),), compute_dtype)
+    return {"window_left": left, "window_right": right, "scale": scale, "softcap": softcap, "dropout_p": dropout_p,
+            "seed": seed, "slopes": alibi_slopes, "sinks": sinks, "num_threads": num_threads}
+
+
+def check_offset(q_offset, leading, seq_len_kv, seq_len_q):
+    """q_offset of all batch rows, and an array of one for each, or None; the lengths are ints or arrays."""
+    if isinstance(q_offset, str):
+        if q_offset != "end":
+            raise ValueError(f'q_offset: expected an int, an int array or "end", got {shown(q_offset)}')
+        q_offset = seq_len_kv - seq_len_q
+        return (q_offset, None) if isinstance(q_offset, int) else (0, q_offset)
+    if q_offset is None or type(q_offset) is int:
+        return max(-FAR, min(FAR, q_offset or 0)), None
+    return 0, check_lengths("q_offset", q_offset, leading)
 
 
 def _four_axes(array, leading, one_head):

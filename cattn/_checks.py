@@ -294,19 +294,20 @@ def check_kind(name, array, given=None):
     return kind
 
 
-def check_kinds(query, key, value, given):
+def check_kinds(query, key, value, given, names=("query", "key", "value")):
     """The query's, and that of key and value; `given` are the three that they were made of."""
-    q_kind, kv_kind = check_kind("query", query, given[0]), check_kind("key", key, given[1])
+    _, key_name, value_name = names
+    q_kind, kv_kind = check_kind("query", query, given[0]), check_kind(key_name, key, given[1])
     if value.dtype != key.dtype:
         cure = ""
         if value.dtype == query.dtype:
-            cure = f"; {cast_cure('key', given[1], 'query.dtype')} casts"
+            cure = f"; {cast_cure(key_name, given[1], 'query.dtype')} casts"
         elif is_number(value.dtype):
-            cure = f"; {cast_cure('value', given[2], 'key.dtype')} casts"
-        raise TypeError(f"value: expected the dtype of key, {key.dtype}, got {value.dtype}{cure}")
+            cure = f"; {cast_cure(value_name, given[2], f'{key_name}.dtype')} casts"
+        raise TypeError(f"{value_name}: expected the dtype of {key_name}, {key.dtype}, got {value.dtype}{cure}")
     if q_kind != kv_kind and not (q_kind == F32 and kv_kind in (F16, BF16)):
-        raise TypeError(f"key: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 query), "
-                        f"got {key.dtype}; {cast_cure('key', given[1], 'query.dtype')} casts")
+        raise TypeError(f"{key_name}: expected dtype {query.dtype}, as query has (or a 16-bit one under a float32 "
+                        f"query), got {key.dtype}; {cast_cure(key_name, given[1], 'query.dtype')} casts")
     return q_kind, kv_kind
 
 
@@ -404,11 +405,11 @@ def check_lengths(name, lengths, leading):
     return np.full(math.prod(leading), max(-FAR, min(FAR, lengths)), np.int64)
 
 
-def check_kv_lens(kv_lens, leading, seq_len_kv):
-    given, kv_lens = kv_lens, check_lengths("kv_lens", kv_lens, leading)
+def check_kv_lens(kv_lens, leading, seq_len_kv, name="kv_lens"):
+    given, kv_lens = kv_lens, check_lengths(name, kv_lens, leading)
     if kv_lens.size and not 0 <= kv_lens.min() <= kv_lens.max() <= seq_len_kv:
         got = given if isinstance(given, numbers.Integral) else kv_lens.tolist()
-        raise ValueError(f"kv_lens: expected lengths from 0 to seq_len_kv = {seq_len_kv}, got {shown(got)}")
+        raise ValueError(f"{name}: expected lengths from 0 to seq_len_kv = {seq_len_kv}, got {shown(got)}")
     return kv_lens
 
 
@@ -488,6 +489,76 @@ def warn_of_first_keys(seq_len_q, kv_lens):
     elif seq_len_q < kv_lens.max(initial=0):
         _warn("is_causal with fewer queries than kv_lens and no q_offset: query i sees keys 0 to i; for queries that "
               "are the last tokens pass q_offset=kv_lens - seq_len_q, else q_offset=0")
+
+
+# Sequences of different lengths.
+
+
+def check_packed_shapes(query, key, value, names=("query", "key", "value")):
+    """Of query (total_q, num_heads, head_dim), key and value (..., num_kv_heads, head_dim or head_dim_v); pages have an
+    axis more."""
+    axes = "num_pages, page_size" if "pages" in names[1] else "total_kv"
+    if query.ndim != 3 or not 1 <= query.shape[-1] <= _MAX_HEAD_DIM:
+        raise ValueError(f"query: expected (total_q, num_heads, head_dim), got shape {query.shape}")
+    if (key.ndim != 3 + ("," in axes) or key.shape[-1] != query.shape[-1] or not key.shape[-2]
+            or query.shape[-2] % key.shape[-2]):
+        raise ValueError(f"{names[1]}: expected ({axes}, num_kv_heads, {query.shape[-1]}) with a num_kv_heads that "
+                         f"divides query's {query.shape[-2]} heads, got shape {key.shape}")
+    if value.shape[:-1] != key.shape[:-1] or not 1 <= value.shape[-1] <= _MAX_HEAD_DIM:
+        raise ValueError(f"{names[2]}: expected ({', '.join(map(str, key.shape[:-1]))}, head_dim_v), "
+                         f"got shape {value.shape}")
+    if max(value.size, key.size) > _MAX_NUMBERS:
+        raise ValueError(f"{names[2]}: expected at most {_MAX_NUMBERS} numbers, got shape {value.shape}")
+
+
+def check_ints(name, array, shape_text, num_axes):
+    """A contiguous int64 array of so many axes; other integers are cast."""
+    given, array = array, as_array(name, array)
+    if array.dtype.kind not in "iu":
+        cure = f"; {cast_cure(name, given, 'int')} casts" if array.dtype.kind == "f" else ""
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}{cure}")
+    if array.ndim != num_axes:
+        raise ValueError(f"{name}: expected shape {shape_text}, got shape {array.shape}")
+    if array.dtype == np.uint64:
+        array = np.minimum(array, np.uint64(FAR))
+    return np.ascontiguousarray(array, np.int64)
+
+
+def check_cu_seqlens(name, cu_seqlens, rows, batch=None):
+    """Where sequences begin among so many rows, and end: one number more than there are sequences."""
+    cu_seqlens = check_ints(name, cu_seqlens, "(batch + 1,)", 1)
+    expected = "one number or more" if batch is None else f"{batch + 1} numbers, one more than there are sequences"
+    if len(cu_seqlens) != (max(1, len(cu_seqlens)) if batch is None else batch + 1):
+        raise ValueError(f"{name}: expected {expected}, got {len(cu_seqlens)}")
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"{name}: expected a start of 0, got {cu_seqlens[0]}")
+    falls = np.flatnonzero(cu_seqlens[1:] < cu_seqlens[:-1])
+    if len(falls):
+        raise ValueError(f"{name}: expected numbers that never decrease, got {cu_seqlens[falls[0]]} before "
+                         f"{cu_seqlens[falls[0] + 1]}")
+    if cu_seqlens[-1] != rows:
+        raise ValueError(f"{name}: expected an end of {rows}, the number of rows, got {cu_seqlens[-1]}")
+    return cu_seqlens
+
+
+def check_block_table(block_table, kv_lens, num_pages, page_size):
+    """A contiguous int64 array (batch, max_pages), 0 where no key is; and kv_lens."""
+    table = check_ints("block_table", block_table, "(batch, max_pages)", 2)
+    kv_lens = check_ints("kv_lens", kv_lens, "(batch,)", 1)
+    if len(kv_lens) != len(table):
+        raise ValueError(f"kv_lens: expected one length for each of {len(table)} rows of block_table, "
+                         f"got shape {kv_lens.shape}")
+    longest = table.shape[1] * page_size
+    if kv_lens.size and not 0 <= kv_lens.min() <= kv_lens.max() <= longest:
+        raise ValueError(f"kv_lens: expected lengths from 0 to max_pages * page_size = {longest}, "
+                         f"got {shown(kv_lens.tolist())}")
+    used = np.arange(table.shape[1]) * max(1, page_size) < kv_lens[:, None]
+    pages = table[used]
+    if pages.size and not 0 <= pages.min() <= pages.max() < num_pages:
+        wrong = pages.min() if pages.min() < 0 else pages.max()
+        raise ValueError(f"block_table: expected pages from 0 to below num_pages = {num_pages} where keys are, "
+                         f"got {wrong}")
+    return np.where(used, table, 0), kv_lens
 
 
 # Results.

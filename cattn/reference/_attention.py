@@ -19,7 +19,7 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, *,
     q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
     softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
-    kv_lens: ArrayLike | None = None,
+    kv_lens: ArrayLike | None = None, kv_starts: ArrayLike | None = None,
     return_weights: bool = False, return_logsumexp: bool = False, seed: int | None = None,
 ) -> np.ndarray | tuple[np.ndarray, ...]:
     """softmax(scale * query @ key^T + mask) @ value, for each head: see `cattn.scaled_dot_product_attention`.
@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
         attn_mask = np.expand_dims(attn_mask, -3)
     scores, visible = _scores(
         query, key, attn_mask, is_causal, scale, q_offset=q_offset, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, kv_lens=kv_lens)
+        alibi_slopes=alibi_slopes, kv_lens=kv_lens, kv_starts=kv_starts)
 
     row_max = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     row_max = np.where(row_max == -np.inf, dtype.type(0), row_max)
@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
 
 
 def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset=None, window=None, softcap=0.0,
-            alibi_slopes=None, kv_lens=None):
+            alibi_slopes=None, kv_lens=None, kv_starts=None):
     """What the softmax is of, with -inf for masked keys; and which keys are not masked. For as many key heads as query
     heads."""
     dtype = query.dtype
@@ -91,6 +91,8 @@ def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset
 
     largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
     key_index = np.arange(key.shape[-2])
+    if isinstance(q_offset, str):  # "end"
+        q_offset = np.asarray(key.shape[-2] if kv_lens is None else kv_lens) - seq_len_q
     q_offset = np.asarray(0 if q_offset is None else q_offset, np.int64)
     position = np.arange(seq_len_q)[:, None] + q_offset[..., None, None, None]
     distance = key_index - position  # (batch, 1, seq_len_q, seq_len_kv)
@@ -108,6 +110,8 @@ def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset
         visible = visible & (distance <= right)
     if kv_lens is not None:
         visible = visible & (key_index < np.asarray(kv_lens)[..., None, None, None])
+    if kv_starts is not None:
+        visible = visible & (key_index >= np.asarray(kv_starts)[..., None, None, None])
     if attn_mask is not None:
         attn_mask = np.asarray(attn_mask)
         if attn_mask.dtype == bool:

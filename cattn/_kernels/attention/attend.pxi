@@ -46,7 +46,7 @@ cdef inline void expect(const Problem* p, Task* task, Py_ssize_t number, Py_ssiz
     """task (OUT): the thread probably goes on with this split of the plan's task `number`. Where a window begins, only
     its rows know."""
     cdef Task following
-    if p.window_left >= 0 or number >= p.num_tasks:
+    if p.window_left >= 0 or p.kv_starts != NULL or number >= p.num_tasks:
         return
     locate_task(p, number, &following)
     task.next_batch, task.next_kv_head, task.next_low = following.batch, following.kv_head, split * p.split_kv

@@ -83,52 +83,72 @@ cdef inline void decode_scores(const int KIND, const int WIDTH, const Problem* p
     # Accumulators, each one chain of FMAs: 4, or 1 with AVX-512, whose squares take 16 numbers of each key as long as
     # their FMAs do. With 4, that is 5 to 15 % slower, with 2, AVX2 up to 17 % (Emerald Rapids).
     cdef int GROUPS = max(1, (1 if VECTOR_BYTES == 64 else 4) // WIDTH)
-    cdef Py_ssize_t j = 0, i, row = p.q_stride * size_of(<Kind> KIND), v_row = p.head_dim_v * size_of(<Kind> KIND)
-    cdef Py_ssize_t k_step = b.k_step
+    cdef Py_ssize_t j = 0, at = 0, i, k_bytes, row = p.q_stride * size_of(<Kind> KIND)
+    cdef Py_ssize_t v_row = p.head_dim_v * size_of(<Kind> KIND)
+    cdef const KeyRun* run = b.runs
     cdef const char* k
+    cdef const char* v
     cdef char* copy = <char*> w.rows
-    while GROUPS > 1 and j + GROUPS * LANES <= b.n:
-        decode_group(KIND, WIDTH, GROUPS, w.scores + j * WIDTH, w.queries, p.q_stride, b.k + j * b.k_step, b.k_step,
-                     b.v + j * b.v_step, b.v_step, v_row)
-        j += GROUPS * LANES
     while j < b.n:
-        k = b.k + j * b.k_step
-        if j + LANES > b.n:     # behind the rest, there may be no memory
-            for i in range(LANES):
-                memcpy(copy + i * row, b.k + min(j + i, b.n - 1) * b.k_step, row)
-            k, k_step, v_row = copy, row, 0
-        decode_group(KIND, WIDTH, 1, w.scores + j * WIDTH, w.queries, p.q_stride, k, k_step, b.v + j * b.v_step,
-                     b.v_step, v_row)
-        j += LANES
+        k, v, k_bytes = run.k + at * b.k_step, run.v + at * b.v_step, b.k_step
+        if GROUPS > 1 and at + GROUPS * LANES <= run.n:
+            decode_group(KIND, WIDTH, GROUPS, w.scores + j * WIDTH, w.queries, p.q_stride, k, k_bytes, v, b.v_step,
+                         v_row)
+            j += GROUPS * LANES
+            at += GROUPS * LANES
+        else:
+            if at + LANES > run.n:  # goes on in another run, or ends: behind, there may be no memory
+                for i in range(LANES):
+                    memcpy(copy + i * row, run.k + at * b.k_step, row)
+                    if j + i + 1 < b.n:
+                        at += 1
+                        if at == run.n:
+                            run += 1
+                            at = 0
+                at -= LANES
+                k, k_bytes = copy, row
+            decode_group(KIND, WIDTH, 1, w.scores + j * WIDTH, w.queries, p.q_stride, k, k_bytes, v, b.v_step,
+                         v_row if k != copy else 0)
+            j += LANES
+            at += LANES
+        if at == run.n:
+            run += 1
+            at = 0
 
 
 cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS, real* acc, Py_ssize_t acc_stride,
-                             const real* probs, const char* v, Py_ssize_t v_bytes, Py_ssize_t d, Py_ssize_t n,
-                             const char* next_k, Py_ssize_t k_bytes, Py_ssize_t next_n, vf* sums) noexcept nogil:
-    """acc[WIDTH][VECTORS] (IN/OUT) at dimension d += n keys' probabilities times V. The same dimensions of the next_n
-    rows at next_k are prefetched on the way. d = 0: sums[0] (OUT), in lane r < WIDTH, the sum of row r's probabilities,
-    at next to no cost where the FMAs wait for V."""
+                             const real* probs, const Block* b, Py_ssize_t d, vf* sums) noexcept nogil:
+    """acc[WIDTH][VECTORS] (IN/OUT) at dimension d += the block's probabilities times V. The same dimensions of the rows
+    at next_k are prefetched on the way. d = 0: sums[0] (OUT), in lane r < WIDTH, the sum of row r's probabilities, at
+    next to no cost where the FMAs wait for V."""
     cdef Py_ssize_t size = size_of(<Kind> KIND)
     cdef int LINES = <int> ceil_div(VECTORS * LANES * size, 64)
     cdef vf tile[16]
     cdef vf v_d[8]
     cdef vf prob, sum = vset1(<real> 0.0)
-    cdef Py_ssize_t j
-    cdef int r, c
+    cdef const KeyRun* run
+    cdef const char* v
+    cdef const char* next_k
+    cdef Py_ssize_t j, v_bytes = b.v_step, k_bytes = b.k_step, next_n
+    cdef int r, c, i
     for r in range(WIDTH * VECTORS):
         tile[r] = vset1(<real> 0.0)
-    for j in range(n):
-        if j < next_n and d * size % 64 == 0:
-            for c in range(LINES):
-                prefetch(next_k + j * k_bytes + d * size + 64 * c)
-        if d == 0:
-            sum = sum + vload(probs + j * WIDTH)
-        for c in range(VECTORS):
-            v_d[c] = load_kv(KIND, v + j * v_bytes, d + c * LANES)
-        for r in range(WIDTH):
-            prob = vset1(probs[j * WIDTH + r])
+    for i in range(b.num_runs):
+        run = &b.runs[i]
+        v, next_k, next_n = run.v, run.next_k, run.next_n
+        for j in range(run.n):
+            if j < next_n and d * size % 64 == 0:
+                for c in range(LINES):
+                    prefetch(next_k + j * k_bytes + d * size + 64 * c)
+            if d == 0:
+                sum = sum + vload(probs + j * WIDTH)
             for c in range(VECTORS):
-                tile[r * VECTORS + c] = vfma(prob, v_d[c], tile[r * VECTORS + c])
+                v_d[c] = load_kv(KIND, v + j * v_bytes, d + c * LANES)
+            for r in range(WIDTH):
+                prob = vset1(probs[j * WIDTH + r])
+                for c in range(VECTORS):
+                    tile[r * VECTORS + c] = vfma(prob, v_d[c], tile[r * VECTORS + c])
+        probs += run.n * WIDTH
     if d == 0:
         sums[0] = sum
     for r in range(WIDTH):
@@ -138,10 +158,8 @@ cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS,
 
 
 cdef inline vf decode_values(const int KIND, const int WIDTH, real* acc, Py_ssize_t dims, const real* probs,
-                             const char* v, Py_ssize_t v_bytes, Py_ssize_t n, const char* next_k, Py_ssize_t k_bytes,
-                             Py_ssize_t next_n) noexcept nogil:
-    """acc[WIDTH][dims] (IN/OUT) over n keys; next_k: the next_n rows of K to prefetch. Returns the sums of
-    probabilities: lane r < WIDTH is row r's."""
+                             const Block* b) noexcept nogil:
+    """acc[WIDTH][dims] (IN/OUT) over the block's keys. Returns the sums of probabilities: lane r < WIDTH is row r's."""
     # 8 accumulators, or 16 for 4 and 8 rows where there are 32 registers: with 4 for one row, decoding was 15 % slower.
     # The block's rows of V are in cache by now, so that going over them several times costs little. What is left is
     # done by half as many, not one by one, where each FMA waits for the one before: one row of head_dim 64 takes 0.90
@@ -150,16 +168,16 @@ cdef inline vf decode_values(const int KIND, const int WIDTH, real* acc, Py_ssiz
     cdef Py_ssize_t d = 0
     cdef vf sums = vset1(<real> 0.0)
     while VECTORS == 8 and d + 8 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 8, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n, &sums)
+        decode_dims(KIND, WIDTH, 8, acc, dims, probs, b, d, &sums)
         d += 8 * LANES
     while VECTORS >= 4 and d + 4 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 4, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n, &sums)
+        decode_dims(KIND, WIDTH, 4, acc, dims, probs, b, d, &sums)
         d += 4 * LANES
     while VECTORS >= 2 and d + 2 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 2, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n, &sums)
+        decode_dims(KIND, WIDTH, 2, acc, dims, probs, b, d, &sums)
         d += 2 * LANES
     while d < dims:
-        decode_dims(KIND, WIDTH, 1, acc, dims, probs, v, v_bytes, d, n, next_k, k_bytes, next_n, &sums)
+        decode_dims(KIND, WIDTH, 1, acc, dims, probs, b, d, &sums)
         d += LANES
     return sums
 
@@ -225,15 +243,16 @@ cdef vf sum_probs(const real* probs, int width, Py_ssize_t n) noexcept nogil:
 cdef vf accumulate_finite(const Problem* p, const Workspace* w, const State* state, Py_ssize_t n) noexcept nogil:
     """decode_values of n rows of w.v_finite: seldom, and so not inlined in each loop over blocks, where it took the
     compiler an eighth of its time for a module."""
-    cdef const char* v = <const char*> w.v_finite
-    cdef Py_ssize_t v_bytes = p.v_stride * sizeof(real)
+    cdef Block b
+    b.num_runs, b.v_step, b.k_step = 1, p.v_stride * sizeof(real), 0
+    b.runs[0].n, b.runs[0].v, b.runs[0].next_k, b.runs[0].next_n = n, <const char*> w.v_finite, NULL, 0
     if p.decode_width == 1:
-        return decode_values(F64 if IS_DOUBLE else F32, 1, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
+        return decode_values(F64 if IS_DOUBLE else F32, 1, state.acc, p.v_stride, w.scores, &b)
     if p.decode_width == 2:
-        return decode_values(F64 if IS_DOUBLE else F32, 2, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
+        return decode_values(F64 if IS_DOUBLE else F32, 2, state.acc, p.v_stride, w.scores, &b)
     if p.decode_width == 4:
-        return decode_values(F64 if IS_DOUBLE else F32, 4, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
-    return decode_values(F64 if IS_DOUBLE else F32, 8, state.acc, p.v_stride, w.scores, v, v_bytes, n, NULL, 0, 0)
+        return decode_values(F64 if IS_DOUBLE else F32, 4, state.acc, p.v_stride, w.scores, &b)
+    return decode_values(F64 if IS_DOUBLE else F32, 8, state.acc, p.v_stride, w.scores, &b)
 
 
 cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p, const Workspace* w, const Task* task,
@@ -273,8 +292,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
             v_rows = values_of(p, w, task, &b, &v_stride)
             is_finite = not make_finite(w.v_finite, p.v_stride, v_rows, v_stride, b.n, p.head_dim_v)
         if is_finite:
-            of_values = decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, b.v, b.v_step, b.n, b.next_k,
-                                      b.k_step, b.next_n)
+            of_values = decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, &b)
         else:
             of_values = accumulate_finite(p, w, state, b.n)
             repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride)

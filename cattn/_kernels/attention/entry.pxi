@@ -28,13 +28,40 @@ cdef int describe_inputs(Problem* p, query, key, value, Kind q_kind, Kind kv_kin
     return num_axes
 
 
+cdef void describe_packed(Problem* p, const int64_t[::1] cu_seqlens_q):
+    """p (IN/OUT), for as many batch rows: where their queries begin, and the longest of them."""
+    cdef Py_ssize_t batch
+    p.cu_seqlens_q = p.q.firsts = p.out.firsts = &cu_seqlens_q[0]
+    p.batch_size, p.folded = cu_seqlens_q.shape[0] - 1, 1
+    p.seq_len_q = p.seq_len_kv = 0
+    for batch in range(p.batch_size):
+        p.seq_len_q = max(p.seq_len_q, num_queries(p, batch))
+        p.seq_len_kv = max(p.seq_len_kv, num_keys(p, batch))
+
+
+cdef void describe_logsumexp(Problem* p, real* logsumexp):
+    """p.logsumexp (OUT), contiguous: (batch, num_heads, seq_len_q), or packed (total, num_heads)."""
+    cdef Tensor* t = &p.logsumexp
+    cdef Py_ssize_t num_heads = p.num_kv_heads * p.group_size
+    t.data, t.firsts, t.kind = <char*> logsumexp, p.q.firsts, real_kind()
+    if t.firsts == NULL:
+        t.stride[2], t.stride[1] = sizeof(real), p.seq_len_q * sizeof(real)
+        t.stride[0] = num_heads * t.stride[1]
+    else:
+        t.stride[2], t.stride[1], t.stride[0] = num_heads * sizeof(real), sizeof(real), 0
+
+
 def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow_weights, real[::1] logsumexp,
            Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap, Py_ssize_t window_left,
            Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
            const real[:, ::1] slopes, const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
-           Py_ssize_t num_threads):
+           Py_ssize_t num_threads, const int64_t[::1] kv_starts=None, const int64_t[::1] cu_seqlens_q=None,
+           const int64_t[::1] cu_seqlens_kv=None, const int64_t[:, ::1] block_table=None,
+           bint pages_by_bytes=False):
     """out, weights, these again in 16 bits, and logsumexp (OUT; flat, contiguous) of one attention problem; None: not
-    given."""
+    given. With cu_seqlens_q, queries, out and logsumexp are packed, (1, heads, total, dim), and so with cu_seqlens_kv
+    keys and values; with block_table, these are (pages, heads, page_size, dim), or with pages_by_bytes the first page,
+    from which the table counts bytes. Both come with kv_lens."""
     cdef Problem p
     memset(&p, 0, sizeof(p))
     describe_inputs(&p, query, key, value, q_kind, kv_kind)
@@ -45,8 +72,6 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
         p.weights = &weights[0]
     if narrow_weights is not None:
         p.narrow_weights = &narrow_weights[0]
-    if logsumexp is not None:
-        p.logsumexp = &logsumexp[0]
     if sinks is not None:
         p.sinks = &sinks[0]
     if slopes is not None:
@@ -56,6 +81,20 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
         p.q_offsets = &q_offsets[0]
     if kv_lens is not None:
         p.kv_lens = &kv_lens[0]
+    if kv_starts is not None:
+        p.kv_starts = &kv_starts[0]
+    if cu_seqlens_q is not None:
+        describe_packed(&p, cu_seqlens_q)
+    if cu_seqlens_kv is not None:
+        p.k.firsts = p.v.firsts = &cu_seqlens_kv[0]
+    if block_table is not None:
+        p.block_table, p.table_stride, p.page_size = &block_table[0, 0], block_table.shape[1], p.k.length[2]
+    if pages_by_bytes:
+        p.k.stride[0] = p.v.stride[0] = 1
+    if cu_seqlens_kv is not None or block_table is not None:
+        p.folded = 1
+    if logsumexp is not None:
+        describe_logsumexp(&p, &logsumexp[0])
     p.q_offset = q_offset
     p.window_left, p.window_right = window_left, window_right
     p.softcap = <real> softcap
@@ -66,6 +105,26 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
     p.seed = seed
     p.batch_offset = batch_offset
     run(&p, num_threads)
+
+
+def store_rows(rows, Kind kind, pages, Kind pages_kind, const int64_t[::1] places):
+    """pages (OUT): row i of (total, heads, dim), rounded, at places[i] bytes from where each head's begin in `pages`,
+    (1, heads, page_size, dim)."""
+    cdef Tensor source, target
+    cdef Py_ssize_t i, head
+    cdef real numbers[256]
+    cdef Py_ssize_t d, n
+    describe(&source, rows, kind)
+    describe(&target, pages, pages_kind)
+    with nogil:
+        for i in range(source.length[1]):
+            for head in range(source.length[2]):
+                for d in range(ceil_div(source.length[3], 256)):
+                    n = min(256, source.length[3] - d * 256)
+                    load_row(numbers, row_of(&source, 0, i, head) + d * 256 * source.stride[3], source.stride[3], n,
+                             kind)
+                    store_row(target.data + places[i] + head * target.stride[1] + d * 256 * target.stride[3],
+                              target.stride[3], numbers, n, pages_kind)
 
 
 cdef bint sizes_fit(const Problem* p) noexcept:
@@ -182,6 +241,7 @@ def attend_short(query, key, value, is_causal, scale, q_offset, window, kv_lens,
     cdef Py_ssize_t length[4]
     cdef int64_t offsets[FEW_BATCH_ROWS]
     cdef int64_t lens[FEW_BATCH_ROWS]
+    cdef Py_ssize_t batch
     cdef Kind q_kind, kv_kind
     if type(query) is not NDARRAY or type(key) is not NDARRAY or type(value) is not NDARRAY:
         return None
@@ -211,6 +271,14 @@ def attend_short(query, key, value, is_causal, scale, q_offset, window, kv_lens,
                 return None
         elif type(q_offset) is int:
             p.q_offset = index_of(q_offset)
+        elif type(q_offset) is str:
+            if q_offset != "end":
+                return None
+            p.q_offset = p.seq_len_kv - p.seq_len_q
+            if p.kv_lens != NULL:
+                p.q_offsets = offsets
+                for batch in range(p.batch_size):
+                    offsets[batch] = lens[batch] - p.seq_len_q
         else:
             if not read_lengths(offsets, q_offset, p.batch_size, -(1LL << FAR_LOG2), 1LL << FAR_LOG2):
                 return None
@@ -232,7 +300,7 @@ def attend_short(query, key, value, is_causal, scale, q_offset, window, kv_lens,
         return None
     if return_logsumexp:
         logsumexp = EMPTY((length[0], length[1], length[2]), REAL)
-        p.logsumexp = <real*> data_of(logsumexp)
+        describe_logsumexp(&p, <real*> data_of(logsumexp))
     p.keep_scale = 1.0
     run(&p, num_threads)
     return (out, logsumexp) if return_logsumexp else out

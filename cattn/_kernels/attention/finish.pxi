@@ -80,8 +80,8 @@ cdef void finish_row(const Problem* p, const Lane* lane, real reference, real ro
                      real inverse_sum) noexcept nogil:
     """A row's logsumexp and weights (OUT), where asked for."""
     cdef real* row
-    if p.logsumexp != NULL:
-        p.logsumexp[(lane.batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query] = (
+    if p.logsumexp.data != NULL:
+        (<real*> lane_row(&p.logsumexp, lane))[0] = (
             <real> (reference * p.natural + log(<double> row_sum)) if row_sum != 0 else <real> -INFINITY)
     if p.weights != NULL and not stopped_by_signal(p.call):
         row = weights_row(p, lane)

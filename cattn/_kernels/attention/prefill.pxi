@@ -451,11 +451,11 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
             if pending.tile.n and pending.first_lane == panel.first_lane:  # before reference moves
                 accumulate_panel(p, state, &pending, &nothing, &ahead)
             if ATTEND_VECTORS == 3 and panel.vectors == 3:
-                seen = score_panel(3, p, w, state, &panel, <const real*> b.k, k_stride)
+                seen = score_panel(3, p, w, state, &panel, <const real*> b.runs[0].k, k_stride)
             elif ATTEND_VECTORS >= 2 and panel.vectors == 2:
-                seen = score_panel(2, p, w, state, &panel, <const real*> b.k, k_stride)
+                seen = score_panel(2, p, w, state, &panel, <const real*> b.runs[0].k, k_stride)
             else:
-                seen = score_panel(1, p, w, state, &panel, <const real*> b.k, k_stride)
+                seen = score_panel(1, p, w, state, &panel, <const real*> b.runs[0].k, k_stride)
             if not seen:
                 continue
             begin_softmax(&e, &panel, state, p.unit)
@@ -542,7 +542,7 @@ cdef bint prefill_finish(const Problem* p, const Workspace* w, const Task* task,
         all_right = True
         for v in range(panel):
             all_right = all_right and not vany(vdiffer(check[v], vset1(<real> 0.0)))
-        if p.logsumexp != NULL or p.weights != NULL:
+        if p.logsumexp.data != NULL or p.weights != NULL:
             for i in range(num_rows):
                 finish_row(p, lanes + i, state.reference[first * LANES + i],
                            state.row_sum[first * LANES + i], inverse_sum[i])

@@ -14,6 +14,9 @@ cdef enum:
     # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower
     # than 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
     MAX_BLOCK = 65536
+    # Of a block of 128 keys in pages of SMALL_PAGE; smaller ones are copied
+    SMALL_PAGE = 8
+    MAX_RUNS = 17
     SPLIT_KEYS = 1024          # decode: 512 to 4096 measured within 4 %; prefill of 2048 keys: 1 % for the merge
 
 cdef struct Parts   # attend.pxi
@@ -27,13 +30,17 @@ cdef struct Problem:
     Tensor q, k, v, out, mask       # IN, IN, IN, OUT, IN
     real* weights                   # OUT (batch, num_heads, seq_len_q, seq_len_kv), contiguous; or NULL
     uint16_t* narrow_weights        # OUT, the same in the kind of out, where that has 16 bits; or NULL
-    real* logsumexp                 # OUT (batch, num_heads, seq_len_q), contiguous; or NULL
+    Tensor logsumexp                # OUT, a real for each query
     const real* sinks               # IN (num_heads,); or NULL
     const real* slopes              # IN (batch or 1, num_heads); or NULL
     Py_ssize_t slopes_stride        # from one batch row of slopes to the next: num_heads or 0
     const int64_t* cu_seqlens_q     # IN (batch + 1,): batch row i has rows [i] to [i + 1]; or NULL: all seq_len_q
+    const int64_t* block_table      # IN (batch, table_stride): which pages have a batch row's keys; k and v are (pages,
+                                    # num_kv_heads, page_size, dim) then; or NULL
+    Py_ssize_t table_stride, page_size
     const int64_t* q_offsets        # IN (batch,); or NULL: q_offset for all
     const int64_t* kv_lens          # IN (batch,); or NULL: all seq_len_kv
+    const int64_t* kv_starts        # IN (batch,): no batch row sees a key before its; or NULL
     Py_ssize_t q_offset
     # seq_len_q, seq_len_kv: of the longest batch row
     Py_ssize_t batch_size, num_kv_heads, group_size, seq_len_q, head_dim, head_dim_v, seq_len_kv
@@ -97,14 +104,19 @@ cdef struct Lane:
     Py_ssize_t low, high    # keys [low, high) are visible: causal, window and kv_lens together
     real slope              # ALiBi
 
-cdef struct Block:                  # some consecutive keys of a head, see next_block
-    Py_ssize_t key_start, n
-    const char* k                   # rows of adjacent numbers, k_step bytes apart
+cdef struct KeyRun:                 # keys that lie one after the other
+    Py_ssize_t n
+    const char* k                   # rows of adjacent numbers, Block.k_step bytes apart
     const char* v                   # likewise
-    Py_ssize_t k_step, v_step
-    Kind kind                       # of these numbers
     const char* next_k              # rows of K, as far apart, that are probably read next
     Py_ssize_t next_n
+
+cdef struct Block:                  # some consecutive keys of a head, see next_block
+    Py_ssize_t key_start, n
+    KeyRun runs[MAX_RUNS]
+    int num_runs                    # one, but for decode of small pages in place
+    Py_ssize_t k_step, v_step
+    Kind kind                       # of the numbers
 
 cdef struct Tile:                   # a panel of query rows against some keys of a block
     real* scores                    # [n][width]; probabilities once the softmax is through
@@ -259,9 +271,10 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
     p.decode_width = decode_width
     p.sequences = NULL
-    p.same_keys = p.window_left < 0 and p.window_right < 0 and (p.folded == 1 or p.kv_lens == NULL)
+    p.same_keys = p.window_left < 0 and p.window_right < 0 and (
+        p.folded == 1 or (p.kv_lens == NULL and p.kv_starts == NULL))
     p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), SPLIT_KEYS
-    p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL
+    p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL or p.kv_starts != NULL
     if decode_width:
         p.q_stride = round_up(p.head_dim, LANES)
         p.v_stride = round_up(p.head_dim_v, LANES)
@@ -269,7 +282,8 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
         p.block_rows = decode_width
         # Both in place or both copied, since one loop reads one kind of rows.
         p.k_in_place = (decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
-                        and (p.k.kind == real_kind() or p.head_dim >= 2 * LANES))   # see multiply_columns
+                        and (p.k.kind == real_kind() or p.head_dim >= 2 * LANES)    # see multiply_columns
+                        and (p.block_table == NULL or p.page_size >= SMALL_PAGE))
         p.v_in_place = p.k_in_place
         p.block_kind = p.k.kind if p.k_in_place else real_kind()
     else:
@@ -291,9 +305,9 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
             size = wide
         p.block_rows = size * LANES
         p.k_stride = key_stride(p.head_dim)
-        p.k_in_place = rows_are_real(&p.k) and (
+        p.k_in_place = blocks_are_whole(p) and rows_are_real(&p.k) and (
             not strides_are_known(p.head_dim) or p.k.stride[2] == p.k_stride * <Py_ssize_t> sizeof(real))
-        p.v_in_place = prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
+        p.v_in_place = blocks_are_whole(p) and prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
         p.block_kind = real_kind()
     p.num_tasks = count_tasks(p, p.block_rows)
     p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)

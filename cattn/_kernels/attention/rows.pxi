@@ -51,6 +51,8 @@ cdef void describe_lane(const Problem* p, Lane* lane) noexcept nogil:
     cdef real slope, limit = <real> BIAS_LIMIT
     lane.position = lane.query + (p.q_offset if p.q_offsets == NULL else p.q_offsets[lane.batch])
     lane.low = 0 if p.window_left < 0 else max(0, lane.position - p.window_left)
+    if p.kv_starts != NULL:
+        lane.low = max(lane.low, p.kv_starts[lane.batch])
     lane.high = num_keys(p, lane.batch)
     if p.window_right >= 0:
         lane.high = min(lane.high, lane.position + p.window_right + 1)

@@ -13,6 +13,8 @@ cdef struct Tensor:
     Py_ssize_t length[4]  # batch, head, row, column
     Py_ssize_t stride[4]  # in bytes; 0 where the array is broadcast
     Kind kind
+    # Rows of all batch rows in one axis: the first of each batch row; or NULL
+    const int64_t* firsts
 
 cdef inline Kind real_kind() noexcept nogil:
     return F64 if IS_DOUBLE else F32
@@ -23,8 +25,11 @@ cdef inline Py_ssize_t size_of(Kind kind) noexcept nogil:
     return 1 if kind == BOOL else 4 if kind == F32 else 8 if kind == F64 else 2
 
 
-# batch, head and row are of the broadcast shape: an axis the array lacks has stride 0.
+# batch, head and row are of the broadcast shape: an axis the array lacks has stride 0, as has batch where rows are
+# packed.
 cdef inline char* row_of(const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t row) noexcept nogil:
+    if t.firsts != NULL:
+        row += t.firsts[batch]
     return t.data + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2]
 
 
@@ -144,7 +149,7 @@ cdef int describe(Tensor* t, array, Kind kind) except -1:
     cdef bint fits
     PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
     fits = view.ndim <= 4 and view.itemsize == size_of(kind)  # another thread may have set the dtype since
-    t.data, t.kind, num_axes = <char*> view.buf, kind, view.ndim
+    t.data, t.kind, t.firsts, num_axes = <char*> view.buf, kind, NULL, view.ndim
     own = num_axes if fits else 0
     while axis:
         axis, own = axis - 1, own - 1
@@ -169,7 +174,7 @@ cdef int describe_new(Tensor* t, array, Kind kind, const Py_ssize_t* length) exc
     """describe() of a new contiguous array, by its bytes alone: takes 8 % of a tiny call less."""
     cdef int axis = 4
     cdef Py_ssize_t stride = size_of(kind)
-    t.kind, t.data = kind, data_of(array)
+    t.kind, t.data, t.firsts = kind, data_of(array), NULL
     while axis:
         axis -= 1
         t.length[axis], t.stride[axis] = length[axis], stride

@@ -1,0 +1,537 @@
+"""Keys and values of sequences that grow: pages from a pool, shared where sequences have a beginning in common."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from cattn import _kernels
+from cattn._attention import check_options
+from cattn._checks import (
+    BF16,
+    BOOL,
+    F16,
+    F32,
+    as_array,
+    check_bool,
+    check_int,
+    check_kind,
+    check_out,
+    shown,
+)
+
+__all__ = ["KVCache"]
+
+_KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16}
+_SLAB_BYTES = 1 << 24  # pages are allocated so many bytes at a time: the first token of a small model takes no more
+_ALIGNMENT = 64
+
+
+class KVCache:
+    """The keys and values of all layers of a model, for any number of sequences, in pages.
+
+    A sequence grows by `extend`, which takes room for new tokens in every layer, and `attend`, which stores a layer's
+    keys and values there and attends, causally. Nothing that is stored moves; the pool of pages grows by slabs.
+
+    Parameters
+    ----------
+    num_layers, num_kv_heads, head_dim : int >= 1
+        Of the model.
+    head_dim_v : int >= 1, optional
+        Of the values; head_dim when None.
+    dtype : "float32", "float16" or "bfloat16", or a dtype of that name
+        What is stored; queries, keys and values come as float32, or in this dtype (bfloat16: that of ml_dtypes).
+    page_size : int >= 1
+        Tokens in a page. Sequences share whole pages; and on average half a page of each is empty.
+    max_tokens : int >= 0, optional
+        What the pool may hold, rounded up to whole pages; as much as there is memory when None.
+
+    Attributes
+    ----------
+    nbytes : int
+        Of the pool.
+    num_free_pages : int
+        That the pool has now, without growing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came, with nothing changed.
+    KeyError
+        For a sequence that was never made, or is freed.
+    MemoryError
+        From `extend`, with nothing changed: the pool is full, or there is no memory.
+
+    Notes
+    -----
+    PagedAttention: Kwon et al. 2023, arXiv:2309.06180. Threads may attend different layers, or steps, at the same
+    time; everything else takes a lock.
+
+    Each row has the bits that `scaled_dot_product_attention` gives it on the same keys in one array: neither pages, nor
+    the other sequences, nor into which chunks a prompt was cut, change any.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> cache = KVCache(num_layers=1, num_kv_heads=2, head_dim=8)
+    >>> a, b = cache.new(), cache.new()
+    >>> step = cache.extend([a, b], [5, 1])                 # a prompt of 5 tokens, and one of 1
+    >>> step.positions
+    array([0, 1, 2, 3, 4, 0])
+    >>> x = rng.standard_normal((6, 2, 8), np.float32)      # (total, heads, head_dim)
+    >>> out = cache.attend(0, step, x, x, x)
+    >>> step = cache.extend([a, b], 1)                      # one more token of each
+    >>> x = rng.standard_normal((2, 2, 8), np.float32)
+    >>> cache.attend(0, step, x, x, x).shape, cache.length(a)
+    ((2, 2, 8), 6)
+    """
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, *, head_dim_v: int | None = None,
+        dtype: DTypeLike = np.float32, page_size: int = 64, max_tokens: int | None = None,
+    ):
+        self.num_layers = check_int("num_layers", num_layers, 1)
+        self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, 1)
+        self.head_dim = check_int("head_dim", head_dim, 1)
+        self.head_dim_v = self.head_dim if head_dim_v is None else check_int("head_dim_v", head_dim_v, 1)
+        self.page_size = check_int("page_size", page_size, 1)
+        self.dtype_name = _dtype_name(dtype)
+        self._kind = _KINDS[self.dtype_name]
+        self._storage = np.dtype(np.uint16 if self._kind == BF16 else self.dtype_name)
+        # A page has its tokens of all layers: of each, [num_kv_heads][page_size][head_dim] keys, then values.
+        head = self.page_size * self._storage.itemsize
+        self._key_bytes = _aligned(self.num_kv_heads * head * self.head_dim)
+        self._layer_bytes = self._key_bytes + _aligned(self.num_kv_heads * head * self.head_dim_v)
+        self._page_bytes = self.num_layers * self._layer_bytes
+        self._slab_pages = max(1, _SLAB_BYTES // self._page_bytes)
+        if max(self._page_bytes * self._slab_pages, self.page_size) > 2**46:
+            raise ValueError(f"page_size: expected a page of less than 2**46 bytes, got {self._page_bytes}")
+        self._max_pages = None if max_tokens is None else -(-check_int("max_tokens", max_tokens, 0) // self.page_size)
+        self._lock = threading.RLock()
+        self._slabs = []
+        self._free = []             # offsets of pages from the first slab, in bytes: a page is known by its offset
+        self._owners = {}           # {page: how many sequences have it}
+        self._sequences = {}        # {number: its _Sequence}
+        self._next = 0
+
+    # Sequences.
+
+    def new(self) -> int:
+        """An empty sequence: its number, which is never given again."""
+        with self._lock:
+            return self._add(_Sequence())
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the same tokens. The two share every page; the last one is copied when either grows."""
+        with self._lock:
+            parent = self._closed(sequence)
+            child = _Sequence()
+            child.pages, child.length, child.start = parent.pages.copy(), parent.length, parent.start
+            for page in child.pages:
+                if page is not None:
+                    self._owners[page] += 1
+            return self._add(child)
+
+    def free(self, sequence: int) -> None:
+        """The sequence is no more; pages that no other one has return to the pool."""
+        with self._lock:
+            gone = self._closed(sequence)
+            del self._sequences[sequence]
+            self._release(gone.pages)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forgets all tokens from position `length` on."""
+        with self._lock:
+            one = self._closed(sequence)
+            length = check_int("length", length, 0)
+            if length > one.length:
+                raise ValueError(f"length: expected at most the sequence's, {one.length}, got {shown(length)}")
+            keep = -(-length // self.page_size)
+            self._release(one.pages[keep:])
+            del one.pages[keep:]
+            one.length, one.start = length, min(one.start, length)
+
+    def drop(self, sequence: int, before: int) -> None:
+        """Keys before position `before` do not exist from now on; whole pages of them return. Positions stay."""
+        with self._lock:
+            one = self._closed(sequence)
+            before = check_int("before", before, 0)
+            if before > one.length:
+                raise ValueError(f"before: expected at most the sequence's length, {one.length}, got {shown(before)}")
+            one.start = max(one.start, before)
+            for index in range(one.start // self.page_size):
+                self._release(one.pages[index : index + 1])
+                one.pages[index] = None
+
+    def length(self, sequence: int) -> int:
+        """Tokens of the sequence, dropped ones included."""
+        with self._lock:
+            return self._of(sequence).length
+
+    # Steps.
+
+    def extend(self, sequences: int | Sequence[int] | ArrayLike, counts: int | Sequence[int] | ArrayLike) -> Step:
+        """Room for `counts` more tokens of each of these sequences, in every layer.
+
+        All pages that the step needs are taken here, copies of shared ones included, or none. The step is open until
+        every layer has attended it: meanwhile its sequences can be neither extended nor forked, truncated, freed or
+        dropped from.
+        """
+        numbers = _ints("sequences", sequences)
+        counts = _ints("counts", counts)
+        if len(counts) == 1:
+            counts = counts * len(numbers)
+        if len(counts) != len(numbers):
+            raise ValueError(f"counts: expected one, or one for each of {len(numbers)} sequences, got {len(counts)}")
+        if counts and min(counts) < 0:
+            raise ValueError(f"counts: expected ints >= 0, got {shown(min(counts))}")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"sequences: expected each one once, got {shown(numbers)}")
+        with self._lock:
+            members = [self._closed(number) for number in numbers]
+            copied = [one.pages[-1] for one, count in zip(members, counts, strict=True)
+                      if count and self._shares_last(one)]
+            needed = [-(-(one.length + count) // self.page_size) - len(one.pages)
+                      for one, count in zip(members, counts, strict=True)]
+            # Of several owners of a page that all extend, each may need a copy: the last could keep it, which would
+            # depend on their order.
+            self._grow(sum(needed) + len(copied))
+            step = Step(self, numbers, members, counts)
+            for one, count, more in zip(members, counts, needed, strict=True):
+                if count and self._shares_last(one):
+                    step._replaced[one] = shared = one.pages[-1]
+                    one.pages[-1] = self._take()
+                    self._bytes(one.pages[-1])[:] = self._bytes(shared)
+                    self._owners[shared] -= 1
+                one.pages += [self._take() for _ in range(more)]
+                one.length += count
+                one.step = step
+            step._describe()
+            if not sum(counts):
+                step._close()
+            return step
+
+    def cancel(self, step: Step) -> None:
+        """Takes an open step back: its sequences are as before `extend`."""
+        with self._lock:
+            self._check_open(step)
+            step._close()
+            for one, count in zip(step._members, step._counts, strict=True):
+                one.length -= count
+                keep = -(-one.length // self.page_size)
+                self._release(one.pages[keep:])
+                del one.pages[keep:]
+                if one in step._replaced:
+                    self._release(one.pages[-1:])
+                    one.pages[-1] = step._replaced[one]
+                    self._owners[one.pages[-1]] = self._owners.get(one.pages[-1], 0) + 1
+
+    def attend(
+        self, layer: int, step: Step, query: ArrayLike, key: ArrayLike, value: ArrayLike, *,
+        scale: float | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+        softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        return_logsumexp: bool = False, out: np.ndarray | None = None, num_threads: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Stores the keys and values of the step's tokens in a layer, then attends, causally.
+
+        Parameters
+        ----------
+        layer : int
+            Each one once in a step, in any order.
+        step : Step
+            An open one of this cache.
+        query : array (total, num_heads, head_dim)
+            Of the step's tokens, packed as step.cu_seqlens_q says. float32, or the cache's dtype.
+        key, value : array (total, num_kv_heads, head_dim or head_dim_v)
+            Of the same dtype as the query.
+        scale, window, softcap, alibi_slopes, sinks, return_logsumexp, out, num_threads
+            As in `varlen_attention`.
+
+        Returns
+        -------
+        out : array (total, num_heads, head_dim_v), dtype of the query
+        logsumexp : array (total, num_heads); with return_logsumexp
+        """
+        query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
+        return_logsumexp = check_bool("return_logsumexp", return_logsumexp)
+        kind = self._check_rows(step, query, key, value)
+        layer = check_int("layer", layer, 0)
+        if layer >= self.num_layers:
+            raise ValueError(f"layer: expected an int below num_layers = {self.num_layers}, got {shown(layer)}")
+        total, num_heads, _ = query.shape
+        options = check_options(
+            F32, num_heads, (len(step.kv_lens),), is_causal=True, scale=scale, window=window, softcap=softcap,
+            dropout_p=0.0, seed=None, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
+        shape = (total, num_heads, self.head_dim_v)
+        if out is None:
+            out = target = np.empty(shape, query.dtype)
+        else:
+            target = check_out(out, shape, query.dtype, {
+                "query": query, "key": key, "value": value, "alibi_slopes": options["slopes"],
+                "sinks": options["sinks"]})
+        logsumexp = np.empty(shape[:2], np.float32) if return_logsumexp else None
+        with self._lock:
+            self._check_open(step)
+            if layer in step._layers:
+                raise ValueError(f"layer: expected one that the step has not attended, got {layer}")
+            step._layers.add(layer)
+        if total:
+            keys, values = self._pages(layer)
+            _kernels.f32.store_rows(key, kind, keys, self._kind, step._key_places)
+            _kernels.f32.store_rows(value, kind, values, self._kind, step._value_places)
+            if num_heads:
+                _kernels.f32.attend(
+                    query=query.swapaxes(0, 1)[None], key=keys, value=values, mask=None,
+                    out=target.swapaxes(0, 1)[None], weights=None, narrow_weights=None,
+                    logsumexp=None if logsumexp is None else logsumexp.reshape(-1), q_kind=kind, kv_kind=self._kind,
+                    mask_kind=BOOL, q_offset=0, q_offsets=step._q_offsets, kv_lens=step._kv_lens,
+                    kv_starts=step._kv_starts, batch_offset=0, cu_seqlens_q=step._cu_seqlens_q,
+                    block_table=step._table, pages_by_bytes=True, **options)
+        with self._lock:
+            step._finished += 1
+            if step._finished == self.num_layers:
+                step._close()
+        return (out, logsumexp) if return_logsumexp else out
+
+    # What is stored.
+
+    def keys(self, layer: int, sequence: int) -> np.ndarray:
+        """A new array (length, num_kv_heads, head_dim), float32 where bfloat16 is stored; NaN where keys are dropped,
+        or a layer is missing in an open step."""
+        return self._gathered(layer, sequence, 0)
+
+    def values(self, layer: int, sequence: int) -> np.ndarray:
+        """A new array (length, num_kv_heads, head_dim_v), likewise."""
+        return self._gathered(layer, sequence, 1)
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return len(self._slabs) * self._slab_pages * self._page_bytes
+
+    @property
+    def num_free_pages(self) -> int:
+        with self._lock:
+            free = len(self._free)
+            return free if self._max_pages is None else min(free, self._max_pages - len(self._owners))
+
+    def __repr__(self):
+        return (f"KVCache({self.num_layers}, {self.num_kv_heads}, {self.head_dim}, dtype={self.dtype_name!r}, "
+                f"page_size={self.page_size}): {len(self._sequences)} sequences, {len(self._owners)} pages in use")
+
+    def _gathered(self, layer, sequence, which):
+        layer = check_int("layer", layer, 0)
+        if layer >= self.num_layers:
+            raise ValueError(f"layer: expected an int below num_layers = {self.num_layers}, got {shown(layer)}")
+        dim = (self.head_dim, self.head_dim_v)[which]
+        with self._lock:
+            one = self._of(sequence)
+            known = one.length
+            if one.step is not None and layer not in one.step._layers:
+                known -= one.step._counts[one.step._members.index(one)]
+            result = np.full((one.length, self.num_kv_heads, dim), np.nan,
+                             np.float16 if self._kind == F16 else np.float32)
+            for index, page in enumerate(one.pages):
+                low, high = index * self.page_size, min(known, (index + 1) * self.page_size)
+                first = max(low, one.start)
+                if first >= high:
+                    continue
+                start = layer * self._layer_bytes + which * self._key_bytes
+                rows = self._bytes(page)[start : start + self.num_kv_heads * self.page_size * dim
+                                         * self._storage.itemsize].view(self._storage)
+                rows = rows.reshape(self.num_kv_heads, self.page_size, dim).swapaxes(0, 1)[first - low : high - low]
+                if self._kind == BF16:
+                    rows = (rows.astype(np.uint32) << 16).view(np.float32)
+                result[first:high] = rows
+            return result
+
+    # The pool. Pages are known by where they begin, in bytes from the first slab.
+
+    def _add(self, sequence):
+        number = self._next
+        self._next += 1
+        self._sequences[number] = sequence
+        return number
+
+    def _of(self, number):
+        try:
+            return self._sequences[number]
+        except (KeyError, TypeError):
+            raise KeyError(f"sequence: expected one that new() or fork() gave and that is not freed, "
+                           f"got {shown(number)}") from None
+
+    def _closed(self, number):
+        one = self._of(number)
+        if one.step is not None:
+            raise ValueError(f"sequence: expected one without an open step, got {shown(number)}, of whose step "
+                             f"{self.num_layers - one.step._finished} layers are missing; attend them, or cancel it")
+        return one
+
+    def _check_open(self, step):
+        if not isinstance(step, Step) or step._cache is not self:
+            raise ValueError(f"step: expected one that this cache's extend() returned, got {shown(step)}")
+        if step._is_closed:
+            raise ValueError("step: expected an open one, got one that every layer has attended, or that was cancelled")
+
+    def _check_rows(self, step, query, key, value):
+        """The kind of all three."""
+        if not isinstance(step, Step):
+            self._check_open(step)
+        total = len(step.positions)
+        kind = check_kind("query", query)
+        if kind not in (F32, self._kind):
+            raise TypeError(f"query: expected float32 or the cache's dtype, {self.dtype_name}, got {query.dtype}")
+        if query.ndim != 3 or len(query) != total or query.shape[2] != self.head_dim or (
+                query.shape[1] % self.num_kv_heads):
+            raise ValueError(f"query: expected ({total}, num_heads, {self.head_dim}) with a multiple of "
+                             f"{self.num_kv_heads} heads, got shape {query.shape}")
+        for name, array, dim in (("key", key, self.head_dim), ("value", value, self.head_dim_v)):
+            if array.dtype != query.dtype:
+                raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {array.dtype}")
+            if array.shape != (total, self.num_kv_heads, dim):
+                raise ValueError(f"{name}: expected shape {(total, self.num_kv_heads, dim)}, got shape {array.shape}")
+        return kind
+
+    def _shares_last(self, one):
+        return one.length % self.page_size and self._owners[one.pages[-1]] > 1
+
+    def _grow(self, needed):
+        """So many free pages, or a MemoryError with nothing changed."""
+        if self._max_pages is not None and len(self._owners) + needed > self._max_pages:
+            raise MemoryError(f"KVCache: expected room for {needed} more pages of {self.page_size} tokens, of which "
+                              f"max_tokens leaves {self._max_pages - len(self._owners)}")
+        missing = max(0, needed - len(self._free))
+        new = []
+        for _ in range(-(-missing // self._slab_pages)):
+            slab = np.empty(self._slab_pages * self._page_bytes + _ALIGNMENT, np.uint8)
+            first = -slab.ctypes.data % _ALIGNMENT
+            new.append(slab[first : first + self._slab_pages * self._page_bytes])
+        self._slabs += new
+        for slab in new:
+            start = slab.ctypes.data - self._slabs[0].ctypes.data
+            self._free += range(start + (self._slab_pages - 1) * self._page_bytes, start - 1, -self._page_bytes)
+
+    def _take(self):
+        page = self._free.pop()
+        self._owners[page] = 1
+        return page
+
+    def _release(self, pages):
+        for page in pages:
+            if page is None:
+                continue
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                del self._owners[page]
+                self._free.append(page)
+
+    def _bytes(self, page):
+        """The bytes of a page."""
+        base = self._slabs[0].ctypes.data
+        for slab in self._slabs:
+            start = page - (slab.ctypes.data - base)
+            if 0 <= start < len(slab):
+                return slab[start : start + self._page_bytes]
+        raise AssertionError("a page of no slab")
+
+    def _pages(self, layer):
+        """Keys and values of a layer in the first page of the first slab, (1, num_kv_heads, page_size, dim): what
+        tables of pages count from."""
+        result = []
+        for which, dim in enumerate((self.head_dim, self.head_dim_v)):
+            start = layer * self._layer_bytes + which * self._key_bytes
+            size = self.num_kv_heads * self.page_size * dim * self._storage.itemsize
+            result.append(self._slabs[0][start : start + size].view(self._storage).reshape(
+                1, self.num_kv_heads, self.page_size, dim))
+        return result
+
+
+class Step:
+    """Tokens that `KVCache.extend` made room for.
+
+    Attributes
+    ----------
+    positions : int array (total,)
+        Of the tokens, each in its sequence.
+    cu_seqlens_q : int array (len(sequences) + 1,)
+        Where the tokens of each sequence begin among them.
+    kv_lens : int array (len(sequences),)
+        The lengths of the sequences, these tokens included.
+    """
+
+    def __init__(self, cache, numbers, members, counts):
+        self._cache, self._numbers, self._members, self._counts = cache, numbers, members, counts
+        self._replaced = {}         # {a sequence: the shared page that stands no more in it}
+        self._layers = set()        # that have begun
+        self._finished = 0
+        self._is_closed = False
+
+    def _describe(self):
+        page_size = self._cache.page_size
+        lens = [one.length for one in self._members]
+        self._cu_seqlens_q = np.array([0, *itertools.accumulate(self._counts)], np.int64)
+        self._kv_lens = np.array(lens, np.int64)
+        self._q_offsets = self._kv_lens - np.array(self._counts, np.int64)
+        self._kv_starts = None
+        if any(one.start for one in self._members):
+            self._kv_starts = np.array([one.start for one in self._members], np.int64)
+        # In bytes, and 0 where no key is.
+        self._table = np.zeros((len(lens), max([len(one.pages) for one in self._members], default=0)), np.int64)
+        for row, one in zip(self._table, self._members, strict=True):
+            row[: len(one.pages)] = [0 if page is None else page for page in one.pages]
+        if len(lens) == sum(self._counts) == len(self._counts) and all(self._counts):
+            positions, rows = self._q_offsets.copy(), np.arange(len(lens))
+        else:
+            positions = np.concatenate([np.zeros(0, np.int64), *(
+                np.arange(length - count, length) for length, count in zip(lens, self._counts, strict=True))])
+            rows = np.repeat(np.arange(len(lens)), self._counts)
+        pages, slots = self._table[rows, positions // page_size], positions % page_size
+        item = self._cache._storage.itemsize
+        self._key_places = pages + slots * (self._cache.head_dim * item)
+        self._value_places = pages + slots * (self._cache.head_dim_v * item)
+        self.positions, self.cu_seqlens_q, self.kv_lens = positions, self._cu_seqlens_q.copy(), self._kv_lens.copy()
+
+    def _close(self):
+        self._is_closed = True
+        for one in self._members:
+            one.step = None
+
+    def __repr__(self):
+        state = "closed" if self._is_closed else f"{self._finished} of {self._cache.num_layers} layers"
+        return f"Step({self._numbers}, {self._counts}): {state}"
+
+
+class _Sequence:
+    """Pages in order, None where all of a page is dropped."""
+
+    __slots__ = ("length", "pages", "start", "step")
+
+    def __init__(self):
+        self.pages, self.length, self.start, self.step = [], 0, 0, None
+
+
+def _aligned(size):
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _dtype_name(dtype):
+    try:
+        name = dtype if isinstance(dtype, str) and dtype in _KINDS else np.dtype(dtype).name
+    except TypeError:
+        name = None
+    if dtype is None or name not in _KINDS:
+        raise TypeError(f"dtype: expected one of {', '.join(_KINDS)}, got {shown(dtype)}")
+    return name
+
+
+def _ints(name, given):
+    if isinstance(given, (int, np.integer)) and not isinstance(given, bool):
+        return [int(given)]
+    array = as_array(name, given)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"{name}: expected an int, or a sequence of ints, got {shown(given)}")
+    return [int(x) for x in array]
