@@ -28,10 +28,17 @@ cdef int describe_inputs(Problem* p, query, key, value, Kind q_kind, Kind kv_kin
     return num_axes
 
 
+cdef void pack_rows(Tensor* t, const int64_t* firsts):
+    """The one batch row of t (IN/OUT) becomes several. numpy tells any stride of an axis of length 1."""
+    t.firsts, t.stride[0] = firsts, 0
+
+
 cdef void describe_packed(Problem* p, const int64_t[::1] cu_seqlens_q):
     """p (IN/OUT), for as many batch rows: where their queries begin, and the longest of them."""
     cdef Py_ssize_t batch
-    p.cu_seqlens_q = p.q.firsts = p.out.firsts = &cu_seqlens_q[0]
+    p.cu_seqlens_q = &cu_seqlens_q[0]
+    pack_rows(&p.q, p.cu_seqlens_q)
+    pack_rows(&p.out, p.cu_seqlens_q)
     p.batch_size, p.folded = cu_seqlens_q.shape[0] - 1, 1
     p.seq_len_q = p.seq_len_kv = 0
     for batch in range(p.batch_size):
@@ -86,7 +93,8 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
     if cu_seqlens_q is not None:
         describe_packed(&p, cu_seqlens_q)
     if cu_seqlens_kv is not None:
-        p.k.firsts = p.v.firsts = &cu_seqlens_kv[0]
+        pack_rows(&p.k, &cu_seqlens_kv[0])
+        pack_rows(&p.v, &cu_seqlens_kv[0])
     if block_table is not None:
         p.block_table, p.table_stride, p.page_size = &block_table[0, 0], block_table.shape[1], p.k.length[2]
     if pages_by_bytes:

@@ -1,0 +1,347 @@
+"""KVCache: pages that sequences share, grow into and give back; each row attends as in one array."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from problems import BFLOAT16, assert_same_bits, normal
+
+import cattn
+
+attention = cattn.scaled_dot_product_attention
+HEADS, KV_HEADS, DIM, DIM_V = 4, 2, 8, 16
+
+
+def tokens(count, seed):
+    """query, key, value of so many tokens."""
+    return (normal(count, HEADS, DIM, seed=(seed, 0)), normal(count, KV_HEADS, DIM, seed=(seed, 1)),
+            normal(count, KV_HEADS, DIM_V, seed=(seed, 2)))
+
+
+def stored(array, dtype):
+    """What a cache of this dtype makes of it, as float32."""
+    return array.astype(BFLOAT16 if dtype == "bfloat16" else dtype).astype(np.float32)
+
+
+def dense(query, key, value, start=0):
+    """Of one sequence, the last tokens of which have the queries."""
+    heads = (x.swapaxes(0, 1)[None] for x in (query, key, value))
+    result = attention(*heads, is_causal=True, q_offset="end", kv_starts=start, return_logsumexp=True)
+    return tuple(x[0].swapaxes(0, 1) for x in result)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+def test_steps_have_the_bits_of_dense_calls(isa, dtype, page_size):
+    """Prompts of several lengths in chunks, then tokens one by one; each layer has keys of its own."""
+    cache = cattn.KVCache(2, KV_HEADS, DIM, head_dim_v=DIM_V, dtype=dtype, page_size=page_size)
+    sequences = [cache.new() for _ in range(3)]
+    seen = {(layer, one): (np.empty((0, KV_HEADS, DIM), np.float32), np.empty((0, KV_HEADS, DIM_V), np.float32))
+            for layer in range(2) for one in sequences}
+    for number, counts in enumerate([(5, 1, 130), (0, 7, 40), (1, 1, 1), (1, 1, 1), (3, 0, 2)]):
+        step = cache.extend(sequences, counts)
+        assert step.cu_seqlens_q.tolist() == np.cumsum([0, *counts]).tolist()
+        assert step.kv_lens.tolist() == [cache.length(one) for one in sequences]
+        for layer in (1, 0):
+            query, key, value = tokens(sum(counts), seed=10 * number + layer)
+            out, lse = cache.attend(layer, step, query, key, value, return_logsumexp=True, num_threads=2)
+            for b, one in enumerate(sequences):
+                rows = slice(step.cu_seqlens_q[b], step.cu_seqlens_q[b + 1])
+                assert (step.positions[rows] == np.arange(step.kv_lens[b] - counts[b], step.kv_lens[b])).all()
+                k, v = seen[layer, one]
+                k, v = np.concatenate([k, stored(key[rows], dtype)]), np.concatenate([v, stored(value[rows], dtype)])
+                seen[layer, one] = k, v
+                assert_same_bits((out[rows], lse[rows]), dense(query[rows], k, v))
+                assert_same_bits(cache.keys(layer, one).astype(np.float32), k)
+                assert_same_bits(cache.values(layer, one).astype(np.float32), v)
+
+
+def test_queries_of_the_cache_s_dtype(isa):
+    for dtype in (np.dtype(np.float16), BFLOAT16):
+        cache = cattn.KVCache(1, KV_HEADS, DIM, head_dim_v=DIM_V, dtype=dtype)
+        step = cache.extend(cache.new(), 9)
+        query, key, value = (x.astype(dtype) for x in tokens(9, 0))
+        assert_same_bits(cache.attend(0, step, query, key, value), dense(query, key, value)[0])
+
+
+def test_options(isa):
+    cache = cattn.KVCache(1, KV_HEADS, DIM, page_size=4)
+    sequences = [cache.new(), cache.new()]
+    step = cache.extend(sequences, [20, 3])
+    query, key, value = normal(23, HEADS, DIM), normal(23, KV_HEADS, DIM, seed=1), normal(23, KV_HEADS, DIM, seed=2)
+    options = {"scale": 0.5, "window": (6, None), "softcap": 4.0, "alibi_slopes": np.ones((2, HEADS)),
+               "sinks": np.zeros(HEADS), "return_logsumexp": True}
+    out = np.empty((HEADS, 23, DIM), np.float32).swapaxes(0, 1)
+    result = cache.attend(0, step, query, key, value, out=out, **options)
+    assert result[0] is out
+    expected = cattn.varlen_attention(query, key, value, [0, 20, 23], is_causal=True, **options)
+    assert_same_bits(tuple(x.copy() for x in result), expected)
+
+
+class Machine(RuleBasedStateMachine):
+    """A cache of one layer against lists of arrays."""
+
+    @initialize(page_size=st.integers(1, 5), max_tokens=st.one_of(st.none(), st.integers(0, 60)))
+    def begin(self, page_size, max_tokens):
+        self.cache = cattn.KVCache(1, 1, 2, page_size=page_size, max_tokens=max_tokens)
+        self.cache._slab_pages = 3  # so that several are needed
+        self.model = {}             # {sequence: [(key, value) of each token]}
+        self.starts = {}
+        self.step = None            # (step, its sequences, counts)
+        self.count = 0
+        self.gone = []
+
+    def _closed(self):
+        busy = self.step[1] if self.step else ()
+        return sorted(set(self.model) - set(busy))
+
+    @rule()
+    def new(self):
+        one = self.cache.new()
+        assert one not in self.model
+        assert one not in self.gone
+        self.model[one], self.starts[one] = [], 0
+
+    @rule(data=st.data())
+    def fork(self, data):
+        if closed := self._closed():
+            parent = data.draw(st.sampled_from(closed))
+            child = self.cache.fork(parent)
+            self.model[child], self.starts[child] = self.model[parent].copy(), self.starts[parent]
+
+    @rule(data=st.data())
+    def free(self, data):
+        if closed := self._closed():
+            one = data.draw(st.sampled_from(closed))
+            self.cache.free(one)
+            del self.model[one]
+            self.gone.append(one)
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        if closed := self._closed():
+            one = data.draw(st.sampled_from(closed))
+            length = data.draw(st.integers(0, len(self.model[one])))
+            self.cache.truncate(one, length)
+            del self.model[one][length:]
+            self.starts[one] = min(self.starts[one], length)
+
+    @rule(data=st.data())
+    def drop(self, data):
+        if closed := self._closed():
+            one = data.draw(st.sampled_from(closed))
+            before = data.draw(st.integers(0, len(self.model[one])))
+            self.cache.drop(one, before)
+            self.starts[one] = max(self.starts[one], before)
+
+    @rule(data=st.data())
+    def extend(self, data):
+        if self.step:
+            return
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True)) if self.model else []
+        counts = [data.draw(st.integers(0, 7)) for _ in chosen]
+        pages = len(self.cache._owners)
+        try:
+            step = self.cache.extend(chosen, counts)
+        except MemoryError:
+            assert self.cache._max_pages is not None
+            assert len(self.cache._owners) == pages
+            return
+        if sum(counts):
+            self.step = step, chosen, counts
+
+    @rule()
+    def cancel(self):
+        if self.step:
+            self.cache.cancel(self.step[0])
+            self.step = None
+
+    @rule()
+    def attend(self):
+        if not self.step:
+            return
+        step, chosen, counts = self.step
+        self.count += 1
+        query, key, value = (normal(sum(counts), 1, 2, seed=(self.count, i)) for i in range(3))
+        out = self.cache.attend(0, step, query, key, value)
+        for b, one in enumerate(chosen):
+            rows = slice(step.cu_seqlens_q[b], step.cu_seqlens_q[b + 1])
+            self.model[one] += zip(key[rows], value[rows], strict=True)
+            if counts[b]:
+                k, v = (np.array(x) for x in zip(*self.model[one], strict=True))
+                assert_same_bits(out[rows], dense(query[rows], k, v, self.starts[one])[0])
+        self.step = None
+
+    @rule(data=st.data())
+    def misuse(self, data):
+        if self.gone:
+            with pytest.raises(KeyError):
+                self.cache.free(data.draw(st.sampled_from(self.gone)))
+        if self.step and self.step[1]:
+            one = data.draw(st.sampled_from(self.step[1]))
+            for call in (self.cache.fork, self.cache.free, lambda x: self.cache.truncate(x, 0),
+                         lambda x: self.cache.drop(x, 0), lambda x: self.cache.extend(x, 1)):
+                with pytest.raises(ValueError, match="open step"):
+                    call(one)
+
+    @invariant()
+    def pages_are_right(self):
+        if not hasattr(self, "cache"):
+            return
+        cache = self.cache
+        owners = {}
+        for one in cache._sequences.values():
+            assert len(one.pages) == -(-one.length // cache.page_size)
+            for page in filter(lambda page: page is not None, one.pages):
+                owners[page] = owners.get(page, 0) + 1
+        assert owners == {page: count for page, count in cache._owners.items()
+                          if page not in self._kept()} | {page: owners[page] for page in self._kept() if page in owners}
+        assert not set(owners) & set(cache._free)
+        assert len(set(cache._free)) == len(cache._free)
+        assert len(cache._free) + len(cache._owners) == len(cache._slabs) * cache._slab_pages
+        for one, entries in self.model.items():
+            start = self.starts[one]
+            for rows, index in ((cache.keys(0, one), 0), (cache.values(0, one), 1)):
+                assert np.isnan(rows[:start]).all()
+                np.testing.assert_array_equal(
+                    rows[start : len(entries)], np.array([entry[index] for entry in entries[start:]]).reshape(-1, 1, 2))
+
+    def _kept(self):
+        """Pages whose owners an open step has replaced: it may be cancelled."""
+        return set(self.step[0]._replaced.values()) if self.step else set()
+
+
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, derandomize=True, deadline=None,
+                                     suppress_health_check=list(HealthCheck))
+test_any_history = Machine.TestCase
+
+
+def test_a_fork_shares_pages():
+    cache = cattn.KVCache(3, 1, 8, page_size=16)
+    parent = cache.new()
+    step = cache.extend(parent, 40)
+    for layer in range(3):
+        x = normal(40, 1, 8, seed=layer)
+        cache.attend(layer, step, x, x, x)
+    free = cache.num_free_pages
+    children = [cache.fork(parent) for _ in range(5)]
+    assert cache.num_free_pages == free
+    step = cache.extend(children, 1)
+    assert cache.num_free_pages == free - 5     # of each, a copy of the last page
+    for layer in range(3):
+        x = normal(5, 1, 8, seed=9)
+        cache.attend(layer, step, x, x, x)
+        assert_same_bits(cache.keys(layer, parent), normal(40, 1, 8, seed=layer))
+        assert_same_bits(cache.keys(layer, children[2])[:40], normal(40, 1, 8, seed=layer))
+
+
+def test_threads_attend_layers_at_once():
+    cache = cattn.KVCache(8, KV_HEADS, DIM, head_dim_v=DIM_V)
+    sequences = [cache.new(), cache.new()]
+    for number in range(5):
+        step = cache.extend(sequences, [4, 1])
+        results = [None] * 8
+
+        def work(layer, step=step, results=results, number=number):
+            results[layer] = cache.attend(layer, step, *tokens(5, number), num_threads=1)
+
+        threads = [threading.Thread(target=work, args=(layer,)) for layer in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for result in results[1:]:
+            assert_same_bits(result, results[0])
+        with pytest.raises(ValueError, match="step: expected an open one"):
+            cache.attend(0, step, *tokens(5, number))
+
+
+@pytest.mark.slow
+def test_a_million_steps_lose_no_memory():
+    """Random extend, truncate, fork and free: RSS and pages are where they were."""
+    rng = np.random.default_rng(0)
+    cache = cattn.KVCache(1, 1, 4, page_size=4, max_tokens=4000)
+    sequences = [cache.new() for _ in range(20)]
+
+    def some(count):
+        for _ in range(count):
+            i = int(rng.integers(len(sequences)))
+            one, action = sequences[i], rng.integers(4)
+            if action == 0:
+                try:
+                    cache.cancel(cache.extend(one, 5))
+                    step = cache.extend(one, int(rng.integers(1, 9)))
+                except MemoryError:
+                    cache.truncate(one, 0)
+                    continue
+                x = np.zeros((len(step.positions), 1, 4), np.float32)
+                cache.attend(0, step, x, x, x)
+            elif action == 1:
+                cache.truncate(one, int(rng.integers(cache.length(one) + 1)))
+            elif action == 2:
+                cache.free(sequences[int(rng.integers(len(sequences)))]) if len(sequences) < 1 else None
+                sequences.append(cache.fork(one))
+            elif len(sequences) > 10:
+                cache.free(one)
+                del sequences[i]
+            if len(sequences) > 40:
+                cache.free(sequences.pop())
+
+    def rss():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1])
+
+    some(100_000)
+    before = rss()
+    some(900_000)
+    assert rss() - before < 1000     # pages of 4 KB: what the allocator may do by itself
+    for one in sequences:
+        cache.free(one)
+    assert not cache._owners
+
+
+def _open_step():
+    cache = cattn.KVCache(2, KV_HEADS, DIM, head_dim_v=DIM_V, max_tokens=100)
+    return cache, cache.extend(cache.new(), 5)
+
+
+BAD = [
+    (lambda c, s, t: c.attend(2, s, *t), ValueError, "layer: expected an int below num_layers = 2"),
+    (lambda c, s, t: c.attend("0", s, *t), TypeError, "layer: expected an int"),
+    (lambda c, s, t: c.attend(0, 3, *t), ValueError, "step: expected one that this cache"),
+    (lambda c, s, t: c.attend(0, _open_step()[1], *t), ValueError, "step: expected one that this cache"),
+    (lambda c, s, t: c.attend(0, s, *tokens(4, 0)), ValueError, r"query: expected \(5, num_heads, 8\)"),
+    (lambda c, s, t: c.attend(0, s, t[0][:, :3], *t[1:]), ValueError, "query: expected"),
+    (lambda c, s, t: c.attend(0, s, t[0], t[2], t[1]), ValueError, "key: expected shape"),
+    (lambda c, s, t: c.attend(0, s, t[0].astype(float), *t[1:]), TypeError, "query: expected float32 or the cache"),
+    (lambda c, s, t: c.attend(0, s, t[0], t[1].astype(float), t[2]), TypeError, "key: expected the dtype of query"),
+    (lambda c, s, t: c.extend(0, 5), ValueError, "sequence: expected one without an open step"),
+    (lambda c, s, t: c.extend(c.new(), 500), MemoryError, "KVCache: expected room for 8 more pages"),
+    (lambda c, s, t: c.extend(c.new(), -1), ValueError, "counts: expected ints >= 0"),
+    (lambda c, s, t: c.extend([1, 1], 1), ValueError, "sequences: expected each one once"),
+    (lambda c, s, t: c.extend([c.new(), c.new()], [1, 2, 3]), ValueError, "counts: expected one, or one for each of 2"),
+    (lambda c, s, t: c.extend(1.5, 1), TypeError, "sequences: expected an int"),
+    (lambda c, s, t: c.extend(77, 1), KeyError, "sequence: expected one that new"),
+    (lambda c, s, t: c.free([1]), KeyError, "sequence: expected one that new"),
+    (lambda c, s, t: c.truncate(c.new(), 1), ValueError, "length: expected at most"),
+    (lambda c, s, t: c.drop(c.new(), 1), ValueError, "before: expected at most"),
+    (lambda c, s, t: c.keys(5, 0), ValueError, "layer: expected"),
+    (lambda c, s, t: cattn.KVCache(0, 1, 1), ValueError, "num_layers: expected an int >= 1"),
+    (lambda c, s, t: cattn.KVCache(1, 1, 1, dtype="float64"), TypeError, "dtype: expected one of float32"),
+    (lambda c, s, t: cattn.KVCache(1, 1, 1, max_tokens=-1), ValueError, "max_tokens: expected an int >= 0"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), BAD)
+def test_bad_input_changes_nothing(call, error, text):
+    cache, step = _open_step()
+    before = cache.num_free_pages, len(cache._owners)
+    with pytest.raises(error, match=text):
+        call(cache, step, tokens(5, 0))
+    assert (cache.num_free_pages, len(cache._owners)) == before
+    for layer in range(2):
+        cache.attend(layer, step, *tokens(5, 0))
+    assert repr(step).endswith("closed")
