@@ -16,6 +16,7 @@ from cattn._config import show_config
 from cattn._kernels import available_isas, isa
 from cattn._multihead import MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
+from cattn._rotary import rotary_embedding, rotary_table
 from cattn._preload import preload
 from cattn._threads import get_num_threads, set_num_threads
 
