@@ -3,11 +3,13 @@
     scaled_dot_product_attention    softmax(Q K^T) V with masks, windows, GQA, dropout: PyTorch's names and order
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
     sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
+    rotary_table, rotary_embedding    positions by turning pairs of numbers of queries and keys
     reference                       all of it in plain NumPy: the specification
     preload                         modules and threads that a first call would ask for, before rights are dropped
 
-How a call goes:  _attention.py, _multihead.py, _positional.py (checks by _checks.py, allocation)  ->  _kernels (one
-module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many threads.
+How a call goes:  _attention.py, _multihead.py, _positional.py, _rotary.py (checks by _checks.py, allocation)  ->
+_kernels (one module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many
+threads.
 """
 
 from cattn import reference
@@ -16,8 +18,8 @@ from cattn._config import show_config
 from cattn._kernels import available_isas, isa
 from cattn._multihead import MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
-from cattn._rotary import rotary_embedding, rotary_table
 from cattn._preload import preload
+from cattn._rotary import rotary_embedding, rotary_table
 from cattn._threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -31,6 +33,8 @@ __all__ = [
     "preload",
     "reference",
     "relative_shift",
+    "rotary_embedding",
+    "rotary_table",
     "scaled_dot_product_attention",
     "set_num_threads",
     "show_config",
