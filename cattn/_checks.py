@@ -729,12 +729,12 @@ def _check_rotary_positions(x, cos, positions):
             cures = ["for one of each batch row: positions[:, None, None]"]
         raise ValueError(f"positions: expected {len(leading)} axes, those of x but the last, that are or broadcast to "
                          f"{leading}, got shape {shape}{'; ' if cures else ''}{', '.join(cures)}")
-    positions = positions.copy()  # nobody changes it behind the check
-    smallest, largest = (positions.min().item(), positions.max().item()) if positions.size else (0, -1)
-    if smallest < 0 or largest >= len(cos):
+    checked = positions.astype(np.int64)  # a copy, which nobody changes behind the check
+    if checked.size and checked.view(np.uint64).max() >= len(cos):  # those below 0 are huge there
+        smallest, largest = positions.min().item(), positions.max().item()
         raise ValueError(f"positions: expected ints from 0 to below {len(cos)}, the rows of cos, got "
                          f"{shown(smallest if smallest < 0 else largest)}")
-    return positions.astype(np.int64)
+    return checked
 
 
 # Layers.

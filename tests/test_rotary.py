@@ -17,8 +17,8 @@ import cattn.reference
 
 F32, F64, F16 = FLOATS[:3]
 (PIECE,), (RUN,) = EDGES["rotary_pairs"], EDGES["rotary_run"]
-# Pairs on both sides of every edge: vectors of each width, pieces of rows that are not in place.
-PAIRS = sorted({1, 2, 3, 5, 64, 2 * PIECE + 7} | around(*EDGES["lanes"], 2 * max(EDGES["lanes"]), PIECE))
+# Pairs on both sides of every edge: vectors of each width, pieces of rows.
+PAIRS = sorted({1, 2, 3, 5, 64, 2 * PIECE + 7, RUN + 9} | around(*EDGES["lanes"], 2 * max(EDGES["lanes"]), PIECE))
 
 both = pytest.mark.parametrize("library", [cattn, cattn.reference], ids=["public", "reference"])
 pairings = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])

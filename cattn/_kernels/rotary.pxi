@@ -1,5 +1,5 @@
-# Rotary positions: each pair (a, b) of a row turned by its angle, (a cos - b sin, b cos + a sin). Pairs are neighbours
-# (interleaved), or a number of the first half with the one in its place in the second.
+# Rotary positions (Su et al. 2021): each pair (a, b) of a row turned by its angle, (a cos - b sin, b cos + a sin).
+# Pairs are neighbours (interleaved), or a number of the first half with the one in its place in the second.
 #
 #     tasks: some runs, taken by whichever thread is free
 #         run: at most RUN numbers, rows next to each other; runs of the same table rows follow each other
@@ -9,18 +9,23 @@
 #                 columns behind the pairs are copied, unless x is out
 #
 # What it takes is the time of reading x and writing out. The axes are put in the order of x's memory for that, whatever
-# their meaning; a run is short enough for its rows of the table to stay in L1, whose next readers are other heads.
+# their meaning; a run is short enough for its rows of the tables to stay in L1, whose next readers are other heads.
+# Stores past the caches were tried: 0.65 of the time where out is warm and larger than the caches, 1.1 to 1.8 where it
+# is new or small (Emerald Rapids).
 #
-# Each number is two products, one of them rounded before the sum (with FMA: the sum alone is rounded besides): the same
-# bits in both pairings, wherever the rows lie.
+# Of the two products of a number, the one with the other of the pair is rounded before the sum, whatever the compiler
+# would rather fuse: the same bits in both pairings, in vectors and in their rest, wherever the rows lie.
+#
+# Errors: u of each product and of the sum, u = eps / 2. Nothing is read behind a row, or of a table but the rows that
+# positions name, which cattn/_checks.py has looked at.
 
 cdef extern from "Python.h":
     const Py_ssize_t PY_SSIZE_T_MAX
 
 cdef enum:
-    RUN = 8192          # numbers of x
-    PIECE = 256         # pairs
-    TURN_FLOPS = 20     # the time of a number, in flops of attention
+    RUN = 8192          # numbers of x; flat from 1024 to 2**18 (Emerald Rapids)
+    PIECE = 256         # pairs: two of these, and their cosines and sines, are 4 KB of float32
+    TURN_FLOPS = 20     # the time of a number in the caches, in flops of attention
 
 
 cdef struct Rotary:                     # 4 axes; those before the last in the order of x's memory
@@ -105,24 +110,26 @@ cdef void turn_row(const Rotary* r, char* out, const char* x, const char* cos, c
     """out (OUT) = x, its pairs turned by this row of the tables."""
     cdef real cos_piece[PIECE]
     cdef real sin_piece[PIECE]
-    cdef Py_ssize_t first = 0, n
-    cdef const real* c = <const real*> cos
-    cdef const real* s = <const real*> sin
-    if r.rows_in_place and r.tables_in_place:
-        if r.interleaved:
-            turn_pairs(True, <real*> out, <const real*> x, 0, c, s, r.pairs)
-        else:
-            turn_pairs(False, <real*> out, <const real*> x, r.pairs, c, s, r.pairs)
-        return
+    cdef bint in_place = r.rows_in_place and r.tables_in_place
+    cdef Py_ssize_t first = 0, n, most = RUN if in_place else PIECE
+    cdef const real* c
+    cdef const real* s
     while first < r.pairs:
-        n = min(r.pairs - first, <Py_ssize_t> PIECE)
+        if first and stopped_by_signal(r.call):  # of a very long row
+            return
+        n = min(r.pairs - first, most)
         if r.tables_in_place:
             c, s = <const real*> cos + first, <const real*> sin + first
         else:
             load_row(cos_piece, cos + first * r.cos.stride[3], r.cos.stride[3], n, r.cos.kind)
             load_row(sin_piece, sin + first * r.sin.stride[3], r.sin.stride[3], n, r.sin.kind)
             c, s = cos_piece, sin_piece
-        turn_piece(r, out, x, c, s, first, n)
+        if not in_place:
+            turn_piece(r, out, x, c, s, first, n)
+        elif r.interleaved:
+            turn_pairs(True, <real*> out + 2 * first, <const real*> x + 2 * first, 0, c, s, n)
+        else:
+            turn_pairs(False, <real*> out + first, <const real*> x + first, r.pairs, c, s, n)
         first += n
 
 
