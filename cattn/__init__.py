@@ -1,16 +1,17 @@
 """Attention for servers without a GPU: NumPy arrays in, NumPy arrays out, fused kernels between.
 
     scaled_dot_product_attention    softmax(Q K^T) V with masks, windows, GQA, dropout: PyTorch's names and order
-    varlen_attention, paged_attention   of sequences of different lengths: packed, or with keys in pages
+    varlen_attention, paged_attention  of sequences of different lengths: packed, or with keys in pages
     KVCache                         keys and values of sequences that grow, in pages
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
     sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
+    rotary_table, rotary_embedding  positions by turning pairs of numbers of queries and keys
     reference                       all of it in plain NumPy: the specification
     preload                         modules and threads that a first call would ask for, before rights are dropped
 
-How a call goes:  _attention.py, _serving.py, _multihead.py, _positional.py (checks by _checks.py, allocation)  ->
-_kernels (one module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many
-threads.
+How a call goes:  _attention.py, _serving.py, _multihead.py, _positional.py, _rotary.py (checks by _checks.py,
+allocation)  ->  _kernels (one module per instruction set, chosen at import: isa, available_isas)  ->  tiles.
+_threads.py says how many threads.
 """
 
 from cattn import reference
@@ -21,6 +22,7 @@ from cattn._kernels import available_isas, isa
 from cattn._multihead import MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn._preload import preload
+from cattn._rotary import rotary_embedding, rotary_table
 from cattn._serving import paged_attention, varlen_attention
 from cattn._threads import get_num_threads, set_num_threads
 
@@ -37,6 +39,8 @@ __all__ = [
     "preload",
     "reference",
     "relative_shift",
+    "rotary_embedding",
+    "rotary_table",
     "scaled_dot_product_attention",
     "set_num_threads",
     "show_config",

@@ -564,9 +564,9 @@ def check_block_table(block_table, kv_lens, num_pages, page_size):
 # Results.
 
 
-def check_out(out, shape, dtype, inputs):
+def check_out(out, shape, dtype, inputs, itself=None):
     """A view of `out` as a plain array: what a subclass says of its shape and strides need not be true, and another
-    thread may set them."""
+    thread may set them. `itself`: the input that it may be, element on element."""
     if not isinstance(out, np.ndarray):
         cure = "; its .numpy() shares its memory" if _is_torch(out) else ""
         raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}{cure}")
@@ -586,15 +586,22 @@ def check_out(out, shape, dtype, inputs):
         raise ValueError(f"out: expected elements that do not overlap each other, or strides of which that can be seen "
                          f"in {_MAX_STEPS} steps, got strides {out.strides}") from None
     for name, array in inputs.items():
-        if array is None:
+        if array is None or (name == itself and _is_same_memory(out, array)):
             continue
+        expected = f"{itself} itself, or memory of its own" if name == itself else "memory of its own"
         try:
             if np.may_share_memory(out, array) and np.shares_memory(out, array, max_work=_MAX_STEPS):
-                raise ValueError(f"out: expected memory of its own, got an array that overlaps {name}")
+                raise ValueError(f"out: expected {expected}, got an array that overlaps {name}")
         except np.exceptions.TooHardError:
-            raise ValueError(f"out: expected memory of its own, or strides of which that can be seen in {_MAX_STEPS} "
-                             f"steps, got an array that may overlap {name}") from None
+            raise ValueError(f"out: expected {expected}, or strides of which that can be seen in {_MAX_STEPS} steps, "
+                             f"got an array that may overlap {name}") from None
     return out
+
+
+def _is_same_memory(a, b):
+    """Whether two arrays of one shape and dtype have each element in the same place."""
+    starts = (array.__array_interface__["data"][0] for array in (a, b))
+    return next(starts) == next(starts) and a.strides == b.strides
 
 
 def _overlaps_itself(out):
@@ -697,6 +704,108 @@ def check_rows(offset, positions, shape):
         raise ValueError("positions: expected ints from 0 to below 2**53, got "
                          f"{shown(smallest if smallest < 0 else largest)}")
     return 0, broadcast.astype(np.int64), largest + 1
+
+
+# Rotary positions.
+
+
+def check_rotary_table(length, dim, base, offset, frequencies):
+    """The numbers as such, and `frequencies` as a new float64 array."""
+    length, dim, base, offset, _, _ = check_table(length, dim, base, offset, "cosines_first", False)
+    if dim % 2:
+        raise ValueError(f"dim: expected an even number (a pair of columns turns together), got {shown(dim)}")
+    if frequencies is not None:
+        frequencies = as_array("frequencies", frequencies)
+        if not is_number(frequencies.dtype):
+            raise TypeError(f"frequencies: expected a float or int array, got dtype {frequencies.dtype}")
+        if frequencies.shape != (dim // 2,):
+            raise ValueError(f"frequencies: expected one for each pair of columns, shape ({dim // 2},), "
+                             f"got shape {frequencies.shape}")
+        with np.errstate(all="ignore"):  # a long double may be too large for a double, or too small
+            frequencies = np.array(frequencies, np.float64)
+        for worst in (frequencies.min(), frequencies.max()):  # NaN, if there is one
+            if not -(2**53) <= worst <= 2**53:
+                raise ValueError(f"frequencies: expected finite numbers within +-2**53, got {worst}")
+    return length, dim, base, offset, frequencies
+
+
+def check_table_kind(x, cos, sin, given):
+    """That of cos and sin; `given` are the three arrays' origins."""
+    if cos.dtype != np.float32 and cos.dtype != x.dtype:
+        expected = "float32" if x.dtype == np.float32 else f"float32, or {x.dtype} as x has"
+        cure = f"; {cast_cure('cos', given[1], 'np.float32')} casts" if is_number(cos.dtype) else ""
+        raise TypeError(f"cos: expected {expected}, got dtype {cos.dtype}{cure}")
+    if sin.dtype != cos.dtype:
+        cure = f"; {cast_cure('sin', given[2], 'cos.dtype')} casts" if is_number(sin.dtype) else ""
+        raise TypeError(f"sin: expected the dtype of cos, {cos.dtype}, got {sin.dtype}{cure}")
+    return check_kind("cos", cos)
+
+
+def check_rotary(x, cos, sin, positions):
+    """What is rotated, by which rows: positions as a new int64 array, or None."""
+    if not x.ndim:
+        raise ValueError("x: expected (..., dim), got shape ()")
+    if not cos.ndim:
+        raise ValueError("cos: expected (rows, columns), got shape ()")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin: expected the shape of cos, {cos.shape}, got shape {sin.shape}")
+    columns, dim = cos.shape[-1], x.shape[-1]
+    if 2 * columns > dim:
+        cure = ""
+        if columns == dim and dim % 2 == 0:
+            cure = f"; of tables with each column twice, first all, then all again: cos[..., :{dim // 2}], sin likewise"
+        raise ValueError(f"cos: expected a column for each pair of x's dim of {dim}, {dim // 2} or fewer, "
+                         f"got shape {cos.shape}{cure}")
+    if positions is not None:
+        return _check_rotary_positions(x, cos, positions)
+    leading = x.shape[:-1]
+    if cos.ndim == x.ndim:
+        if any(n not in (1, m) for n, m in zip(cos.shape[:-1], leading, strict=True)):
+            raise ValueError(f"cos: expected rows for x's {leading} (axes of 1 broadcast), got shape {cos.shape}; or "
+                             f"pass positions, for cos of 2 axes")
+    elif cos.ndim == 2 and x.ndim == 3:
+        raise ValueError("cos: expected 3 axes, or positions with it, since x of 3 axes may be (batch, seq, dim) or "
+                         f"(total, heads, dim), got shape {cos.shape}; for the first pass cos[None] and sin[None], for "
+                         f"the second cos[:, None] and sin[:, None]")
+    elif cos.ndim == 2 and x.ndim > 3:
+        if cos.shape[0] != leading[-1]:
+            raise ValueError(f"cos: expected {leading[-1]} rows, one for each of x's axis -2, got shape {cos.shape}; "
+                             f"or pass positions, which say which rows")
+    else:
+        cure = ""
+        if x.ndim == 4 and cos.shape[:-1] == (x.shape[0], x.shape[2]):
+            cure = "; for the same rows for each head: cos[:, None] and sin[:, None]"
+        raise ValueError(f"cos: expected (rows, columns), or {x.ndim} axes, as x has, got shape {cos.shape}{cure}")
+    return None
+
+
+def _check_rotary_positions(x, cos, positions):
+    given, positions = positions, as_array("positions", positions)
+    if positions.dtype.kind not in "iu":
+        cure = f"; {cast_cure('positions', given, 'int')} casts" if positions.dtype.kind == "f" else ""
+        raise TypeError(f"positions: expected integers, got dtype {positions.dtype}{cure}")
+    if cos.ndim != 2:
+        raise ValueError(f"cos: expected (rows, columns) with positions, got shape {cos.shape}")
+    leading, shape = x.shape[:-1], positions.shape
+    if len(shape) != len(leading) or any(n not in (1, m) for n, m in zip(shape, leading, strict=True)):
+        cures = []
+        if len(leading) == 2 and len(shape) == 1:
+            cures = ["for x of (batch, seq, dim) positions[None]"] if shape[0] == leading[1] else []
+            cures += ["for x of (total, heads, dim) positions[:, None]"] if shape[0] == leading[0] else []
+        elif len(leading) == 3 and shape == (leading[0], leading[2]):
+            cures = ["for the same of each head: positions[:, None]"]
+        elif len(leading) == 3 and shape == (leading[2],):
+            cures = ["for the same of each head: positions[None, None]"]
+        elif len(leading) == 3 and shape == (leading[0],) and leading[2] == 1:
+            cures = ["for one of each batch row: positions[:, None, None]"]
+        raise ValueError(f"positions: expected {len(leading)} axes, those of x but the last, that are or broadcast to "
+                         f"{leading}, got shape {shape}{'; ' if cures else ''}{', '.join(cures)}")
+    checked = positions.astype(np.int64)  # a copy, which nobody changes behind the check
+    if checked.size and checked.view(np.uint64).max() >= len(cos):  # those below 0 are huge there
+        smallest, largest = positions.min().item(), positions.max().item()
+        raise ValueError(f"positions: expected ints from 0 to below {len(cos)}, the rows of cos, got "
+                         f"{shown(smallest if smallest < 0 else largest)}")
+    return checked
 
 
 # Layers.

@@ -97,7 +97,7 @@ def sinusoidal_encoding(
         with np.errstate(all="ignore"):  # a long double may be too small for a double
             positions = positions.astype(np.float64, copy=False)
     kind = check_kind("out", target)
-    _kernels.f32.sinusoid(target, kind, offset, positions, float(base), layout, endpoint)
+    _kernels.f32.sinusoid(target, kind, offset, positions, None, float(base), layout, endpoint)
     return out
 
 

@@ -144,6 +144,21 @@ def projections(in_features):
             assert_same_bits(linear(x, weight, bias[0], out=out).copy(), expected)
 
 
+def rotary(dims):
+    """x, tables and out, of every dtype and both pairings; rows in place and others."""
+    layouts = list(LAYOUTS.values())
+    for number, (dim, dtype, interleaved) in enumerate(itertools.product(dims, FLOATS, (False, True))):
+        x = layouts[number // 3 % len(layouts) if number % 2 else 0](normal(2, 3, 5, dim, dtype=dtype))
+        cos, sin = cattn.rotary_table(5, dim // 2 * 2, dtype=dtype if number % 3 == 0 else np.float32)
+        expected = cattn.rotary_embedding(x, cos, sin, interleaved=interleaved)
+        for at_end in (True, False):
+            print("rotary", dim, dtype, interleaved, x.strides, at_end, flush=True)
+            own, cos, sin, out = (guarded(array, at_end) for array in (x, cos, sin, np.zeros_like(x)))
+            assert_same_bits(cattn.rotary_embedding(own, cos, sin, interleaved=interleaved, out=out).copy(), expected)
+            cattn.rotary_embedding(own, cos, sin, interleaved=interleaved, out=own)
+            assert_same_bits(own.copy(), expected)
+
+
 def many_keys():
     """Keys in several splits, which threads share; rows done again because their values overflow."""
     for at_end, dtype, seq_len_q in itertools.product((True, False), [FLOATS[0], FLOATS[1], BFLOAT16], (1, 8, 20)):

@@ -118,6 +118,7 @@ def kinds():
     layer = cattn.MultiHeadAttention(16, 4, dropout=0.1, seed=0)
     encoding = cattn.PositionalEncoding(16)
     x = normal(2, 5, 16)
+    cos_sin = cattn.rotary_table(3, 8)
     return {
         "plain": lambda: attention(*small),
         "out": lambda: attention(*small, out=out).copy(),
@@ -136,6 +137,9 @@ def kinds():
         "table": lambda: cattn.sinusoidal_encoding(70, 16),
         "table of 16 bits": lambda: cattn.sinusoidal_encoding(70, 16, dtype=np.float16, layout="concatenated"),
         "shift": lambda: cattn.relative_shift(3, 8),
+        "rotary table": lambda: cattn.rotary_table(70, 16, frequencies=[0.5] * 8),
+        "rotary": lambda: cattn.rotary_embedding(small[0], *cos_sin, [[[0], [1]]] * 2, interleaved=True),
+        "rotary in five axes": lambda: cattn.rotary_embedding(apart, *cos_sin, interleaved=False),
     }
 
 

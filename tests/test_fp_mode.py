@@ -57,6 +57,7 @@ for dtype in (np.float16, np.float32, np.float64):
     layer = cattn.MultiHeadAttention(24, 3, dtype=dtype, seed=0)
     for shape in ((1, 24), (2, 9, 24)):
         layers.append((layer, np.full(shape, 1e-37 if dtype == np.float32 else 1e-7, dtype)))
+turned = {{make: (make(2, 2, 4000, 44), cattn.rotary_table(4000, 40)) for make in (float16, float32, float64)}}
 def results():
     for arrays, options in cases:
         yield cattn.scaled_dot_product_attention(*arrays, return_weights=True, return_logsumexp=True, **options)
@@ -64,6 +65,9 @@ def results():
         yield layer(x, num_threads=1), layer(x, num_threads=2)
     yield cattn.sinusoidal_encoding(300, 50),
     yield cattn.sinusoidal_encoding(300, 50, dtype=np.float16),
+    for make in (float16, float32, float64):
+        x, tables = turned[make]
+        yield tuple(cattn.rotary_embedding(x, *tables, interleaved=True, num_threads=threads) for threads in (1, 2))
 def same(a, b):
     return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 """

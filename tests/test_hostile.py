@@ -458,6 +458,25 @@ def test_junk_in_tables(replaced):
 
 
 @settings(normal_suite, max_examples=200)
+@given(replaced=replaced_arguments(["length", "dim", "base", "offset", "frequencies"]))
+def test_junk_in_rotary_tables(replaced):
+    results = same_errors("rotary_table", (), {"length": 5, "dim": 6} | replaced)
+    if results:
+        np.testing.assert_allclose(*results, rtol=0, atol=2.0**-23)
+
+
+@settings(normal_suite, max_examples=300)
+@given(replaced=replaced_arguments(["x", "cos", "sin", "positions", "interleaved", "out", "num_threads"]))
+def test_junk_in_rotary_embeddings(replaced):
+    x, cos, sin = np.ones((3, 4), np.float32), *np.ones((2, 3, 2), np.float32)
+    out = np.full((3, 4), 7, np.float32)
+    arguments = {"x": x, "cos": cos, "sin": sin, "interleaved": True, "out": out} | replaced
+    kind, _ = outcome(cattn.rotary_embedding, **arguments)
+    if kind != "result":
+        assert (out == 7).all()
+
+
+@settings(normal_suite, max_examples=200)
 @given(replaced=replaced_arguments(["delta", "dim", "base", "layout", "endpoint", "dtype"]))
 def test_junk_in_shifts(replaced):
     same_errors("relative_shift", (), {"delta": 2, "dim": 6} | replaced)

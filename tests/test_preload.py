@@ -85,6 +85,8 @@ for dtype in (np.float16, np.float32, np.float64):
     cattn.sinusoidal_encoding(2000, 512, dtype=dtype)
     cattn.PositionalEncoding(8, dropout=0.5, dtype=dtype)(np.ones((1, 3, 8), dtype), training=True, seed=1)
 cattn.relative_shift(3, 4)
+for dtype in dtypes:
+    cattn.rotary_embedding(np.ones((1, 2, 3, 4, 8), dtype), *cattn.rotary_table(4, 8), interleaved=True)
 refused(cattn.MultiHeadAttention, 8, 3)
 refused(cattn.MultiHeadAttention, 8, 2, seed="x")
 refused(cattn.sinusoidal_encoding, 2**40, 2**10)

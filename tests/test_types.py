@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import _attention, _multihead, _positional, reference
+from cattn import _attention, _multihead, _positional, _rotary, reference
 
 CALLABLES = [name for name in cattn.__all__ if callable(getattr(cattn, name))]
 FOLDER = os.path.dirname(cattn.__file__)
@@ -59,6 +59,9 @@ def of_layers(flag: bool) -> None:
     assert_type(positions(q, training=flag, seed=1), np.ndarray)
     assert_type(cattn.sinusoidal_encoding(3, 4, positions=[0.5, 1.0, 2.0], dtype=np.float64), np.ndarray)
     assert_type(cattn.relative_shift(3, 4), np.ndarray)
+    cos, sin = cattn.rotary_table(3, 4, frequencies=[1.0, 0.1])
+    assert_type(cattn.rotary_embedding(q, cos, sin, interleaved=flag, out=q), np.ndarray)
+    cattn.rotary_embedding(q, cos, sin)  # type: ignore[call-arg]
 
 
 def of_installation() -> None:
@@ -87,7 +90,7 @@ def documented(docstring):
 # Docstrings.
 
 
-@pytest.mark.parametrize("module", [_attention, _multihead, _positional], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [_attention, _multihead, _positional, _rotary], ids=lambda module: module.__name__)
 def test_docstrings_stand_in_the_source(module):
     with open(module.__file__) as file:
         tree = ast.parse(file.read())
@@ -103,13 +106,14 @@ def test_docstrings_stand_in_the_source(module):
     cattn.scaled_dot_product_attention, cattn.sinusoidal_encoding, cattn.relative_shift,
     cattn.MultiHeadAttention, cattn.MultiHeadAttention.__call__, cattn.MultiHeadAttention.state_dict,
     cattn.MultiHeadAttention.load_state_dict, cattn.PositionalEncoding, cattn.PositionalEncoding.__call__,
+    cattn.rotary_table, cattn.rotary_embedding,
 ], ids=lambda function: function.__qualname__)
 def test_every_parameter_is_described(function):
     assert sorted(documented(function.__doc__)) == sorted(name for name in parameters(function) if name != "self")
 
 
 @pytest.mark.parametrize("name", ["scaled_dot_product_attention", "MultiHeadAttention", "sinusoidal_encoding",
-                                  "PositionalEncoding"])
+                                  "PositionalEncoding", "rotary_table", "rotary_embedding"])
 def test_reference_points_to_the_public_one(name):
     text = getattr(reference, name).__doc__
     assert f"`cattn.{name}`" in text
@@ -120,6 +124,8 @@ def test_reference_points_to_the_public_one(name):
 SHOWN = {
     "scaled_dot_product_attention(": "softmax(scale * query @ key^T + mask) @ value, for each head.",
     "sinusoidal_encoding(": "P[r, 2i] = sin(pos / base^(2i / dim))",
+    "rotary_table(": "cos[r, i] = cos(pos * f[i])",
+    "rotary_embedding(": "x with each pair (a, b) of a row turned by an angle",
     "relative_shift(": "R with P[pos + delta] = P[pos] @ R",
     "MultiHeadAttention(": "Multi-head attention: concat_h(",
     "PositionalEncoding(": "dropout(x + P[:, positions])",

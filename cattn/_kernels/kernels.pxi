@@ -18,6 +18,7 @@ Read in this order, in which they are included:
     attention/entry.pxi     the entries from Python
     linear.pxi              the layer's projections
     sinusoid.pxi            the table of positional encodings
+    rotary.pxi              pairs of numbers turned by such a table
     measure.pxi             the machine's limits, for the benchmark and for the test that the build flags are in force
 base/simd.h has the vectors. Nothing in base knows of attention.
 
@@ -87,6 +88,7 @@ cdef extern from "simd.h" nogil:
     void vtranspose(vf*)
     void vload_square(vf*, const char*, Py_ssize_t)
     void vweave(vf*, int)
+    void vunweave(vf*)
     void vsplit_f16(vf*, vf)
     void vsplit_bf16(vf*, vf)
     void vfalse_tile(int8_t*, const char* const*, Py_ssize_t)
@@ -138,4 +140,5 @@ include "attention/attend.pxi"
 include "attention/entry.pxi"
 include "linear.pxi"
 include "sinusoid.pxi"
+include "rotary.pxi"
 include "measure.pxi"

@@ -19,8 +19,9 @@
 # That threads make the same rotations, each for itself, takes no longer than one making them for all.
 #
 # Errors: below 2e-15 from at most 14 products, besides the rounding of frequencies and angles, which is relative: below
-# 2.3e-16 * |position| (1.2e-8 at position 1e8 for whole positions, whose far part alone is rounded as a product). No
-# product for a position that was given: 2.3e-16 * (|position| + 1) in all.
+# 2.3e-16 * |position| (1.2e-8 at position 1e8 for whole positions, whose far part alone is rounded as a product), times
+# a given frequency where it is larger than 1. No product for a position that was given: 2.3e-16 * (|position| + 1) in
+# all.
 
 cdef enum:
     STEPS = 64               # offsets in a block, and blocks to the next far position
@@ -33,10 +34,11 @@ cdef enum:
 
 cdef struct Encoding:                   # what a call computes
     Call* call
-    Tensor out                          # (1, 1, length, dim)
+    Tensor out                          # (1, 1, length, dim); (1, 2, length, pairs): cosines and sines apart
     bint packed                         # its rows are: contiguous, aligned numbers
     Py_ssize_t length, dim, pairs, offset
     const double* positions             # NULL: offset + row
+    const double* frequencies           # of the pairs; NULL: those of base
     double base
     bint endpoint, interleaved
     Py_ssize_t sines, cosines           # the first column of each, unless they are interleaved
@@ -82,8 +84,10 @@ cdef void place_rotations(Rotations* t, double* scratch, const Encoding* e) noex
 
 
 cdef double frequency_of(const Encoding* e, Py_ssize_t pair) noexcept nogil:
-    """From 1 down: to base^(2 / dim - 1), or, with endpoint, to 1 / base itself."""
+    """As given; or from 1 down: to base^(2 / dim - 1), or, with endpoint, to 1 / base itself."""
     cdef double exponent = <double> pair / (e.pairs - 1) if e.endpoint else 2.0 * pair / e.dim
+    if e.frequencies != NULL:
+        return e.frequencies[pair]
     return 1.0 / e.base if exponent == 1.0 else pow(e.base, -exponent)
 
 
@@ -214,11 +218,12 @@ cdef void fill_with_gaps(char* p, Py_ssize_t stride, Kind kind, const double* se
         c += m
 
 
-cdef void fill_columns(const Encoding* e, Rotations* t, Py_ssize_t block, Py_ssize_t column, Py_ssize_t n,
+cdef void fill_columns(const Encoding* e, Rotations* t, Py_ssize_t block, int part, Py_ssize_t column, Py_ssize_t n,
                        Py_ssize_t at) noexcept nogil:
-    """out[rows of the block][column : column + n] (OUT), from column `at` of the rotations on."""
+    """out[part][rows of the block][column : column + n] (OUT), from column `at` of the rotations on; a table that is
+    not in parts has a stride of 0 there."""
     cdef Py_ssize_t r, row = block * e.block_rows, stride = e.out.stride[3]
-    cdef char* p = row_of(&e.out, 0, 0, row) + column * stride
+    cdef char* p = row_of(&e.out, 0, part, row) + column * stride
     cdef Rotation offset
     for r in range(min(e.block_rows, e.length - row)):
         offset = rotation_at(t.offsets, r, e.columns)
@@ -233,10 +238,10 @@ cdef void fill_columns(const Encoding* e, Rotations* t, Py_ssize_t block, Py_ssi
 cdef void fill_block(const Encoding* e, Rotations* t, Py_ssize_t block) noexcept nogil:
     enter_block(t, e, block)
     if e.interleaved:
-        fill_columns(e, t, block, 2 * t.first, min(2 * t.pairs, e.dim - 2 * t.first), 0)
+        fill_columns(e, t, block, 0, 2 * t.first, min(2 * t.pairs, e.dim - 2 * t.first), 0)
     else:
-        fill_columns(e, t, block, e.sines + t.first, t.pairs, 0)
-        fill_columns(e, t, block, e.cosines + t.first, min(t.pairs, e.dim // 2 - t.first), t.pairs)
+        fill_columns(e, t, block, 1, e.sines + t.first, t.pairs, 0)
+        fill_columns(e, t, block, 0, e.cosines + t.first, min(t.pairs, e.dim // 2 - t.first), t.pairs)
 
 
 cdef void fill_ranges(const void* what, char* scratch) noexcept nogil:
@@ -262,26 +267,29 @@ cdef void fill_ranges(const void* what, char* scratch) noexcept nogil:
     await_others(e.call)
 
 
-def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, double base, layout, bint endpoint):
+def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, const double[::1] frequencies,
+             double base, layout, bint endpoint):
     """table (OUT; (length, dim), any strides, of this kind): row r is the encoding of positions[r] or, without them, of
-    offset + r. cattn/_positional.py has checked the arguments."""
+    offset + r. A table (2, length, dim // 2), contiguous, takes all cosines first, then all sines; its layout is None.
+    cattn/_positional.py and cattn/_rotary.py have checked the arguments."""
     cdef Encoding e
     cdef Call call
     cdef double flops
     cdef Py_ssize_t num_strips, doubles, size = size_of(kind)
     cdef char* scratch
     describe(&e.out, table, kind)
-    e.call, e.length, e.dim = &call, e.out.length[2], e.out.length[3]
+    e.call, e.length, e.dim = &call, e.out.length[2], e.out.length[1] * e.out.length[3]
     if e.length == 0:
         return
     e.packed = ((e.out.stride[3] == size or e.dim == 1) and e.out.stride[2] % size == 0
                 and <uintptr_t> e.out.data % size == 0)
     e.offset, e.base, e.endpoint = offset, base, endpoint
     e.positions = &positions[0] if positions is not None else NULL
+    e.frequencies = &frequencies[0] if frequencies is not None else NULL
     e.pairs = (e.dim + 1) // 2
     e.interleaved = layout == "interleaved"
     e.sines = e.dim // 2 if layout == "cosines_first" else 0
-    e.cosines = 0 if layout == "cosines_first" else e.pairs
+    e.cosines = e.pairs if layout == "concatenated" else 0
     e.strip = min(e.pairs, STRIP)
     e.columns = 2 * e.strip + SKEW
     e.block_rows = STEPS if positions is None else 1
@@ -307,7 +315,8 @@ def sinusoid(table, Kind kind, Py_ssize_t offset, const double[::1] positions, d
     scratch = take_scratch(call.num_threads * doubles * sizeof(double))
     if scratch == NULL:
         end_call(&call)
-        raise MemoryError(f"sinusoidal_encoding: no memory for {call.num_threads} x {doubles} numbers of scratch")
+        function = "rotary_table" if layout is None else "sinusoidal_encoding"
+        raise MemoryError(f"{function}: no memory for {call.num_threads} x {doubles} numbers of scratch")
     with nogil:
         in_threads(&call, fill_ranges, &e, scratch, doubles * sizeof(double))
     give_scratch(scratch)

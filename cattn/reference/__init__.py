@@ -11,6 +11,7 @@ from cattn.reference._attention import scaled_dot_product_attention
 from cattn.reference._dropout import dropout_keep, philox4x32
 from cattn.reference._multihead import MultiHeadAttention
 from cattn.reference._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
+from cattn.reference._rotary import rotary_embedding, rotary_table
 from cattn.reference._serving import paged_attention, varlen_attention
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "paged_attention",
     "philox4x32",
     "relative_shift",
+    "rotary_embedding",
+    "rotary_table",
     "scaled_dot_product_attention",
     "sinusoidal_encoding",
     "varlen_attention",

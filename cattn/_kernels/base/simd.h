@@ -326,6 +326,14 @@ SIMD void vweave(vf *r, int n) {
             }
 }
 
+/* What vweave(two, 2) undoes: two[0] gets the numbers of even places in the run of both, two[1] those of odd ones. */
+#define UNWEAVE(e, s) (2 * (e) + (s))
+SIMD void vunweave(vf *two) {
+    vf even = SHUFFLE(two[0], two[1], EACH(UNWEAVE, 0));
+    two[1] = SHUFFLE(two[0], two[1], EACH(UNWEAVE, 1));
+    two[0] = even;
+}
+
 /* tile (OUT): -1 where rows[r][first + k], r < LANES, k < VECTOR_BYTES, is 0, else 0; transposed as bytes, with a quarter
  * of the shuffles that floats take. Each round interleaves the first half of the rows with the second, within every 16
  * bytes: in the end, the byte of row r and column k is number k % 16 * LANES + r of those of its 16 columns. */
