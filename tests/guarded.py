@@ -159,6 +159,33 @@ def rotary(dims):
             assert_same_bits(own.copy(), expected)
 
 
+def packed(head_dims):
+    """Packed sequences, and the same in pages of which the last, and the first, are full."""
+    for number, (head_dim, (dtype, kv_dtype)) in enumerate(itertools.product(head_dims, DTYPES)):
+        page_size = [1, 8, 16, 24, 64, 128][number % 6]
+        lens = np.array([page_size * (1 + number % 4), 0, page_size * 2])
+        cu_kv, cu_q = np.cumsum([0, *lens]), np.array([0, *[(1, 1, 2), (1, 0, 20), (3, 1, 40)][number % 3]]).cumsum()
+        arrays = [normal(cu_q[-1], 4, head_dim, dtype=dtype), *(
+            normal(cu_kv[-1], 2, head_dim, dtype=kv_dtype, seed=seed) for seed in (1, 2))]
+        expected = cattn.varlen_attention(*arrays, cu_q, cu_kv, is_causal=True)
+        table = np.full((3, 6), -1)
+        table[0, : lens[0] // page_size] = np.arange(lens[0] // page_size)[::-1] + 2
+        table[2, :2] = 1, 0
+        pages = [np.empty((cu_kv[-1] // page_size, page_size, *x.shape[1:]), kv_dtype) for x in arrays[1:]]
+        for new, x in zip(pages, arrays[1:], strict=True):
+            for batch in (0, 2):
+                for i in range(lens[batch] // page_size):
+                    new[table[batch, i]] = x[cu_kv[batch] + i * page_size :][:page_size]
+        for at_end in (True, False):
+            print("packed", head_dim, dtype, kv_dtype, page_size, at_end, flush=True)
+            query, key, value, *new = (guarded(x, at_end) for x in (*arrays, *pages))
+            out = guarded(np.zeros_like(query), at_end)
+            cattn.varlen_attention(query, key, value, cu_q, cu_kv, is_causal=True, out=out)
+            assert_same_bits(out.copy(), expected)
+            cattn.paged_attention(query, *new, guarded(table, at_end), lens, cu_q, out=out)
+            assert_same_bits(out.copy(), expected)
+
+
 def many_keys():
     """Keys in several splits, which threads share; rows done again because their values overflow."""
     for at_end, dtype, seq_len_q in itertools.product((True, False), [FLOATS[0], FLOATS[1], BFLOAT16], (1, 8, 20)):

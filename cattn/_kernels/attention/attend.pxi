@@ -331,8 +331,8 @@ cdef int run(const Problem* p, Py_ssize_t num_threads) except -1:
         flops = 0
         for batch in range(p.batch_size):
             flops += <double> num_queries(p, batch) * num_keys(p, batch)
-    begin_call(&call, num_threads, flops * p.num_kv_heads * p.group_size * (2 * (p.head_dim + p.head_dim_v)
-                                                                         + EXP_FLOPS))
+    flops *= p.num_kv_heads * p.group_size * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS)
+    begin_call(&call, num_threads, flops)
     threads = call.num_threads
     run.call, run.parts = &call, NULL
     work = plan_all(&run, p, threads, &longest_task)

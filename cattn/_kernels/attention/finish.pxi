@@ -1,7 +1,8 @@
 # How a row ends: its result, logsumexp and weights.
 
 cdef inline real* weights_row(const Problem* p, const Lane* lane) noexcept nogil:
-    return p.weights + ((lane.batch * p.num_kv_heads * p.group_size + lane.head) * p.seq_len_q + lane.query) * p.seq_len_kv
+    cdef Py_ssize_t head = lane.batch * p.num_kv_heads * p.group_size + lane.head
+    return p.weights + (head * p.seq_len_q + lane.query) * p.seq_len_kv
 
 
 cdef void clear_weights(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:

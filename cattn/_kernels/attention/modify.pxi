@@ -225,7 +225,8 @@ cdef void drop_probs(const Problem* p, const Workspace* w, Tile* t) noexcept nog
     cdef Py_ssize_t i
     for i in range(t.width):
         drop_weights(t.scores + i, t.width, t.key_start, t.n, p.dropout_threshold, p.keep_scale, p.seed,
-                     <uint32_t> t.lanes[i].query, <uint32_t> t.lanes[i].head, <uint32_t> (p.batch_offset + t.lanes[i].batch))
+                     <uint32_t> t.lanes[i].query, <uint32_t> t.lanes[i].head,
+                     <uint32_t> (p.batch_offset + t.lanes[i].batch))
 
 
 cdef void shrink_probs(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:

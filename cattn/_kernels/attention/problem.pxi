@@ -21,7 +21,7 @@ cdef enum:
 
 cdef struct Parts   # attend.pxi
 
-cdef struct Sequence:               # a batch row of a plan, where they differ in length: those with most work come first
+cdef struct Sequence:               # of a plan whose batch rows differ in length: those with most work come first
     Py_ssize_t batch
     Py_ssize_t first_task           # of the plan's tasks
     double work                     # of its longest task
@@ -35,8 +35,9 @@ cdef struct Problem:
     const real* slopes              # IN (batch or 1, num_heads); or NULL
     Py_ssize_t slopes_stride        # from one batch row of slopes to the next: num_heads or 0
     const int64_t* cu_seqlens_q     # IN (batch + 1,): batch row i has rows [i] to [i + 1]; or NULL: all seq_len_q
-    const int64_t* block_table      # IN (batch, table_stride): which pages have a batch row's keys; k and v are (pages,
-                                    # num_kv_heads, page_size, dim) then; or NULL
+    # IN (batch, table_stride): which pages have the keys of a batch row; k and v are (pages, num_kv_heads, page_size,
+    # dim) then; or NULL
+    const int64_t* block_table
     Py_ssize_t table_stride, page_size
     const int64_t* q_offsets        # IN (batch,); or NULL: q_offset for all
     const int64_t* kv_lens          # IN (batch,); or NULL: all seq_len_kv
