@@ -13,9 +13,9 @@ from cattn import _kernels
 from cattn._attention import check_options
 from cattn._checks import (
     BF16,
-    BOOL,
     F16,
     F32,
+    UNBOUNDED,
     as_array,
     check_bool,
     check_int,
@@ -23,12 +23,15 @@ from cattn._checks import (
     check_out,
     shown,
 )
+from cattn._threads import checked
 
 __all__ = ["KVCache"]
 
 _KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16}
 _SLAB_BYTES = 1 << 24  # pages are allocated so many bytes at a time: the first token of a small model takes no more
 _ALIGNMENT = 64
+# Of attend without options, as the kernel takes them: causal.
+_PLAIN = {"window_left": UNBOUNDED, "window_right": 0, "scale": None, "softcap": 0.0, "slopes": None, "sinks": None}
 
 
 class KVCache:
@@ -113,6 +116,7 @@ class KVCache:
         self._max_pages = None if max_tokens is None else -(-check_int("max_tokens", max_tokens, 0) // self.page_size)
         self._lock = threading.RLock()
         self._slabs = []
+        self._first_pages = {}      # {layer: see _pages}
         self._free = []             # offsets of pages from the first slab, in bytes: a page is known by its offset
         self._owners = {}           # {page: how many sequences have it}
         self._sequences = {}        # {number: its _Sequence}
@@ -263,9 +267,14 @@ class KVCache:
         if layer >= self.num_layers:
             raise ValueError(f"layer: expected an int below num_layers = {self.num_layers}, got {shown(layer)}")
         total, num_heads, _ = query.shape
-        options = check_options(
-            F32, num_heads, (len(step.kv_lens),), is_causal=True, scale=scale, window=window, softcap=softcap,
-            dropout_p=0.0, seed=None, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
+        num_threads = 0 if num_threads is None else checked(num_threads)
+        if scale is window is alibi_slopes is sinks is None and type(softcap) is float and softcap == 0:
+            options = _PLAIN
+        else:
+            options = check_options(
+                F32, num_heads, (len(step.kv_lens),), is_causal=True, scale=scale, window=window, softcap=softcap,
+                dropout_p=0.0, seed=None, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=None)
+            options = {name: options[name] for name in _PLAIN}
         shape = (total, num_heads, self.head_dim_v)
         if out is None:
             out = target = np.empty(shape, query.dtype)
@@ -279,18 +288,11 @@ class KVCache:
             if layer in step._layers:
                 raise ValueError(f"layer: expected one that the step has not attended, got {layer}")
             step._layers.add(layer)
-        if total:
-            keys, values = self._pages(layer)
-            _kernels.f32.store_rows(key, kind, keys, self._kind, step._key_places)
-            _kernels.f32.store_rows(value, kind, values, self._kind, step._value_places)
-            if num_heads:
-                _kernels.f32.attend(
-                    query=query.swapaxes(0, 1)[None], key=keys, value=values, mask=None,
-                    out=target.swapaxes(0, 1)[None], weights=None, narrow_weights=None,
-                    logsumexp=None if logsumexp is None else logsumexp.reshape(-1), q_kind=kind, kv_kind=self._kind,
-                    mask_kind=BOOL, q_offset=0, q_offsets=step._q_offsets, kv_lens=step._kv_lens,
-                    kv_starts=step._kv_starts, batch_offset=0, cu_seqlens_q=step._cu_seqlens_q,
-                    block_table=step._table, pages_by_bytes=True, **options)
+        if total and num_heads:
+            _kernels.f32.attend_step(
+                query, key, value, target, *self._pages(layer), step._numbers, len(step.kv_lens), step._has_starts,
+                kind, self._kind, None if logsumexp is None else logsumexp.reshape(-1), num_threads=num_threads,
+                **options)
         with self._lock:
             step._finished += 1
             if step._finished == self.num_layers:
@@ -441,12 +443,16 @@ class KVCache:
     def _pages(self, layer):
         """Keys and values of a layer in the first page of the first slab, (1, num_kv_heads, page_size, dim): what
         tables of pages count from."""
+        known = self._first_pages.get(layer)
+        if known is not None:
+            return known
         result = []
         for which, dim in enumerate((self.head_dim, self.head_dim_v)):
             start = layer * self._layer_bytes + which * self._key_bytes
             size = self.num_kv_heads * self.page_size * dim * self._storage.itemsize
             result.append(self._slabs[0][start : start + size].view(self._storage).reshape(
                 1, self.num_kv_heads, self.page_size, dim))
+        self._first_pages[layer] = result
         return result
 
 
@@ -473,27 +479,24 @@ class Step:
     def _describe(self):
         page_size = self._cache.page_size
         lens = [one.length for one in self._members]
-        self._cu_seqlens_q = np.array([0, *itertools.accumulate(self._counts)], np.int64)
-        self._kv_lens = np.array(lens, np.int64)
-        self._q_offsets = self._kv_lens - np.array(self._counts, np.int64)
-        self._kv_starts = None
-        if any(one.start for one in self._members):
-            self._kv_starts = np.array([one.start for one in self._members], np.int64)
+        self.cu_seqlens_q = np.array([0, *itertools.accumulate(self._counts)], np.int64)
+        self.kv_lens = np.array(lens, np.int64)
+        offsets = self.kv_lens - np.array(self._counts, np.int64)
+        starts = [one.start for one in self._members]
+        self._has_starts = any(starts)
         # In bytes, and 0 where no key is.
-        self._table = np.zeros((len(lens), max([len(one.pages) for one in self._members], default=0)), np.int64)
-        for row, one in zip(self._table, self._members, strict=True):
+        table = np.zeros((len(lens), max([len(one.pages) for one in self._members], default=0)), np.int64)
+        for row, one in zip(table, self._members, strict=True):
             row[: len(one.pages)] = [0 if page is None else page for page in one.pages]
-        if len(lens) == sum(self._counts) == len(self._counts) and all(self._counts):
-            positions, rows = self._q_offsets.copy(), np.arange(len(lens))
-        else:
-            positions = np.concatenate([np.zeros(0, np.int64), *(
-                np.arange(length - count, length) for length, count in zip(lens, self._counts, strict=True))])
-            rows = np.repeat(np.arange(len(lens)), self._counts)
-        pages, slots = self._table[rows, positions // page_size], positions % page_size
+        rows = np.repeat(np.arange(len(lens)), self._counts)
+        self.positions = np.arange(len(rows)) + (offsets - self.cu_seqlens_q[:-1])[rows]
+        pages, slots = table[rows, self.positions // page_size], self.positions % page_size
         item = self._cache._storage.itemsize
-        self._key_places = pages + slots * (self._cache.head_dim * item)
-        self._value_places = pages + slots * (self._cache.head_dim_v * item)
-        self.positions, self.cu_seqlens_q, self.kv_lens = positions, self._cu_seqlens_q.copy(), self._kv_lens.copy()
+        # As attend_step takes them.
+        self._numbers = np.concatenate([
+            self.cu_seqlens_q, offsets, self.kv_lens, np.array(starts, np.int64),
+            pages + slots * (self._cache.head_dim * item), pages + slots * (self._cache.head_dim_v * item),
+            table.ravel()])
 
     def _close(self):
         self._is_closed = True

@@ -33,13 +33,12 @@ cdef void pack_rows(Tensor* t, const int64_t* firsts):
     t.firsts, t.stride[0] = firsts, 0
 
 
-cdef void describe_packed(Problem* p, const int64_t[::1] cu_seqlens_q):
-    """p (IN/OUT), for as many batch rows: where their queries begin, and the longest of them."""
+cdef void describe_packed(Problem* p, const int64_t* cu_seqlens_q):
+    """p (IN/OUT): where the queries of batch_size batch rows begin, and the longest of them."""
     cdef Py_ssize_t batch
-    p.cu_seqlens_q = &cu_seqlens_q[0]
+    p.cu_seqlens_q = cu_seqlens_q
     pack_rows(&p.q, p.cu_seqlens_q)
     pack_rows(&p.out, p.cu_seqlens_q)
-    p.batch_size, p.folded = cu_seqlens_q.shape[0] - 1, 1
     p.seq_len_q = p.seq_len_kv = 0
     for batch in range(p.batch_size):
         p.seq_len_q = max(p.seq_len_q, num_queries(p, batch))
@@ -63,12 +62,10 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
            Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
            const real[:, ::1] slopes, const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
            Py_ssize_t num_threads, const int64_t[::1] kv_starts=None, const int64_t[::1] cu_seqlens_q=None,
-           const int64_t[::1] cu_seqlens_kv=None, const int64_t[:, ::1] block_table=None,
-           bint pages_by_bytes=False):
+           const int64_t[::1] cu_seqlens_kv=None, const int64_t[:, ::1] block_table=None):
     """out, weights, these again in 16 bits, and logsumexp (OUT; flat, contiguous) of one attention problem; None: not
     given. With cu_seqlens_q, queries, out and logsumexp are packed, (1, heads, total, dim), and so with cu_seqlens_kv
-    keys and values; with block_table, these are (pages, heads, page_size, dim), or with pages_by_bytes the first page,
-    from which the table counts bytes. Both come with kv_lens."""
+    keys and values; with block_table, these are (pages, heads, page_size, dim). Both come with kv_lens."""
     cdef Problem p
     memset(&p, 0, sizeof(p))
     describe_inputs(&p, query, key, value, q_kind, kv_kind)
@@ -91,14 +88,13 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
     if kv_starts is not None:
         p.kv_starts = &kv_starts[0]
     if cu_seqlens_q is not None:
-        describe_packed(&p, cu_seqlens_q)
+        p.batch_size, p.folded = cu_seqlens_q.shape[0] - 1, 1
+        describe_packed(&p, &cu_seqlens_q[0])
     if cu_seqlens_kv is not None:
         pack_rows(&p.k, &cu_seqlens_kv[0])
         pack_rows(&p.v, &cu_seqlens_kv[0])
     if block_table is not None:
         p.block_table, p.table_stride, p.page_size = &block_table[0, 0], block_table.shape[1], p.k.length[2]
-    if pages_by_bytes:
-        p.k.stride[0] = p.v.stride[0] = 1
     if cu_seqlens_kv is not None or block_table is not None:
         p.folded = 1
     if logsumexp is not None:
@@ -115,24 +111,72 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
     run(&p, num_threads)
 
 
-def store_rows(rows, Kind kind, pages, Kind pages_kind, const int64_t[::1] places):
-    """pages (OUT): row i of (total, heads, dim), rounded, at places[i] bytes from where each head's begin in `pages`,
-    (1, heads, page_size, dim)."""
-    cdef Tensor source, target
-    cdef Py_ssize_t i, head
+cdef void swap_heads(Tensor* t):
+    """(1, total, heads, dim) becomes (1, heads, total, dim)."""
+    t.length[1], t.length[2] = t.length[2], t.length[1]
+    t.stride[1], t.stride[2] = t.stride[2], t.stride[1]
+
+
+cdef void store_rows(const Tensor* rows, const Tensor* pages, const int64_t* places) noexcept nogil:
+    """pages (OUT): row i of (1, heads, total, dim), rounded, at places[i] bytes from where each head's first row is."""
+    cdef Py_ssize_t i, head, d, n, dim = rows.length[3]
     cdef real numbers[256]
-    cdef Py_ssize_t d, n
-    describe(&source, rows, kind)
-    describe(&target, pages, pages_kind)
+    for i in range(rows.length[2]):
+        for head in range(rows.length[1]):
+            for d in range(ceil_div(dim, 256)):
+                n = min(<Py_ssize_t> 256, dim - d * 256)
+                load_row(numbers, row_of(rows, 0, head, i) + d * 256 * rows.stride[3], rows.stride[3], n, rows.kind)
+                store_row(row_of(pages, 0, head, 0) + places[i] + d * 256 * pages.stride[3], pages.stride[3], numbers,
+                          n, pages.kind)
+
+
+def attend_step(query, key, value, out, keys, values, const int64_t[::1] step, Py_ssize_t batch, bint has_starts,
+                Kind kind, Kind pages_kind, real[::1] logsumexp, *, scale, double softcap, Py_ssize_t window_left,
+                Py_ssize_t window_right, const real[:, ::1] slopes, const real[::1] sinks, Py_ssize_t num_threads):
+    """A step of a cache. key and value (total, num_kv_heads, dim) go into pages, then out (OUT) and logsumexp (OUT,
+    flat; or None) of the query (total, num_heads, dim) are what attend makes of them; keys and values are the first
+    page, (1, num_kv_heads, page_size, dim). `step` holds, one after the other, cu_seqlens_q (batch + 1), q_offsets,
+    kv_lens, kv_starts (batch each), where keys and where values are stored (total each), and the table of pages, all
+    but the first four counted in bytes from the first page."""
+    cdef Problem p
+    cdef Tensor new_keys, new_values
+    cdef const int64_t* numbers = &step[0]
+    cdef Py_ssize_t total
+    memset(&p, 0, sizeof(p))
+    describe_inputs(&p, query, keys, values, kind, pages_kind)
+    describe(&p.out, out, kind)
+    describe(&new_keys, key, kind)
+    describe(&new_values, value, kind)
+    swap_heads(&p.q)
+    swap_heads(&p.out)
+    swap_heads(&new_keys)
+    swap_heads(&new_values)
+    total = p.q.length[2]
+    p.group_size = p.q.length[1] // p.num_kv_heads
+    p.batch_size, p.folded = batch, 1
+    p.q_offsets, p.kv_lens = numbers + batch + 1, numbers + 2 * batch + 1
+    if has_starts:
+        p.kv_starts = numbers + 3 * batch + 1
+    describe_packed(&p, numbers)
+    p.block_table = numbers + 4 * batch + 1 + 2 * total
+    p.table_stride = (step.shape[0] - 4 * batch - 1 - 2 * total) // batch
+    p.page_size = p.k.length[2]
     with nogil:
-        for i in range(source.length[1]):
-            for head in range(source.length[2]):
-                for d in range(ceil_div(source.length[3], 256)):
-                    n = min(256, source.length[3] - d * 256)
-                    load_row(numbers, row_of(&source, 0, i, head) + d * 256 * source.stride[3], source.stride[3], n,
-                             kind)
-                    store_row(target.data + places[i] + head * target.stride[1] + d * 256 * target.stride[3],
-                              target.stride[3], numbers, n, pages_kind)
+        store_rows(&new_keys, &p.k, numbers + 4 * batch + 1)
+        store_rows(&new_values, &p.v, numbers + 4 * batch + 1 + total)
+    p.k.stride[0] = p.v.stride[0] = 1
+    if logsumexp is not None:
+        describe_logsumexp(&p, &logsumexp[0])
+    if sinks is not None:
+        p.sinks = &sinks[0]
+    if slopes is not None:
+        p.slopes = &slopes[0, 0]
+        p.slopes_stride = slopes.shape[1] if slopes.shape[0] > 1 else 0
+    p.window_left, p.window_right = window_left, window_right
+    p.softcap = <real> softcap
+    p.keep_scale = 1.0
+    choose_units(&p, scale)
+    run(&p, num_threads)
 
 
 cdef bint sizes_fit(const Problem* p) noexcept:
