@@ -96,7 +96,7 @@ class KVCache:
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, *, head_dim_v: int | None = None,
         dtype: DTypeLike = np.float32, page_size: int = 64, max_tokens: int | None = None,
-    ):
+    ) -> None:
         self.num_layers = check_int("num_layers", num_layers, 1)
         self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, 1)
         self.head_dim = check_int("head_dim", head_dim, 1)
@@ -457,7 +457,7 @@ class KVCache:
 
 
 class Step:
-    """Tokens that `KVCache.extend` made room for.
+    """Tokens that ``KVCache.extend`` made room for.
 
     Attributes
     ----------

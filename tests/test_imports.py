@@ -17,6 +17,8 @@ PARTS = {
     "_kernels": (set(), set()),
     "_threads": ({"_kernels"}, set()),
     "_attention": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
+    "_serving": ({"_checks", "_kernels", "_attention"}, {"numpy"}),
+    "_cache": ({"_checks", "_kernels", "_threads", "_attention"}, {"numpy"}),
     "_multihead": ({"_checks", "_kernels", "_threads", "_attention", "reference"}, {"numpy"}),
     "_positional": ({"_checks", "_kernels", "reference"}, {"numpy"}),
     "_rotary": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
