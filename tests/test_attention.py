@@ -533,7 +533,7 @@ def test_no_option_is_lost_on_the_short_way(monkeypatch):
     others = {
         "attn_mask": one, "dropout_p": 0.5, "is_causal": True, "scale": 2.0, "enable_gqa": 1, "q_offset": 1,
         "window": (1, 1), "softcap": 1.0, "alibi_slopes": one, "sinks": one, "kv_lens": 1, "return_weights": True,
-        "return_logsumexp": True, "out": one, "num_threads": 2, "seed": 0,
+        "return_logsumexp": True, "out": one, "num_threads": 2, "seed": 0, "kv_starts": 1,
     }
     parameters = inspect.signature(attention).parameters
     arrays = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]

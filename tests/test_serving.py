@@ -205,6 +205,7 @@ def test_shared_keys_are_those_of_each(isa):
             {}, {"is_causal": True, "q_offset": rng.integers(0, 1500, 5)}, {"kv_lens": rng.integers(0, 1500, 5)},
             {"alibi_slopes": rng.random((5, 4)), "q_offset": np.arange(5), "sinks": np.ones(4)},
             {"attn_mask": rng.random((5, 1, 3, 1500)) < 0.5}, {"attn_mask": normal(5, 1, 1, 1500)},
+            {"attn_mask": normal(1, 4, 1, 1500)}, {"attn_mask": rng.random((5, 4, 1, 1500)) < 0.5},
             {"dropout_p": 0.5, "seed": 1}, {"kv_starts": rng.integers(0, 1500, 5)}):
         for seq_len_q in (1, 3):
             if "attn_mask" in options and options["attn_mask"].shape[-2] > seq_len_q:

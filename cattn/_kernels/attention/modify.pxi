@@ -185,6 +185,7 @@ cdef void add_mask(const Problem* p, const Workspace* w, Tile* t) noexcept nogil
     cdef real* biases = w.rows  # LANES rows of n, rounded up to whole vectors
     cdef real scale = t.scale
     cdef Py_ssize_t n = t.n, width = t.width, length = round_up(n, LANES), done = 0, j, v, i
+    cdef bint one_batch = lanes[0].batch == lanes[width - 1].batch
     cdef bint in_place = rows_are_real(mask), bools = mask.kind == BOOL and mask.stride[3] == 1
     cdef vf square[MAX_LANES]
     t.scale = 1.0
@@ -196,8 +197,9 @@ cdef void add_mask(const Problem* p, const Workspace* w, Tile* t) noexcept nogil
                                          else scores[j * width + i] * scale + biases[j])
         return
     # One row for every query, such as a key-padding mask: load it once, broadcast each entry to the lanes.
-    if (mask.stride[2] == 0 and (mask.stride[1] == 0 or lanes[0].head == lanes[width - 1].head)
-            and (mask.stride[0] == 0 or lanes[0].batch == lanes[width - 1].batch)):
+    # Lanes are sorted by batch row, then by head.
+    if mask.stride[2] == 0 and (mask.stride[0] == 0 or one_batch) and (
+            mask.stride[1] == 0 or (one_batch and lanes[0].head == lanes[width - 1].head)):
         load_bias(biases, mask, lanes, t.key_start, n)
         for j in range(n):
             for v in range(width // LANES):
