@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import threading
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ __all__ = ["KVCache"]
 
 _KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16}
 _SLAB_BYTES = 1 << 24  # pages are allocated so many bytes at a time: the first token of a small model takes no more
-_ALIGNMENT = 64
+_ALIGNMENT = 64     # of pages and of what is in them, as in _kernels/attention/entry.pxi
 # Of attend without options, as the kernel takes them: causal.
 _PLAIN = {"window_left": UNBOUNDED, "window_right": 0, "scale": None, "softcap": 0.0, "slopes": None, "sinks": None}
 
@@ -115,7 +116,8 @@ class KVCache:
             raise ValueError(f"page_size: expected a page of less than 2**46 bytes, got {self._page_bytes}")
         self._max_pages = None if max_tokens is None else -(-check_int("max_tokens", max_tokens, 0) // self.page_size)
         self._lock = threading.RLock()
-        self._slabs = []
+        self._slabs = []            # in the order of their addresses, where the first does not lie first
+        self._starts = []           # of each, from the first, in bytes
         self._first_pages = {}      # {layer: see _pages}
         self._free = []             # offsets of pages from the first slab, in bytes: a page is known by its offset
         self._owners = {}           # {page: how many sequences have it}
@@ -197,42 +199,33 @@ class KVCache:
             raise ValueError(f"sequences: expected each one once, got {shown(numbers)}")
         with self._lock:
             members = [self._closed(number) for number in numbers]
-            copied = [one.pages[-1] for one, count in zip(members, counts, strict=True)
-                      if count and self._shares_last(one)]
-            needed = [-(-(one.length + count) // self.page_size) - len(one.pages)
-                      for one, count in zip(members, counts, strict=True)]
-            # Of several owners of a page that all extend, each may need a copy: the last could keep it, which would
-            # depend on their order.
-            self._grow(sum(needed) + len(copied))
             step = Step(self, numbers, members, counts)
-            for one, count, more in zip(members, counts, needed, strict=True):
-                if count and self._shares_last(one):
-                    step._replaced[one] = shared = one.pages[-1]
-                    one.pages[-1] = self._take()
-                    self._bytes(one.pages[-1])[:] = self._bytes(shared)
-                    self._owners[shared] -= 1
-                one.pages += [self._take() for _ in range(more)]
-                one.length += count
-                one.step = step
-            step._describe()
-            if not sum(counts):
-                step._close()
+            # A shared page that a step replaces stays the step's until it closes, since it may be cancelled: so each
+            # of several sequences that share it and grow takes a copy.
+            self._grow(sum(-(-(one.length + count) // self.page_size) - len(one.pages) + self._needs_own(one, count)
+                           for one, count in zip(members, counts, strict=True)))
+            try:
+                for one, count in zip(members, counts, strict=True):
+                    one.step = step
+                    if self._needs_own(one, count):
+                        step._replaced[one], one.pages[-1] = one.pages[-1], self._take()
+                        if step._replaced[one] is not None:
+                            self._bytes(one.pages[-1])[:] = self._bytes(step._replaced[one])
+                    one.length += count
+                    one.pages += [self._take() for _ in range(-(-one.length // self.page_size) - len(one.pages))]
+                step._describe()
+            except BaseException:
+                self._undo(step)
+                raise
             return step
 
     def cancel(self, step: Step) -> None:
         """Takes an open step back: its sequences are as before `extend`."""
         with self._lock:
             self._check_open(step)
-            step._close()
-            for one, count in zip(step._members, step._counts, strict=True):
-                one.length -= count
-                keep = -(-one.length // self.page_size)
-                self._release(one.pages[keep:])
-                del one.pages[keep:]
-                if one in step._replaced:
-                    self._release(one.pages[-1:])
-                    one.pages[-1] = step._replaced[one]
-                    self._owners[one.pages[-1]] = self._owners.get(one.pages[-1], 0) + 1
+            if step._running:
+                raise ValueError("step: expected one that no thread is attending")
+            self._undo(step)
 
     def attend(
         self, layer: int, step: Step, query: ArrayLike, key: ArrayLike, value: ArrayLike, *,
@@ -272,7 +265,7 @@ class KVCache:
             options = _PLAIN
         else:
             options = check_options(
-                F32, num_heads, (len(step.kv_lens),), is_causal=True, scale=scale, window=window, softcap=softcap,
+                F32, num_heads, (len(step._counts),), is_causal=True, scale=scale, window=window, softcap=softcap,
                 dropout_p=0.0, seed=None, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=None)
             options = {name: options[name] for name in _PLAIN}
         shape = (total, num_heads, self.head_dim_v)
@@ -288,16 +281,28 @@ class KVCache:
             if layer in step._layers:
                 raise ValueError(f"layer: expected one that the step has not attended, got {layer}")
             step._layers.add(layer)
-        if total and num_heads:
-            _kernels.f32.attend_step(
-                query, key, value, target, *self._pages(layer), step._numbers, len(step.kv_lens), step._has_starts,
-                kind, self._kind, None if logsumexp is None else logsumexp.reshape(-1), num_threads=num_threads,
-                **options)
+            step._running += 1
+        try:
+            self._store_and_attend(layer, step, query, key, value, target, kind, logsumexp, num_threads, options)
+        except BaseException:
+            with self._lock:
+                step._layers.discard(layer)
+                step._running -= 1
+            raise
         with self._lock:
-            step._finished += 1
-            if step._finished == self.num_layers:
+            step._running -= 1
+            step._done.add(layer)
+            if len(step._done) == self.num_layers:
+                self._release(step._replaced.values())
                 step._close()
         return (out, logsumexp) if return_logsumexp else out
+
+    def _store_and_attend(self, layer, step, query, key, value, target, kind, logsumexp, num_threads, options):
+        if len(query):
+            _kernels.f32.attend_step(
+                query, key, value, target, *self._pages(layer), step._numbers, len(step._counts), step._has_starts,
+                kind, self._kind, None if logsumexp is None else logsumexp.reshape(-1), num_threads=num_threads,
+                **options)
 
     # What is stored.
 
@@ -333,7 +338,7 @@ class KVCache:
         with self._lock:
             one = self._of(sequence)
             known = one.length
-            if one.step is not None and layer not in one.step._layers:
+            if one.step is not None and layer not in one.step._done:
                 known -= one.step._counts[one.step._members.index(one)]
             result = np.full((one.length, self.num_kv_heads, dim), np.nan,
                              np.float16 if self._kind == F16 else np.float32)
@@ -370,7 +375,7 @@ class KVCache:
         one = self._of(number)
         if one.step is not None:
             raise ValueError(f"sequence: expected one without an open step, got {shown(number)}, of whose step "
-                             f"{self.num_layers - one.step._finished} layers are missing; attend them, or cancel it")
+                             f"{self.num_layers - len(one.step._done)} layers are missing; attend them, or cancel it")
         return one
 
     def _check_open(self, step):
@@ -383,12 +388,12 @@ class KVCache:
         """The kind of all three."""
         if not isinstance(step, Step):
             self._check_open(step)
-        total = len(step.positions)
+        total = sum(step._counts)
         kind = check_kind("query", query)
         if kind not in (F32, self._kind):
             raise TypeError(f"query: expected float32 or the cache's dtype, {self.dtype_name}, got {query.dtype}")
         if query.ndim != 3 or len(query) != total or query.shape[2] != self.head_dim or (
-                query.shape[1] % self.num_kv_heads):
+                not query.shape[1] or query.shape[1] % self.num_kv_heads):
             raise ValueError(f"query: expected ({total}, num_heads, {self.head_dim}) with a multiple of "
                              f"{self.num_kv_heads} heads, got shape {query.shape}")
         for name, array, dim in (("key", key, self.head_dim), ("value", value, self.head_dim_v)):
@@ -398,8 +403,22 @@ class KVCache:
                 raise ValueError(f"{name}: expected shape {(total, self.num_kv_heads, dim)}, got shape {array.shape}")
         return kind
 
-    def _shares_last(self, one):
-        return one.length % self.page_size and self._owners[one.pages[-1]] > 1
+    def _needs_own(self, one, count):
+        """Whether the page that the next token falls into is there, but others have it, or it was dropped."""
+        return bool(count and one.length % self.page_size
+                    and (one.pages[-1] is None or self._owners[one.pages[-1]] > 1))
+
+    def _undo(self, step):
+        for one, length, num_pages in step._before:
+            if one.step is not step:
+                continue
+            self._release(one.pages[num_pages:])
+            del one.pages[num_pages:]
+            if one in step._replaced:
+                self._release(one.pages[-1:])
+                one.pages[-1] = step._replaced[one]
+            one.length = length
+        step._close()
 
     def _grow(self, needed):
         """So many free pages, or a MemoryError with nothing changed."""
@@ -407,14 +426,21 @@ class KVCache:
             raise MemoryError(f"KVCache: expected room for {needed} more pages of {self.page_size} tokens, of which "
                               f"max_tokens leaves {self._max_pages - len(self._owners)}")
         missing = max(0, needed - len(self._free))
+        if missing * self._page_bytes > 2**47:
+            raise MemoryError(f"KVCache: expected less than 2**47 bytes, got {missing} more pages of "
+                              f"{self._page_bytes} bytes")
         new = []
         for _ in range(-(-missing // self._slab_pages)):
             slab = np.empty(self._slab_pages * self._page_bytes + _ALIGNMENT, np.uint8)
             first = -slab.ctypes.data % _ALIGNMENT
             new.append(slab[first : first + self._slab_pages * self._page_bytes])
-        self._slabs += new
         for slab in new:
-            start = slab.ctypes.data - self._slabs[0].ctypes.data
+            if not self._slabs:
+                self._base, self._first = slab.ctypes.data, slab
+            start = slab.ctypes.data - self._base
+            at = bisect.bisect(self._starts, start)
+            self._starts.insert(at, start)
+            self._slabs.insert(at, slab)
             self._free += range(start + (self._slab_pages - 1) * self._page_bytes, start - 1, -self._page_bytes)
 
     def _take(self):
@@ -433,12 +459,9 @@ class KVCache:
 
     def _bytes(self, page):
         """The bytes of a page."""
-        base = self._slabs[0].ctypes.data
-        for slab in self._slabs:
-            start = page - (slab.ctypes.data - base)
-            if 0 <= start < len(slab):
-                return slab[start : start + self._page_bytes]
-        raise AssertionError("a page of no slab")
+        at = bisect.bisect(self._starts, page) - 1
+        first = page - self._starts[at]
+        return self._slabs[at][first : first + self._page_bytes]
 
     def _pages(self, layer):
         """Keys and values of a layer in the first page of the first slab, (1, num_kv_heads, page_size, dim): what
@@ -450,7 +473,7 @@ class KVCache:
         for which, dim in enumerate((self.head_dim, self.head_dim_v)):
             start = layer * self._layer_bytes + which * self._key_bytes
             size = self.num_kv_heads * self.page_size * dim * self._storage.itemsize
-            result.append(self._slabs[0][start : start + size].view(self._storage).reshape(
+            result.append(self._first[start : start + size].view(self._storage).reshape(
                 1, self.num_kv_heads, self.page_size, dim))
         self._first_pages[layer] = result
         return result
@@ -471,9 +494,10 @@ class Step:
 
     def __init__(self, cache, numbers, members, counts):
         self._cache, self._numbers, self._members, self._counts = cache, numbers, members, counts
-        self._replaced = {}         # {a sequence: the shared page that stands no more in it}
-        self._layers = set()        # that have begun
-        self._finished = 0
+        self._replaced = {}         # {a sequence: what was its last page: shared, or None for one that was dropped}
+        self._before = [(one, one.length, len(one.pages)) for one in members]
+        self._layers, self._done = set(), set()     # that are attended, or were; that were
+        self._running = 0           # threads that attend it
         self._is_closed = False
 
     def _describe(self):
@@ -484,10 +508,10 @@ class Step:
         offsets = self.kv_lens - np.array(self._counts, np.int64)
         starts = [one.start for one in self._members]
         self._has_starts = any(starts)
-        # In bytes, and 0 where no key is.
+        # 0 where no key is.
         table = np.zeros((len(lens), max([len(one.pages) for one in self._members], default=0)), np.int64)
         for row, one in zip(table, self._members, strict=True):
-            row[: len(one.pages)] = [0 if page is None else page for page in one.pages]
+            row[: len(one.pages)] = [page or 0 for page in one.pages]
         rows = np.repeat(np.arange(len(lens)), self._counts)
         self.positions = np.arange(len(rows)) + (offsets - self.cu_seqlens_q[:-1])[rows]
         pages, slots = table[rows, self.positions // page_size], self.positions % page_size
@@ -496,15 +520,16 @@ class Step:
         self._numbers = np.concatenate([
             self.cu_seqlens_q, offsets, self.kv_lens, np.array(starts, np.int64),
             pages + slots * (self._cache.head_dim * item), pages + slots * (self._cache.head_dim_v * item),
-            table.ravel()])
+            table.ravel() // _ALIGNMENT])
 
     def _close(self):
         self._is_closed = True
         for one in self._members:
-            one.step = None
+            if one.step is self:
+                one.step = None
 
     def __repr__(self):
-        state = "closed" if self._is_closed else f"{self._finished} of {self._cache.num_layers} layers"
+        state = "closed" if self._is_closed else f"{len(self._done)} of {self._cache.num_layers} layers"
         return f"Step({self._numbers}, {self._counts}): {state}"
 
 

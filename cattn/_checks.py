@@ -512,24 +512,26 @@ def check_packed_shapes(query, key, value, names=("query", "key", "value")):
 
 
 def check_ints(name, array, shape_text, num_axes):
-    """A contiguous int64 array of so many axes; other integers are cast."""
+    """A new contiguous int64 array of so many axes: nobody changes it after it was looked at."""
     given, array = array, as_array(name, array)
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.size:
         cure = f"; {cast_cure(name, given, 'int')} casts" if array.dtype.kind == "f" else ""
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}{cure}")
     if array.ndim != num_axes:
         raise ValueError(f"{name}: expected shape {shape_text}, got shape {array.shape}")
     if array.dtype == np.uint64:
         array = np.minimum(array, np.uint64(FAR))
-    return np.ascontiguousarray(array, np.int64)
+    return np.array(array, np.int64, order="C")
 
 
 def check_cu_seqlens(name, cu_seqlens, rows, batch=None):
     """Where sequences begin among so many rows, and end: one number more than there are sequences."""
     cu_seqlens = check_ints(name, cu_seqlens, "(batch + 1,)", 1)
-    expected = "one number or more" if batch is None else f"{batch + 1} numbers, one more than there are sequences"
-    if len(cu_seqlens) != (max(1, len(cu_seqlens)) if batch is None else batch + 1):
-        raise ValueError(f"{name}: expected {expected}, got {len(cu_seqlens)}")
+    if not len(cu_seqlens):
+        raise ValueError(f"{name}: expected one number or more, got none")
+    if batch is not None and len(cu_seqlens) != batch + 1:
+        raise ValueError(f"{name}: expected {batch + 1} numbers, one more than there are sequences, "
+                         f"got {len(cu_seqlens)}")
     if cu_seqlens[0] != 0:
         raise ValueError(f"{name}: expected a start of 0, got {cu_seqlens[0]}")
     falls = np.flatnonzero(cu_seqlens[1:] < cu_seqlens[:-1])

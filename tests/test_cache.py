@@ -150,8 +150,7 @@ class Machine(RuleBasedStateMachine):
             assert self.cache._max_pages is not None
             assert len(self.cache._owners) == pages
             return
-        if sum(counts):
-            self.step = step, chosen, counts
+        self.step = step, chosen, counts
 
     @rule()
     def cancel(self):
@@ -197,8 +196,9 @@ class Machine(RuleBasedStateMachine):
             assert len(one.pages) == -(-one.length // cache.page_size)
             for page in filter(lambda page: page is not None, one.pages):
                 owners[page] = owners.get(page, 0) + 1
-        assert owners == {page: count for page, count in cache._owners.items()
-                          if page not in self._kept()} | {page: owners[page] for page in self._kept() if page in owners}
+        for page in self._kept():
+            owners[page] = owners.get(page, 0) + 1
+        assert owners == cache._owners
         assert not set(owners) & set(cache._free)
         assert len(set(cache._free)) == len(cache._free)
         assert len(cache._free) + len(cache._owners) == len(cache._slabs) * cache._slab_pages
@@ -210,8 +210,8 @@ class Machine(RuleBasedStateMachine):
                     rows[start : len(entries)], np.array([entry[index] for entry in entries[start:]]).reshape(-1, 1, 2))
 
     def _kept(self):
-        """Pages whose owners an open step has replaced: it may be cancelled."""
-        return set(self.step[0]._replaced.values()) if self.step else set()
+        """Pages that are an open step's, since it may be cancelled."""
+        return [page for page in self.step[0]._replaced.values() if page is not None] if self.step else []
 
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, derandomize=True, deadline=None,
@@ -236,6 +236,89 @@ def test_a_fork_shares_pages():
         cache.attend(layer, step, x, x, x)
         assert_same_bits(cache.keys(layer, parent), normal(40, 1, 8, seed=layer))
         assert_same_bits(cache.keys(layer, children[2])[:40], normal(40, 1, 8, seed=layer))
+
+
+def _filled(cache, sequence, count, value):
+    x = np.full((count, 1, 8), value, np.float32)
+    cache.attend(0, cache.extend(sequence, count), x, x, x)
+
+
+def test_a_cancelled_step_gives_shared_pages_back():
+    """Also where the other owner is gone meanwhile."""
+    cache = cattn.KVCache(1, 1, 8, page_size=4)
+    a = cache.new()
+    _filled(cache, a, 2, 1)
+    b = cache.fork(a)
+    step = cache.extend(b, 1)
+    cache.free(a)
+    cache.cancel(step)
+    _filled(cache, cache.new(), 8, 9)
+    assert (cache.keys(0, b) == 1).all()
+
+
+def test_tokens_where_a_page_was_dropped():
+    cache = cattn.KVCache(1, 1, 8, page_size=4)
+    a = cache.new()
+    _filled(cache, a, 10, 1)
+    cache.drop(a, 8)
+    cache.truncate(a, 6)
+    cache.cancel(cache.extend(a, 3))
+    _filled(cache, a, 3, 2)
+    rows = cache.keys(0, a)
+    assert np.isnan(rows[:6]).all()
+    assert (rows[6:] == 2).all()
+
+
+def test_what_fails_can_be_repeated_or_cancelled(monkeypatch):
+    cache = cattn.KVCache(1, 1, 8, page_size=4)
+    a = cache.new()
+    step = cache.extend(a, 3)
+    x = normal(3, 1, 8)
+    out = cache.attend
+    with pytest.raises(ZeroDivisionError):
+        monkeypatch.setattr(cattn.KVCache, "_store_and_attend", lambda *_: 1 // 0)
+        cache.attend(0, step, x, x, x)
+    assert np.isnan(cache.keys(0, a)).all()
+    monkeypatch.undo()
+    assert out(0, step, x, x, x).shape == x.shape
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(cattn._cache.Step, "_describe", lambda _: 1 // 0)
+        cache.extend(a, 50)
+    assert cache.length(a) == 3
+    _filled(cache, a, 1, 0)
+    with pytest.raises(MemoryError, match="KVCache: expected less than"):
+        cache.extend(a, 2**60)
+
+
+def test_no_thread_cancels_what_another_attends(monkeypatch):
+    cache = cattn.KVCache(1, 1, 8)
+    step = cache.extend(cache.new(), 1)
+    x = normal(1, 1, 8)
+
+    def cancel(*_):
+        with pytest.raises(ValueError, match="no thread is attending"):
+            cache.cancel(step)
+
+    monkeypatch.setattr(cattn.KVCache, "_store_and_attend", cancel)
+    cache.attend(0, step, x, x, x)
+
+
+def test_what_a_caller_does_to_a_step_changes_nothing():
+    cache = cattn.KVCache(1, 1, 8)
+    step = cache.extend(cache.new(), 5)
+    x = normal(5, 1, 8)
+    step.positions, step.kv_lens[:] = step.positions[:1], 10**9
+    step.cu_seqlens_q[:] = 77
+    assert_same_bits(cache.attend(0, step, x, x, x), dense(x, x, x)[0])
+
+
+def test_pages_are_whole_units_apart():
+    """As the kernel counts them; and so that rows of reals can be read in place."""
+    for dtype in ("float32", "float16"):
+        cache = cattn.KVCache(1, 1, 64, dtype=dtype, page_size=128)
+        cache.extend(cache.new(), 1)
+        keys, values = cache._pages(0)
+        assert keys.ctypes.data % 64 == values.ctypes.data % 64 == cache._page_bytes % 64 == 0
 
 
 def test_threads_attend_layers_at_once():

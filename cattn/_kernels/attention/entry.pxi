@@ -13,6 +13,7 @@ cdef enum:
     FEW_BATCH_ROWS = 64  # whose lengths fit a small array; the checks in Python are nothing beside more rows
     # Offsets and windows beyond any key, FAR in cattn/_checks.py: sums of three of them still fit an int64.
     FAR_LOG2 = 60
+    PAGE_UNIT = 64      # bytes: pages of a cache are multiples of it apart, of which rows in place make use
 
 
 cdef int describe_inputs(Problem* p, query, key, value, Kind q_kind, Kind kv_kind) except -1:
@@ -136,8 +137,8 @@ def attend_step(query, key, value, out, keys, values, const int64_t[::1] step, P
     """A step of a cache. key and value (total, num_kv_heads, dim) go into pages, then out (OUT) and logsumexp (OUT,
     flat; or None) of the query (total, num_heads, dim) are what attend makes of them; keys and values are the first
     page, (1, num_kv_heads, page_size, dim). `step` holds, one after the other, cu_seqlens_q (batch + 1), q_offsets,
-    kv_lens, kv_starts (batch each), where keys and where values are stored (total each), and the table of pages, all
-    but the first four counted in bytes from the first page."""
+    kv_lens, kv_starts (batch each); where keys and where values are stored (total each), in bytes from the first page;
+    and the table of pages, in PAGE_UNITs from there."""
     cdef Problem p
     cdef Tensor new_keys, new_values
     cdef const int64_t* numbers = &step[0]
@@ -164,7 +165,7 @@ def attend_step(query, key, value, out, keys, values, const int64_t[::1] step, P
     with nogil:
         store_rows(&new_keys, &p.k, numbers + 4 * batch + 1)
         store_rows(&new_values, &p.v, numbers + 4 * batch + 1 + total)
-    p.k.stride[0] = p.v.stride[0] = 1
+    p.k.stride[0] = p.v.stride[0] = PAGE_UNIT
     if logsumexp is not None:
         describe_logsumexp(&p, &logsumexp[0])
     if sinks is not None:
