@@ -99,6 +99,8 @@ cdef extern from "simd.h" nogil:
     double opaque(double)
     vf vload_f16(const uint16_t*)
     vf vload_bf16(const uint16_t*)
+    void vstore_f16(uint16_t*, vf)
+    void vstore_bf16(uint16_t*, vf)
     float widen_f16(uint16_t)
     float widen_bf16(uint16_t)
     uint16_t narrow_f16(float)

@@ -78,12 +78,19 @@ cdef void load_row(real* row, const char* p, Py_ssize_t stride, Py_ssize_t n, Ki
 
 cdef void store_row(char* p, Py_ssize_t stride, const real* row, Py_ssize_t n, Kind kind) noexcept nogil:
     """The n numbers at p, p + stride, ... (OUT) = row[0..n), narrowed to nearest even where `kind` is a 16-bit one."""
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i = 0
     cdef uint16_t half
     if kind == real_kind() and stride == sizeof(real):
         memcpy(p, row, n * sizeof(real))
         return
-    for i in range(n):
+    if not IS_DOUBLE and stride == 2:
+        while i + LANES <= n:
+            if kind == F16:
+                vstore_f16(<uint16_t*> (p + 2 * i), vload(row + i))
+            else:
+                vstore_bf16(<uint16_t*> (p + 2 * i), vload(row + i))
+            i += LANES
+    for i in range(i, n):
         if kind == real_kind():
             memcpy(p + i * stride, &row[i], sizeof(real))
         else:
