@@ -1,6 +1,7 @@
 """Attention for servers without a GPU: NumPy arrays in, NumPy arrays out, fused kernels between.
 
     scaled_dot_product_attention    softmax(Q K^T) V with masks, windows, GQA, dropout: PyTorch's names and order
+    merge_states                    results over parts of the keys, merged: shared prefixes, keys on several machines
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
     sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
     reference                       all of it in plain NumPy: the specification
@@ -14,6 +15,7 @@ from cattn import reference
 from cattn._attention import scaled_dot_product_attention
 from cattn._config import show_config
 from cattn._kernels import available_isas, isa
+from cattn._merge import merge_states
 from cattn._multihead import MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn._preload import preload
@@ -27,6 +29,7 @@ __all__ = [
     "available_isas",
     "get_num_threads",
     "isa",
+    "merge_states",
     "preload",
     "reference",
     "relative_shift",

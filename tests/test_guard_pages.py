@@ -31,11 +31,11 @@ def test_guards_work(at_end):
 def test_some_head_dims(isa):
     """Each with every dtype and both kernels."""
     assert_clean("guarded.attention(range(1, 131, 7)); guarded.many_keys(); guarded.tables([1, 2, 9, 16, 33]); "
-                 "guarded.projections([1, 9, 16, 130])", isa)
+                 "guarded.projections([1, 9, 16, 130]); guarded.merges([1, 5, 16, 33, 64, 130])", isa)
 
 
 @pytest.mark.slow
 @each_isa
 def test_every_head_dim(isa):
     assert_clean("guarded.attention(list(range(1, 131)) * 5); guarded.tables(range(1, 131)); "
-                 "guarded.projections(range(1, 270))", isa)
+                 "guarded.projections(range(1, 270)); guarded.merges(range(1, 131))", isa)

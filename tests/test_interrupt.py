@@ -58,6 +58,7 @@ LONG_CALLS = {
                           "return_weights=True, dropout_p=0.5, seed=0, num_threads=1)",
     "table": "[cattn.sinusoidal_encoding(1_000_000, 64, out=np.empty((1_000_000, 64), np.float32)) "
              "for _ in range(1000)]",
+    "merge": "cattn.merge_states([normal(1000, 1000)] * 100_000, [normal(1000)] * 100_000, num_threads=2)",
     "layer": "layer_of('float32')",
     "layer of float16": "layer_of('float16')",
     "projection": "projection(4000, 65536, 8192, np.float32, num_threads=2)",

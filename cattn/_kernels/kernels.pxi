@@ -16,6 +16,7 @@ Read in this order, in which they are included:
     attention/decode.pxi    the kernel for few query rows: keys in the SIMD lanes, then dimensions
     attention/attend.pxi    who does which task or split, and who merges them
     attention/entry.pxi     the entries from Python
+    merge.pxi               partial results over disjoint keys, merged
     linear.pxi              the layer's projections
     sinusoid.pxi            the table of positional encodings
     measure.pxi             the machine's limits, for the benchmark and for the test that the build flags are in force
@@ -138,6 +139,7 @@ include "attention/prefill.pxi"
 include "attention/decode.pxi"
 include "attention/attend.pxi"
 include "attention/entry.pxi"
+include "merge.pxi"
 include "linear.pxi"
 include "sinusoid.pxi"
 include "measure.pxi"

@@ -96,4 +96,5 @@ def edges():
         "block_keys": keys_per_block(1, 1), "wide_block_keys": keys_per_block(NARROW_DIMS + 1, 1),
         "split_keys": SPLIT_KEYS, "narrow_dims": NARROW_DIMS, "dims_at_once": DIMS_AT_ONCE,
         "features": FEATURES, "block_dims": BLOCK_DIMS, "table_rows": STEPS, "table_columns": 2 * STRIP,
+        "merge_dims": MERGE_DIMS,
     }

@@ -3,12 +3,13 @@
 Each public function and class of `cattn` has a counterpart here with the same name and the same arguments
 (`out` and `num_threads` aside); there, the arguments are described. The fast ones are tested against these; a
 new behaviour starts here.
-`scaled_dot_product_attention` does not check its arguments: `cattn.scaled_dot_product_attention` does. The
+`scaled_dot_product_attention` and `merge_states` do not check their arguments: those of `cattn` do. The
 classes here are also the base of the fast ones, which do the costly steps in their own way.
 """
 
 from cattn.reference._attention import scaled_dot_product_attention
 from cattn.reference._dropout import dropout_keep, philox4x32
+from cattn.reference._merge import merge_states
 from cattn.reference._multihead import MultiHeadAttention
 from cattn.reference._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 
@@ -16,6 +17,7 @@ __all__ = [
     "MultiHeadAttention",
     "PositionalEncoding",
     "dropout_keep",
+    "merge_states",
     "philox4x32",
     "relative_shift",
     "scaled_dot_product_attention",
