@@ -3,6 +3,7 @@
     scaled_dot_product_attention    softmax(Q K^T) V with masks, windows, GQA, dropout: PyTorch's names and order
     varlen_attention, paged_attention  of sequences of different lengths: packed, or with keys in pages
     KVCache                         keys and values of sequences that grow, in pages
+    merge_states                    results over parts of the keys, merged: shared prefixes, keys on several machines
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
     sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
     rotary_table, rotary_embedding  positions by turning pairs of numbers of queries and keys
@@ -19,6 +20,7 @@ from cattn._attention import scaled_dot_product_attention
 from cattn._cache import KVCache
 from cattn._config import show_config
 from cattn._kernels import available_isas, isa
+from cattn._merge import merge_states
 from cattn._multihead import MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn._preload import preload
@@ -35,6 +37,7 @@ __all__ = [
     "available_isas",
     "get_num_threads",
     "isa",
+    "merge_states",
     "paged_attention",
     "preload",
     "reference",

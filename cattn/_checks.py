@@ -563,6 +563,67 @@ def check_block_table(block_table, kv_lens, num_pages, page_size):
     return np.where(used, table, 0), kv_lens
 
 
+# Partial results.
+
+
+def check_states(outputs, logsumexps):
+    """Two lists of as many arrays, and the kind of the outputs."""
+    outputs, name_of, given = _check_list("outputs", outputs, "n arrays (..., head_dim_v)", 2)
+    if not outputs:
+        raise ValueError("outputs: expected one array or more, got none")
+    first, kind = outputs[0], check_kind(name_of(0), outputs[0], given(0))
+    if not 1 <= first.ndim <= _MAX_AXES:
+        raise ValueError(f"outputs[0]: expected 1 to {_MAX_AXES} axes (..., head_dim_v), got shape {first.shape}")
+    for i, x in enumerate(outputs):
+        if x.dtype != first.dtype:
+            cure = f"; {cast_cure(name_of(i), given(i), first.dtype)} casts" if is_number(x.dtype) else ""
+            raise TypeError(f"{name_of(i)}: expected the dtype of outputs[0], {first.dtype}, got {x.dtype}{cure}")
+        if x.shape != first.shape:
+            raise ValueError(f"outputs[{i}]: expected the shape of outputs[0], {first.shape}, got shape {x.shape}")
+    logsumexps, name_of, given = _check_list("logsumexps", logsumexps, "n arrays (...), as many as outputs", 1)
+    if len(logsumexps) != len(outputs):
+        raise ValueError(f"logsumexps: expected as many as outputs, {len(outputs)}, got {len(logsumexps)}")
+    dtype, shape = np.dtype(np.float64 if kind == F64 else np.float32), first.shape[:-1]
+    for i, x in enumerate(logsumexps):
+        if x.dtype != dtype:
+            cure = f"; {cast_cure(name_of(i), given(i), dtype)} casts" if is_number(x.dtype) else ""
+            raise TypeError(f"{name_of(i)}: expected {dtype}, as return_logsumexp=True gives it beside outputs of "
+                            f"{first.dtype}, got {x.dtype}{cure}")
+        if x.shape != shape:
+            cure = ""
+            if x.shape == (*shape, 1):
+                cure = f"; logsumexps[{i}][..., 0] has it"
+            elif x.ndim >= 2 and x.swapaxes(-1, -2).shape == shape:
+                cure = f"; logsumexps[{i}].swapaxes(-1, -2) has it"
+            raise ValueError(f"logsumexps[{i}]: expected shape {shape}, that of outputs[0] without the last axis, "
+                             f"got shape {x.shape}{cure}")
+    return outputs, logsumexps, kind
+
+
+def _check_list(name, given, what, num_axes):
+    """The arrays of a list, a tuple, or of one array with at least so many axes, whose first goes over them; and, as
+    functions of i, what errors of dtypes call the array and what it was made of."""
+    if isinstance(given, (list, tuple)):
+        return [as_array(f"{name}[{i}]", x) for i, x in enumerate(given)], f"{name}[{{}}]".format, given.__getitem__
+    array = as_array(name, given, f" or a list of {what}")
+    if array.ndim < num_axes:
+        raise ValueError(f"{name}: expected {what}, or one with a first axis of n, got shape {array.shape}")
+    return [array[i, ...] for i in range(len(array))], lambda i: name, lambda i: given
+
+
+def check_state_sinks(sinks, shape, dtype):
+    """A view of this shape and dtype."""
+    sinks = as_array("sinks", sinks)
+    if not is_number(sinks.dtype):
+        raise TypeError(f"sinks: expected a float or int array, got dtype {sinks.dtype}")
+    try:
+        return np.broadcast_to(cast(sinks, dtype), shape)
+    except ValueError:
+        cure = "; for one per head: sinks[:, None]" if sinks.shape == shape[-2:-1] else ""
+        raise ValueError(f"sinks: expected a shape that broadcasts to that of the logsumexps, {shape}, "
+                         f"got shape {sinks.shape}{cure}") from None
+
+
 # Results.
 
 

@@ -184,6 +184,24 @@ def packed(head_dims):
             assert_same_bits(out.copy(), expected)
             cattn.paged_attention(query, *new, guarded(table, at_end), lens, cu_q, out=out)
             assert_same_bits(out.copy(), expected)
+def merges(dims):
+    """outputs, logsumexps, sinks and out of merge_states, of every dtype and layout."""
+    layouts = list(LAYOUTS.values())
+    for number, (dim, dtype, rows) in enumerate(itertools.product(dims, FLOATS, (1, 7, 17))):
+        compute = np.result_type(dtype, np.float32)
+        outputs = [normal(2, 2, rows, dim, dtype=dtype, seed=i) for i in range(3)]
+        logsumexps = [normal(2, 2, rows, dtype=compute, seed=i) for i in range(3)]
+        sinks, out = normal(2, 2, rows, dtype=compute, seed=9), np.zeros_like(outputs[0])
+        if number % 2:
+            arrays = (*outputs, *logsumexps, sinks, out)
+            arrays = [layouts[(number // 2 + i) % len(layouts)](x) for i, x in enumerate(arrays)]
+            outputs, logsumexps, sinks, out = arrays[:3], arrays[3:6], arrays[6], arrays[7]
+        expected = cattn.merge_states(outputs, logsumexps, sinks=sinks)
+        for at_end in (True, False):
+            print("merge", rows, dim, dtype, [x.strides for x in (*outputs, sinks, out)], at_end, flush=True)
+            same = ([guarded(x, at_end) for x in arrays] for arrays in (outputs, logsumexps))
+            results = cattn.merge_states(*same, sinks=guarded(sinks, at_end), out=guarded(out, at_end))
+            assert_same_bits(tuple(x.copy() for x in results), expected)
 
 
 def many_keys():

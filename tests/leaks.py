@@ -134,6 +134,7 @@ def kinds():
         "no memory for out": lambda: refused(beyond, small[1][0, 0], small[2][0, 0]),
         "layer": lambda: layer(x, is_causal=True, training=True, seed=3, return_weights=True),
         "encoding": lambda: encoding(x),
+        "merge": lambda: cattn.merge_states([small[0]] * 3, [small[0][..., 0]] * 3, sinks=0.5, num_threads=2),
         "table": lambda: cattn.sinusoidal_encoding(70, 16),
         "table of 16 bits": lambda: cattn.sinusoidal_encoding(70, 16, dtype=np.float16, layout="concatenated"),
         "shift": lambda: cattn.relative_shift(3, 8),

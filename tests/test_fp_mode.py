@@ -58,11 +58,15 @@ for dtype in (np.float16, np.float32, np.float64):
     for shape in ((1, 24), (2, 9, 24)):
         layers.append((layer, np.full(shape, 1e-37 if dtype == np.float32 else 1e-7, dtype)))
 turned = {{make: (make(2, 2, 4000, 44), cattn.rotary_table(4000, 40)) for make in (float16, float32, float64)}}
+states = [(make(3, 40, 20), (rng.standard_normal((3, 40)) * 50).astype(np.float64 if make is float64 else np.float32))
+          for make in (float16, float32, float64)]
 def results():
     for arrays, options in cases:
         yield cattn.scaled_dot_product_attention(*arrays, return_weights=True, return_logsumexp=True, **options)
     for layer, x in layers:
         yield layer(x, num_threads=1), layer(x, num_threads=2)
+    for outputs, logsumexps in states:
+        yield cattn.merge_states(outputs, logsumexps, sinks=logsumexps[0])
     yield cattn.sinusoidal_encoding(300, 50),
     yield cattn.sinusoidal_encoding(300, 50, dtype=np.float16),
     for make in (float16, float32, float64):

@@ -19,6 +19,7 @@ PARTS = {
     "_attention": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_serving": ({"_checks", "_kernels", "_attention"}, {"numpy"}),
     "_cache": ({"_checks", "_kernels", "_threads", "_attention"}, {"numpy"}),
+    "_merge": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_multihead": ({"_checks", "_kernels", "_threads", "_attention", "reference"}, {"numpy"}),
     "_positional": ({"_checks", "_kernels", "reference"}, {"numpy"}),
     "_rotary": ({"_checks", "_kernels", "_threads"}, {"numpy"}),

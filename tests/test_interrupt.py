@@ -60,6 +60,7 @@ LONG_CALLS = {
              "for _ in range(1000)]",
     "rotary": "(lambda x, *tables: [cattn.rotary_embedding(x, *tables, interleaved=True, out=x) "
               "for _ in range(10_000)])(normal(16, 8, 2000, 64), *cattn.rotary_table(2000, 64))",
+    "merge": "cattn.merge_states([normal(1000, 1000)] * 100_000, [normal(1000)] * 100_000, num_threads=2)",
     "layer": "layer_of('float32')",
     "layer of float16": "layer_of('float16')",
     "projection": "projection(4000, 65536, 8192, np.float32, num_threads=2)",

@@ -3,7 +3,7 @@ of the machine."""
 
 import numpy as np
 import pytest
-from problems import INF, NAN
+from problems import BFLOAT16, INF, NAN
 from tolerance import WIDER_THAN_DOUBLE, everything
 
 from cattn import _kernels
@@ -24,6 +24,34 @@ def exp2(x):
     out = np.full_like(padded, NAN)
     module.exp2_of(padded, out)
     return out[: x.size].reshape(x.shape)
+
+
+@pytest.mark.parametrize(("dtype", "kind", "nan"), [(np.float16, 2, 0x7E00), (BFLOAT16, 3, 0x7FC0)], ids=str)
+def test_rounding_to_16_bits(isa, dtype, kind, nan):
+    """To nearest even, as NumPy and ml_dtypes: every number of the kind, the middle to the next, and on both sides of
+    these. float16 keeps the sign of a NaN alone; vectors and what is behind the last one have the same bits."""
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(np.float32)
+    numbers = numbers[np.isfinite(numbers)]
+    steps = np.arange(-1, 2, dtype=np.int32)
+    middles = (numbers.astype(np.float64) + numbers * 2.0 ** -(11 if kind == 2 else 8)).astype(np.float32)
+    tiny = np.arange(-1025, 1026, dtype=np.float32) * np.float32(2.0**-25 if kind == 2 else 2.0**-134)
+    near = np.concatenate([numbers, middles, tiny]).view(np.int32)[:, None] + steps
+    near = near.view(np.float32)
+    x = np.concatenate([near[np.isfinite(near)], [INF, -INF, 65519.9, 65520, 3.4e38, -3.4e38]]).astype(np.float32)
+    out = np.empty(x.shape, np.uint16)
+    _kernels.f32.stored_of(x, out, kind)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(out, x.astype(dtype).view(np.uint16))
+    nans = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC12345], np.uint32)
+    for length in range(1, 40):
+        x, out = np.resize(nans, length).view(np.float32), np.empty(length, np.uint16)
+        _kernels.f32.stored_of(x, out, kind)
+        assert (out & nan == nan).all()
+        np.testing.assert_array_equal(out >> 15, np.signbit(x))
+        if kind == 2:
+            assert (out & 0x7FFF == nan).all()
+        else:
+            np.testing.assert_array_equal(out, x.view(np.uint32) >> 16 | 64)
 
 
 def test_exp2_sweep(isa, precision):

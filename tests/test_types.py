@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import _attention, _multihead, _positional, _rotary, reference
+from cattn import _attention, _cache, _merge, _multihead, _positional, _rotary, _serving, reference
 
 CALLABLES = [name for name in cattn.__all__ if callable(getattr(cattn, name))]
 FOLDER = os.path.dirname(cattn.__file__)
@@ -39,6 +39,8 @@ def of_arrays(flag: bool) -> None:
     print(out.shape, weights.shape, logsumexp.shape)
     assert_type(attend(q, q, q, return_weights=flag), np.ndarray | tuple[np.ndarray, ...])
     assert_type(attend(q, q, q, return_weights=True, return_logsumexp=flag), np.ndarray | tuple[np.ndarray, ...])
+    assert_type(cattn.merge_states([q, q], [q[0], q[0]], sinks=[0.5], out=q), tuple[np.ndarray, np.ndarray])
+    assert_type(cattn.merge_states(q, q[0], num_threads=1), tuple[np.ndarray, np.ndarray])
     attend([[1.0]], [[1.0]], [[1.0]], q_offset=[0], kv_lens=np.array([1]), out=q)
     attend(q, q, q, return_weights=True).shape  # type: ignore[attr-defined]
     attend(q, q)  # type: ignore[call-overload]
@@ -90,7 +92,8 @@ def documented(docstring):
 # Docstrings.
 
 
-@pytest.mark.parametrize("module", [_attention, _multihead, _positional, _rotary], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [_attention, _cache, _merge, _multihead, _positional, _rotary, _serving],
+                         ids=lambda module: module.__name__)
 def test_docstrings_stand_in_the_source(module):
     with open(module.__file__) as file:
         tree = ast.parse(file.read())
@@ -103,17 +106,19 @@ def test_docstrings_stand_in_the_source(module):
 
 
 @pytest.mark.parametrize("function", [
-    cattn.scaled_dot_product_attention, cattn.sinusoidal_encoding, cattn.relative_shift,
+    cattn.scaled_dot_product_attention, cattn.merge_states, cattn.sinusoidal_encoding, cattn.relative_shift,
     cattn.MultiHeadAttention, cattn.MultiHeadAttention.__call__, cattn.MultiHeadAttention.state_dict,
     cattn.MultiHeadAttention.load_state_dict, cattn.PositionalEncoding, cattn.PositionalEncoding.__call__,
-    cattn.rotary_table, cattn.rotary_embedding,
+    cattn.rotary_table, cattn.rotary_embedding, cattn.varlen_attention, cattn.paged_attention, cattn.KVCache,
+    cattn.KVCache.attend,
 ], ids=lambda function: function.__qualname__)
 def test_every_parameter_is_described(function):
     assert sorted(documented(function.__doc__)) == sorted(name for name in parameters(function) if name != "self")
 
 
-@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "MultiHeadAttention", "sinusoidal_encoding",
-                                  "PositionalEncoding", "rotary_table", "rotary_embedding"])
+@pytest.mark.parametrize("name", [
+    "scaled_dot_product_attention", "varlen_attention", "paged_attention", "merge_states", "MultiHeadAttention",
+    "sinusoidal_encoding", "PositionalEncoding", "rotary_table", "rotary_embedding"])
 def test_reference_points_to_the_public_one(name):
     text = getattr(reference, name).__doc__
     assert f"`cattn.{name}`" in text
@@ -123,6 +128,7 @@ def test_reference_points_to_the_public_one(name):
 
 SHOWN = {
     "scaled_dot_product_attention(": "softmax(scale * query @ key^T + mask) @ value, for each head.",
+    "merge_states(": "Attention over all keys, from results over parts of them",
     "sinusoidal_encoding(": "P[r, 2i] = sin(pos / base^(2i / dim))",
     "rotary_table(": "cos[r, i] = cos(pos * f[i])",
     "rotary_embedding(": "x with each pair (a, b) of a row turned by an angle",

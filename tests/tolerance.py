@@ -213,6 +213,62 @@ def assert_possible(results, query, key, value, attn_mask=None, scale=None, *, s
             f"{np.broadcast_to(bound, right.shape)[first]:.3g} at most")
 
 
+def merged(outputs, logsumexps, sinks=None, of_outputs=0.0, of_logsumexps=0.0):
+    """(out, logsumexp) of merge_states in the next wider dtype, and what rounding can make of each at most. of_outputs
+    and of_logsumexps, arrays of n or broadcast to them: how far what is merged may be from what is given here.
+
+    With u = eps / 2, n states, a sink counted as one more, d the distance of a state's logsumexp from the largest:
+
+        e(weight)     u (3 d + 10) weight: a difference, log2(e), their product, exp2 (3 u), and with a sink two more
+                      products; and e(its logsumexp) weight. And u (n + 2) weight and the errors of all the weights, in
+                      the sum that each is divided by. And the smallest normal number, below which a weight may be 0
+        e(out)        sum e(weight) |output|, u n sum weight |output|: a chain of n FMAs. And sum weight e(output)
+        e(logsumexp)  the relative error of the sum, and u (4 + 4 |logsumexp|): a logarithm, a sum, in double or not
+    """
+    outputs, logsumexps = np.stack([*outputs]), np.stack([*logsumexps])
+    dtype = logsumexps.dtype
+    wide = np.dtype(np.float64 if dtype == np.float32 else np.longdouble)
+    info, n = np.finfo(dtype), len(outputs) + (sinks is not None)
+    unit = float(info.eps) / 2 * (1 if np.finfo(wide).eps < info.eps else 2)
+    outputs, logsumexps = outputs.astype(dtype).astype(wide), logsumexps.astype(wide)
+    if sinks is not None:
+        sinks = np.broadcast_to(np.asarray(sinks).astype(dtype).astype(wide), logsumexps.shape[1:])
+    out, logsumexp = reference.merge_states(outputs, logsumexps, sinks=sinks)
+
+    def of_weights(states, of_states):
+        """weights, their errors."""
+        total = np.logaddexp.reduce(states, axis=0)
+        weights = np.where(states == -np.inf, 0, np.exp(states - total))
+        error = unit * (3 * np.abs(states - states.max(axis=0)) + 10) + of_states
+        error = np.where(weights > 0, weights * np.expm1(error), 0)
+        return weights, error + weights * (error.sum(axis=0) + unit * (n + 2)) + float(info.smallest_normal)
+
+    of_logsumexps = np.broadcast_to(of_logsumexps, logsumexps.shape)
+    weights, error = of_weights(logsumexps, of_logsumexps)
+    of_logsumexp = np.abs(error).sum(axis=0) + 4 * unit * (1 + np.abs(logsumexp))
+    if sinks is not None:
+        weights, error = of_weights(np.concatenate([logsumexps, sinks[None]]),
+                                    np.concatenate([of_logsumexps, np.zeros_like(sinks)[None]]))
+    weights, error = (x[: len(outputs), ..., None] for x in (weights, error))
+    of_out = ((error + unit * n * weights) * np.abs(np.where(np.isfinite(outputs), outputs, 0))).sum(axis=0)
+    of_out += (weights * of_outputs).sum(axis=0) + n * float(info.smallest_subnormal)
+    return (out, of_out), (logsumexp, of_logsumexp)
+
+
+@np.errstate(all="ignore")
+def assert_merged(results, outputs, logsumexps, sinks=None, **given):
+    """Rounding accounts for the errors of merge_states(outputs, logsumexps, sinks=sinks)."""
+    dtypes = outputs[0].dtype, logsumexps[0].dtype
+    for name, result, (right, bound), dtype in zip(
+            ("out", "logsumexp"), results, merged(outputs, logsumexps, sinks, **given), dtypes, strict=True):
+        assert (result.dtype, result.shape) == (dtype, right.shape), name
+        error = errors(result, right, dtype)
+        wrong = ~((error <= bound) | (error == 0))
+        first = tuple(int(i[0]) for i in np.nonzero(wrong)) if wrong.any() else ()
+        assert not wrong.any(), (f"{name}{list(first)} = {result[first]}, exactly {right[first]}: rounding makes them "
+                                 f"differ by {bound[first]:.3g} at most")
+
+
 def _specified(sums, value, scale, weights, of_weights, visible, reach, info):
     """The query rows whose results are specified but for rounding: (..., num_heads, seq_len_q), bool. `sums` are those
     of |query * key|. Not those

@@ -16,6 +16,7 @@ Read in this order, in which they are included:
     attention/decode.pxi    the kernel for few query rows: keys in the SIMD lanes, then dimensions
     attention/attend.pxi    who does which task or split, and who merges them
     attention/entry.pxi     the entries from Python
+    merge.pxi               partial results over disjoint keys, merged
     linear.pxi              the layer's projections
     sinusoid.pxi            the table of positional encodings
     rotary.pxi              pairs of numbers turned by such a table
@@ -101,6 +102,8 @@ cdef extern from "simd.h" nogil:
     double opaque(double)
     vf vload_f16(const uint16_t*)
     vf vload_bf16(const uint16_t*)
+    void vstore_f16(uint16_t*, vf)
+    void vstore_bf16(uint16_t*, vf)
     float widen_f16(uint16_t)
     float widen_bf16(uint16_t)
     uint16_t narrow_f16(float)
@@ -138,6 +141,7 @@ include "attention/prefill.pxi"
 include "attention/decode.pxi"
 include "attention/attend.pxi"
 include "attention/entry.pxi"
+include "merge.pxi"
 include "linear.pxi"
 include "sinusoid.pxi"
 include "rotary.pxi"

@@ -84,6 +84,11 @@ def exp2_of(const real[::1] x, real[::1] out):
         vstore(&out[i * LANES], vexp2(vload(&x[i * LANES])))
 
 
+def stored_of(const real[::1] x, uint16_t[::1] out, Kind kind):
+    """out (OUT) = x in a 16-bit kind, as a row of results. For tests."""
+    store_row(<char*> &out[0], sizeof(uint16_t), &x[0], x.shape[0], kind)
+
+
 def edges():
     """{what: its size}, of all that loops and blocks begin and end by: tests take shapes on both sides of them."""
     return {
@@ -92,4 +97,5 @@ def edges():
         "split_keys": SPLIT_KEYS, "narrow_dims": NARROW_DIMS, "dims_at_once": DIMS_AT_ONCE,
         "features": FEATURES, "block_dims": BLOCK_DIMS, "table_rows": STEPS, "table_columns": 2 * STRIP,
         "rotary_pairs": PIECE, "rotary_run": RUN,
+        "merge_dims": MERGE_DIMS,
     }

@@ -3,12 +3,13 @@
 Each public function and class of `cattn` has a counterpart here with the same name and the same arguments
 (`out` and `num_threads` aside); there, the arguments are described. The fast ones are tested against these; a
 new behaviour starts here.
-Attention does not check its arguments here: that of `cattn` does. The
+Attention and `merge_states` do not check their arguments here: those of `cattn` do. The
 classes here are also the base of the fast ones, which do the costly steps in their own way.
 """
 
 from cattn.reference._attention import scaled_dot_product_attention
 from cattn.reference._dropout import dropout_keep, philox4x32
+from cattn.reference._merge import merge_states
 from cattn.reference._multihead import MultiHeadAttention
 from cattn.reference._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn.reference._rotary import rotary_embedding, rotary_table
@@ -18,6 +19,7 @@ __all__ = [
     "MultiHeadAttention",
     "PositionalEncoding",
     "dropout_keep",
+    "merge_states",
     "paged_attention",
     "philox4x32",
     "relative_shift",

@@ -484,6 +484,36 @@ SIMD vf vload_f16(const uint16_t *p) {
     return vload(r);
 #endif
 }
+/* LANES consecutive 16-bit numbers (OUT), at any alignment = x, with the bits of narrow_f16 and narrow_bf16: the
+ * instructions for float16 would keep the payload of a NaN. */
+SIMD void vstore_f16(uint16_t *p, vf x) {
+#if !IS_DOUBLE && (defined(__F16C__) || defined(__aarch64__))
+    x = vselect(x != x, vcopysign(vset1(__builtin_nanf("")), x), x);
+#endif
+#if !IS_DOUBLE && defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif !IS_DOUBLE && defined(__F16C__)
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif !IS_DOUBLE && defined(__aarch64__)
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+#else
+    for (int i = 0; i < LANES; i++) { uint16_t h = narrow_f16((float)x[i]); memcpy(p + i, &h, 2); }
+#endif
+}
+SIMD void vstore_bf16(uint16_t *p, vf x) {
+#if !IS_DOUBLE && defined(__AVX2__)
+    vu u = (vu)x, rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, nan = u >> 16 | 64;
+    rounded = (vu)vselect(x != x, (vf)nan, (vf)rounded);
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)rounded));
+#else
+    __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded); /* 0 to 3 twice, 4 to 7 twice */
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#endif
+#else
+    for (int i = 0; i < LANES; i++) { uint16_t h = narrow_bf16((float)x[i]); memcpy(p + i, &h, 2); }
+#endif
+}
 /* two (OUT) = the first and the second 16-bit number of each lane of `pairs`, widened. */
 SIMD void vsplit_bf16(vf *two, vf pairs) {
     two[0] = (vf)((vu)pairs << 16);

@@ -83,23 +83,19 @@ cdef void load_row(real* row, const char* p, Py_ssize_t stride, Py_ssize_t n, Ki
 
 cdef void store_row(char* p, Py_ssize_t stride, const real* row, Py_ssize_t n, Kind kind) noexcept nogil:
     """The n numbers at p, p + stride, ... (OUT) = row[0..n), narrowed to nearest even where `kind` is a 16-bit one."""
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i = 0
     cdef uint16_t half
     if kind == real_kind() and stride == sizeof(real):
         memcpy(p, row, n * sizeof(real))
         return
-    # The stride of 16-bit numbers in place, as a constant, and a loop for each kind: the compiler vectorises these.
-    if kind == F16 and stride == 2:
-        for i in range(n):
-            half = narrow_f16(<float> row[i])
-            memcpy(p + 2 * i, &half, 2)
-        return
-    if kind == BF16 and stride == 2:
-        for i in range(n):
-            half = narrow_bf16(<float> row[i])
-            memcpy(p + 2 * i, &half, 2)
-        return
-    for i in range(n):
+    if not IS_DOUBLE and stride == 2:
+        while i + LANES <= n:
+            if kind == F16:
+                vstore_f16(<uint16_t*> (p + 2 * i), vload(row + i))
+            else:
+                vstore_bf16(<uint16_t*> (p + 2 * i), vload(row + i))
+            i += LANES
+    for i in range(i, n):
         if kind == real_kind():
             memcpy(p + i * stride, &row[i], sizeof(real))
         else:
