@@ -14,6 +14,7 @@ from cattn import reference
 from cattn._attention import scaled_dot_product_attention
 from cattn._config import show_config
 from cattn._kernels import available_isas, isa
+from cattn._linear import linear
 from cattn._multihead import MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn._preload import preload
@@ -27,6 +28,7 @@ __all__ = [
     "available_isas",
     "get_num_threads",
     "isa",
+    "linear",
     "preload",
     "reference",
     "relative_shift",

@@ -13,9 +13,10 @@ import warnings
 
 import numpy as np
 
-F32, F64, F16, BF16, BOOL = range(5)  # as in _kernels/base/tensor.pxi
+F32, F64, F16, BF16, BOOL, I8 = range(6)  # as in _kernels/base/tensor.pxi
 # bfloat16 joins when it is first met.
 KINDS = {np.dtype(np.float32): F32, np.dtype(np.float64): F64, np.dtype(np.float16): F16}
+SCALE_DIMS = 32  # int8 numbers of a row of weights that share a scale; the same number as in _kernels/base/tile.pxi
 UNBOUNDED = -1
 FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64
 _MAX_HEAD_DIM = 2**31 - 1
@@ -626,6 +627,46 @@ def check_rows(offset, positions, shape):
         raise ValueError("positions: expected ints from 0 to below 2**53, got "
                          f"{shown(smallest if smallest < 0 else largest)}")
     return 0, broadcast.astype(np.int64), largest + 1
+
+
+# Linear.
+
+
+def check_linear(x, weight, scales, given):
+    """The kinds of x and weight; `given` are the three that these were made of. scales: None but for int8."""
+    x_kind = check_kind("x", x, given[0])
+    kind = I8 if weight.dtype == np.int8 else KINDS.get(weight.dtype)
+    if kind is None and _is_bfloat16(weight.dtype):
+        kind = check_kind("weight", weight)
+    if kind not in (x_kind, F16, BF16, I8):
+        others = "".join(f"{name}, " for name in ("float16", "bfloat16") if name != x.dtype.name)
+        cure = f"; {cast_cure('weight', given[1], 'x.dtype')} casts" if is_number(weight.dtype) else ""
+        raise TypeError(f"weight: expected {x.dtype}, as x has, {others}or int8 with weight_scales, got dtype "
+                        f"{weight.dtype}{cure}")
+    if not x.ndim:
+        raise ValueError("x: expected 1 axis (in_features,) or more, got shape ()")
+    in_features = x.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != in_features:
+        cure = "; weight.T has it" if weight.ndim == 2 and weight.shape[0] == in_features else ""
+        raise ValueError(f"weight: expected shape (out_features, {in_features}), got shape {weight.shape}{cure}")
+    if in_features > _MAX_NUMBERS or math.prod(x.shape[:-1]) * len(weight) > sys.maxsize // 8:
+        raise ValueError(f"x: expected at most {_MAX_NUMBERS} in_features and a result that fits in memory, got shape "
+                         f"{x.shape} for a weight of shape {weight.shape}")
+    if scales is None:
+        if kind == I8:
+            raise TypeError("weight_scales: expected a float32 array, as weight is int8, got None; "
+                            f"{cast_cure('weight', given[1], 'x.dtype')} is a weight without")
+        return x_kind, kind
+    if kind != I8:
+        raise ValueError(f"weight_scales: expected None, as weight is {weight.dtype}, got an array; they scale int8")
+    if scales.dtype != np.float32:
+        cure = f"; {cast_cure('weight_scales', given[2], 'np.float32')} casts" if is_number(scales.dtype) else ""
+        raise TypeError(f"weight_scales: expected float32, got dtype {scales.dtype}{cure}")
+    expected = len(weight), -(-in_features // SCALE_DIMS)
+    if scales.shape != expected:
+        raise ValueError(f"weight_scales: expected shape {expected}, one for each {SCALE_DIMS} numbers of a row of "
+                         f"weight, got shape {scales.shape}")
+    return x_kind, kind
 
 
 # Layers.

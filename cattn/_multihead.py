@@ -206,5 +206,5 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
         kind = check_kind("x", x)
         module = _kernels.f64() if kind == F64 else _kernels.f32
-        module.linear(x, weight, bias, out, kind, kind, 0 if num_threads is None else checked(num_threads))
+        module.linear(x, weight, None, bias, out, kind, kind, kind, 0 if num_threads is None else checked(num_threads))
         return out

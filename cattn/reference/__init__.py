@@ -9,6 +9,7 @@ classes here are also the base of the fast ones, which do the costly steps in th
 
 from cattn.reference._attention import scaled_dot_product_attention
 from cattn.reference._dropout import dropout_keep, philox4x32
+from cattn.reference._linear import linear
 from cattn.reference._multihead import MultiHeadAttention
 from cattn.reference._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 
@@ -16,6 +17,7 @@ __all__ = [
     "MultiHeadAttention",
     "PositionalEncoding",
     "dropout_keep",
+    "linear",
     "philox4x32",
     "relative_shift",
     "scaled_dot_product_attention",
