@@ -2,12 +2,14 @@
 
     scaled_dot_product_attention    softmax(Q K^T) V with masks, windows, GQA, dropout: PyTorch's names and order
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
+    linear                          projections alone, also by weights of 16 or 8 bits
     sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
     reference                       all of it in plain NumPy: the specification
     preload                         modules and threads that a first call would ask for, before rights are dropped
 
-How a call goes:  _attention.py, _multihead.py, _positional.py (checks by _checks.py, allocation)  ->  _kernels (one
-module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many threads.
+How a call goes:  _attention.py, _linear.py, _multihead.py, _positional.py (checks by _checks.py, allocation)  ->
+_kernels (one module per instruction set, chosen at import: isa, available_isas)  ->  tiles.  _threads.py says how many
+threads.
 """
 
 from cattn import reference

@@ -18,6 +18,8 @@ F32, F64, F16, BF16, BOOL, I8 = range(6)  # as in _kernels/base/tensor.pxi
 KINDS = {np.dtype(np.float32): F32, np.dtype(np.float64): F64, np.dtype(np.float16): F16}
 SCALE_DIMS = 32  # int8 numbers of a row of weights that share a scale; the same number as in _kernels/base/tile.pxi
 UNBOUNDED = -1
+# What a weight may be kept in, beside the dtype of its layer.
+STORED_KINDS = {"float16": F16, "bfloat16": BF16, "int8": I8}
 FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64
 _MAX_HEAD_DIM = 2**31 - 1
 _MAX_NUMBERS = 2**48  # in value, by strides of 0: beyond, the size of the scratch would not fit an index
@@ -273,6 +275,21 @@ def check_dtype(dtype, names=None):
     if dtype is None or not allowed or not result.isnative:
         raise TypeError(f"dtype: expected {expected}, got {shown(dtype)}")
     return result
+
+
+def check_weight_dtype(dtype):
+    """The name of what the weights of a layer are kept in; None: in its own dtype."""
+    if dtype is None:
+        return None
+    name = dtype
+    if name != "bfloat16":  # which NumPy alone has no dtype for
+        try:
+            name = np.dtype(dtype).name
+        except (TypeError, ValueError, SyntaxError):
+            name = None
+    if name not in STORED_KINDS:
+        raise TypeError(f"weight_dtype: expected None, float16, bfloat16 or int8, got {shown(dtype)}")
+    return str(name)
 
 
 # Kinds: dtypes as the kernels number them.

@@ -17,6 +17,7 @@ PARTS = {
     "_kernels": (set(), set()),
     "_threads": ({"_kernels"}, set()),
     "_attention": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
+    "_linear": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_multihead": ({"_checks", "_kernels", "_threads", "_attention", "reference"}, {"numpy"}),
     "_positional": ({"_checks", "_kernels", "reference"}, {"numpy"}),
     "_config": ({"_checks", "_kernels", "_threads", "__init__"}, {"numpy", "threadpoolctl"}),  # late: the version

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import _attention, _multihead, _positional, reference
+from cattn import _attention, _linear, _multihead, _positional, reference
 
 CALLABLES = [name for name in cattn.__all__ if callable(getattr(cattn, name))]
 FOLDER = os.path.dirname(cattn.__file__)
@@ -53,6 +53,8 @@ def of_layers(flag: bool) -> None:
     assert_type(layer(q, return_weights=flag, num_threads=2), np.ndarray | tuple[np.ndarray, np.ndarray])
     layer.in_proj_weight[:] = 0
     layer.out_proj_bias = None
+    assert_type(cattn.linear(q, q[0, 0], weight_scales=None, out=q), np.ndarray)
+    cattn.MultiHeadAttention(8, 2, weight_dtype="int8")
     layer.load_state_dict(layer.state_dict("d2l"), layout=None)
     print(layer(q, return_weights=True).shape)  # type: ignore[attr-defined]
     positions = cattn.PositionalEncoding(32, max_len=5, layout="concatenated")
@@ -87,7 +89,7 @@ def documented(docstring):
 # Docstrings.
 
 
-@pytest.mark.parametrize("module", [_attention, _multihead, _positional], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [_attention, _linear, _multihead, _positional], ids=lambda module: module.__name__)
 def test_docstrings_stand_in_the_source(module):
     with open(module.__file__) as file:
         tree = ast.parse(file.read())
@@ -100,7 +102,7 @@ def test_docstrings_stand_in_the_source(module):
 
 
 @pytest.mark.parametrize("function", [
-    cattn.scaled_dot_product_attention, cattn.sinusoidal_encoding, cattn.relative_shift,
+    cattn.scaled_dot_product_attention, cattn.linear, cattn.sinusoidal_encoding, cattn.relative_shift,
     cattn.MultiHeadAttention, cattn.MultiHeadAttention.__call__, cattn.MultiHeadAttention.state_dict,
     cattn.MultiHeadAttention.load_state_dict, cattn.PositionalEncoding, cattn.PositionalEncoding.__call__,
 ], ids=lambda function: function.__qualname__)
@@ -108,8 +110,8 @@ def test_every_parameter_is_described(function):
     assert sorted(documented(function.__doc__)) == sorted(name for name in parameters(function) if name != "self")
 
 
-@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "MultiHeadAttention", "sinusoidal_encoding",
-                                  "PositionalEncoding"])
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "linear", "MultiHeadAttention",
+                                  "sinusoidal_encoding", "PositionalEncoding"])
 def test_reference_points_to_the_public_one(name):
     text = getattr(reference, name).__doc__
     assert f"`cattn.{name}`" in text
@@ -119,6 +121,7 @@ def test_reference_points_to_the_public_one(name):
 
 SHOWN = {
     "scaled_dot_product_attention(": "softmax(scale * query @ key^T + mask) @ value, for each head.",
+    "linear(": "x @ weight^T + bias, with weights of 32, 16 or 8 bits",
     "sinusoidal_encoding(": "P[r, 2i] = sin(pos / base^(2i / dim))",
     "relative_shift(": "R with P[pos + delta] = P[pos] @ R",
     "MultiHeadAttention(": "Multi-head attention: concat_h(",

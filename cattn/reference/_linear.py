@@ -59,13 +59,40 @@ def quantize_rows(weight):
     return numbers, scales
 
 
+class StoredWeight:
+    """A weight (out_features, in_features) in fewer bits, as a layer with weight_dtype keeps it: float16; bfloat16 as
+    uint16, its bits, since NumPy alone has no such dtype; or int8, with scales."""
+
+    def __init__(self, dtype, numbers, scales=None):
+        self.dtype, self.numbers, self.scales = dtype, numbers, scales
+        self.shape = numbers.shape
+
+    @classmethod
+    def of(cls, weight, dtype):
+        """Rounded to nearest even; float64 by way of float32."""
+        weight = cast(weight, np.float32)
+        if dtype == "int8":
+            return cls(dtype, *quantize_rows(weight))
+        return cls(dtype, cast(weight, np.float16) if dtype == "float16" else to_bfloat16(weight))
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, rows):
+        return StoredWeight(self.dtype, self.numbers[rows], None if self.scales is None else self.scales[rows])
+
+    @np.errstate(all="ignore")
+    def widened(self):
+        """The float32 array that it stands for."""
+        if self.dtype == "int8":
+            return dequantized(self.numbers, self.scales)
+        if self.dtype == "bfloat16":
+            return (self.numbers.astype(np.uint32) << 16).view(np.float32)
+        return self.numbers.astype(np.float32)
+
+
 def to_bfloat16(weight):
-    """The bits, uint16, of a float array rounded to nearest even: NumPy alone has no such dtype."""
-    bits = cast(weight, np.float32).view(np.uint32)
+    """The bits, uint16, of a float32 array, rounded to nearest even."""
+    bits = np.ascontiguousarray(weight).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
     return np.where(np.isnan(weight), bits >> 16 | 64, rounded).astype(np.uint16)
-
-
-def of_bfloat16(bits):
-    """The float32 array that they are the bits of."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)

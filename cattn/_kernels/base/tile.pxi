@@ -127,7 +127,7 @@ cdef inline void multiply_columns(const int KIND, const int ROWS, const int GROU
 
 cdef inline void multiply_column(const int KIND, const int ROWS, const int GROUPS, vf* acc, const vf* column,
                                  const real* scales, const real* b) noexcept nogil:
-    """acc[g][r] (IN/OUT) += what the column of each group, COLUMNS apart, holds, times b[k][r]. scales: of the groups."""
+    """acc[g][r] (IN/OUT) += what the columns of the groups, COLUMNS apart, hold, times b[k][r]. scales: of these."""
     cdef vf parts[MAX_LANES * 4]
     cdef vf scale
     cdef int PARTS = 1 if KIND == real_kind() else 4 if KIND == I8 else 2   # numbers in a lane
