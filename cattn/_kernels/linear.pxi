@@ -22,9 +22,9 @@ cdef enum:
     FEATURES = 48
     BLOCK_DIMS = 128  # of a panel: half of L1. Whole rows of W at once were 5 to 10 % slower at 16 rows of X
     W_STRIDE = 144    # of BLOCK_DIMS dimensions that are copied: rows in different sets of L1
-    # Bytes from what is read of a row of W to what is asked for. Of narrow rows (576 float16), 512 bytes ahead takes
-    # 1.1 times as long from memory; of wide ones, it is the same up to 8192 (Emerald Rapids)
-    AHEAD = 2048
+    # Bytes from what is read of a row of W to what is asked for. From memory, 2048 take 1.03 times as long for float32,
+    # and 512 1.1 times for float16 rows of 576; of wider rows, all are alike up to 8192 (Emerald Rapids)
+    AHEAD = 4096
     # Numbers of x in a block of rows: 16 MB of float32, and tasks stay short where rows are very long
     MAX_PACKED = 1 << 22
 
