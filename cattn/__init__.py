@@ -5,14 +5,15 @@
     KVCache                         keys and values of sequences that grow, in pages
     merge_states                    results over parts of the keys, merged: shared prefixes, keys on several machines
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
+    linear                          projections alone, also by weights of 16 or 8 bits
     sinusoidal_encoding, PositionalEncoding, relative_shift    positions by sines and cosines
     rotary_table, rotary_embedding  positions by turning pairs of numbers of queries and keys
     reference                       all of it in plain NumPy: the specification
     preload                         modules and threads that a first call would ask for, before rights are dropped
 
-How a call goes:  _attention.py, _serving.py, _multihead.py, _positional.py, _rotary.py (checks by _checks.py,
-allocation)  ->  _kernels (one module per instruction set, chosen at import: isa, available_isas)  ->  tiles.
-_threads.py says how many threads.
+How a call goes:  _attention.py, _serving.py, _linear.py, _multihead.py, _positional.py, _rotary.py (checks by
+_checks.py, allocation)  ->  _kernels (one module per instruction set, chosen at import: isa, available_isas)  ->
+tiles.  _threads.py says how many threads.
 """
 
 from cattn import reference
@@ -20,6 +21,7 @@ from cattn._attention import scaled_dot_product_attention
 from cattn._cache import KVCache
 from cattn._config import show_config
 from cattn._kernels import available_isas, isa
+from cattn._linear import linear
 from cattn._merge import merge_states
 from cattn._multihead import MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
@@ -37,6 +39,7 @@ __all__ = [
     "available_isas",
     "get_num_threads",
     "isa",
+    "linear",
     "merge_states",
     "paged_attention",
     "preload",

@@ -13,10 +13,13 @@ import warnings
 
 import numpy as np
 
-F32, F64, F16, BF16, BOOL = range(5)  # as in _kernels/base/tensor.pxi
+F32, F64, F16, BF16, BOOL, I8 = range(6)  # as in _kernels/base/tensor.pxi
 # bfloat16 joins when it is first met.
 KINDS = {np.dtype(np.float32): F32, np.dtype(np.float64): F64, np.dtype(np.float16): F16}
+SCALE_DIMS = 32  # int8 numbers of a row of weights that share a scale; the same number as in _kernels/base/tile.pxi
 UNBOUNDED = -1
+# What a weight may be kept in, beside the dtype of its layer.
+STORED_KINDS = {"float16": F16, "bfloat16": BF16, "int8": I8}
 FAR = 2**60  # offsets and windows beyond any key; sums of three of them still fit an int64
 _MAX_HEAD_DIM = 2**31 - 1
 _MAX_NUMBERS = 2**48  # in value, by strides of 0: beyond, the size of the scratch would not fit an index
@@ -272,6 +275,21 @@ def check_dtype(dtype, names=None):
     if dtype is None or not allowed or not result.isnative:
         raise TypeError(f"dtype: expected {expected}, got {shown(dtype)}")
     return result
+
+
+def check_weight_dtype(dtype):
+    """The name of what the weights of a layer are kept in; None: in its own dtype."""
+    if dtype is None:
+        return None
+    name = dtype
+    if name != "bfloat16":  # which NumPy alone has no dtype for
+        try:
+            name = np.dtype(dtype).name
+        except (TypeError, ValueError, SyntaxError):
+            name = None
+    if name not in STORED_KINDS:
+        raise TypeError(f"weight_dtype: expected None, float16, bfloat16 or int8, got {shown(dtype)}")
+    return str(name)
 
 
 # Kinds: dtypes as the kernels number them.
@@ -869,6 +887,46 @@ def _check_rotary_positions(x, cos, positions):
         raise ValueError(f"positions: expected ints from 0 to below {len(cos)}, the rows of cos, got "
                          f"{shown(smallest if smallest < 0 else largest)}")
     return checked
+
+
+# Linear.
+
+
+def check_linear(x, weight, scales, given):
+    """The kinds of x and weight; `given` are the three that these were made of. scales: None but for int8."""
+    x_kind = check_kind("x", x, given[0])
+    kind = I8 if weight.dtype == np.int8 else KINDS.get(weight.dtype)
+    if kind is None and _is_bfloat16(weight.dtype):
+        kind = check_kind("weight", weight)
+    if kind not in (x_kind, F16, BF16, I8):
+        others = "".join(f"{name}, " for name in ("float16", "bfloat16") if name != x.dtype.name)
+        cure = f"; {cast_cure('weight', given[1], 'x.dtype')} casts" if is_number(weight.dtype) else ""
+        raise TypeError(f"weight: expected {x.dtype}, as x has, {others}or int8 with weight_scales, got dtype "
+                        f"{weight.dtype}{cure}")
+    if not x.ndim:
+        raise ValueError("x: expected 1 axis (in_features,) or more, got shape ()")
+    in_features = x.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != in_features:
+        cure = "; weight.T has it" if weight.ndim == 2 and weight.shape[0] == in_features else ""
+        raise ValueError(f"weight: expected shape (out_features, {in_features}), got shape {weight.shape}{cure}")
+    if in_features > _MAX_NUMBERS or math.prod(x.shape[:-1]) * len(weight) > sys.maxsize // 8:
+        raise ValueError(f"x: expected at most {_MAX_NUMBERS} in_features and a result that fits in memory, got shape "
+                         f"{x.shape} for a weight of shape {weight.shape}")
+    if scales is None:
+        if kind == I8:
+            raise TypeError("weight_scales: expected a float32 array, as weight is int8, got None; "
+                            f"{cast_cure('weight', given[1], 'x.dtype')} is a weight without")
+        return x_kind, kind
+    if kind != I8:
+        raise ValueError(f"weight_scales: expected None, as weight is {weight.dtype}, got an array; they scale int8")
+    if scales.dtype != np.float32:
+        cure = f"; {cast_cure('weight_scales', given[2], 'np.float32')} casts" if is_number(scales.dtype) else ""
+        raise TypeError(f"weight_scales: expected float32, got dtype {scales.dtype}{cure}")
+    expected = len(weight), -(-in_features // SCALE_DIMS)
+    if scales.shape != expected:
+        raise ValueError(f"weight_scales: expected shape {expected}, one for each {SCALE_DIMS} numbers of a row of "
+                         f"weight, got shape {scales.shape}")
+    return x_kind, kind
 
 
 # Layers.

@@ -30,7 +30,7 @@ class _Entry(NamedTuple):
 def state_dict(layer, layout, prefix):
     """A copy of the layer's parameters, in this layout."""
     check_text("prefix", prefix)
-    parameters = layer._own_parameters()
+    parameters = layer._own_parameters(widened=True)
     _check_layout(layer, layout)
     entries = _without(_entries(layer, layout), parameters)
     return {prefix + key: copy(entry.view(parameters[entry.parameter]), layer.dtype).reshape(entry.shape)

@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference
 from cattn._attention import scaled_dot_product_attention
-from cattn._checks import F64, check_kind
+from cattn._checks import F64, STORED_KINDS, check_kind
 from cattn._threads import checked
+from cattn.reference._linear import StoredWeight
 
 __all__ = ["MultiHeadAttention"]
 
@@ -44,6 +45,11 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         Of parameters, inputs and results.
     seed : int or numpy.random.Generator, optional
         Of the initial weights.
+    weight_dtype : "float16", "bfloat16" or "int8", optional
+        What weights are kept in, for inference: half or a quarter of the memory of float32, which is what the
+        projections of few rows wait for. They are rounded where they are assigned or loaded, float64 by way of float32.
+        int8: with a float32 scale for each 32 numbers of a row, the largest magnitude among them / 127. In the dtype of
+        the layer when None.
 
     Attributes
     ----------
@@ -66,7 +72,8 @@ class MultiHeadAttention(reference.MultiHeadAttention):
     -----
     Parameters may be changed in place, and assigned: anything that numpy.asarray reads, of this shape, is cast
     to the dtype of the layer; a C-contiguous, aligned, writeable array of this dtype is not copied. Each bias
-    may be None, and an array again.
+    may be None, and an array again. With `weight_dtype`, weights are assigned only: what an attribute returns is a
+    read-only copy of what is kept, in the dtype of the layer.
 
     Weights start Xavier-uniform, U(-b, b) with b = sqrt(6 / (fan_in + fan_out)), where (fan_out, fan_in) is the
     shape: of in_proj_weight as for one Linear(input_dim, 3 * embed_dim). Biases start at 0.
@@ -204,7 +211,11 @@ class MultiHeadAttention(reference.MultiHeadAttention):
 
     def _linear(self, x, weight, bias, num_threads):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)
-        kind = check_kind("x", x)
+        kind = weight_kind = check_kind("x", x)
+        scales = None
+        if isinstance(weight, StoredWeight):
+            weight_kind, weight, scales = STORED_KINDS[weight.dtype], weight.numbers, weight.scales
         module = _kernels.f64() if kind == F64 else _kernels.f32
-        module.linear(x, weight, bias, out, kind, kind, 0 if num_threads is None else checked(num_threads))
+        module.linear(x, weight, scales, bias, out, kind, weight_kind, kind,
+                      0 if num_threads is None else checked(num_threads))
         return out

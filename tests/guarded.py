@@ -7,11 +7,13 @@ import mmap
 
 import numpy as np
 from problems import BFLOAT16, DTYPES, FLOATS, INF, LAYOUTS, assert_same_bits, normal, problem
-from test_linear import linear
+from test_linear import PAIRS, linear
+from test_linear import problem as linear_problem
 from tolerance import everything
 
 import cattn
 from cattn import _attention, _checks
+from cattn.reference._linear import StoredWeight
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -127,20 +129,22 @@ def tables(dims):
 
 
 def projections(in_features):
-    """x, weight, bias and out of the projections' kernel, of every dtype, few rows and many."""
+    """x, weight, scales, bias and out of the projections' kernel, of every dtype, few rows and many."""
+    layouts = [layout for name, layout in LAYOUTS.items() if "heads" not in name]
     numbers = itertools.count()
-    for width, dtype, rows in itertools.product(in_features, FLOATS, (1, 3, 8, 17, 50)):
+    for width, (dtype, weight_dtype), rows in itertools.product(in_features, PAIRS, (1, 3, 8, 17, 50)):
         number = next(numbers)
         out_features = [1, 7, 16, 33, 48, 50][number % 6]
-        layouts = [layout for name, layout in LAYOUTS.items() if "heads" not in name]
-        arrays = [normal(rows, width, dtype=dtype), normal(out_features, width, dtype=dtype, seed=1),
-                  normal(1, out_features, dtype=dtype, seed=2), np.zeros((rows, out_features), dtype)]
+        x, weight, bias = linear_problem(rows, width, out_features, dtype, weight_dtype)
+        arrays = [x, *(weight.numbers, weight.scales)] if weight_dtype == "int8" else [x, weight]
+        arrays += [bias[None], np.zeros((rows, out_features), dtype)]
         if number % 2:
             arrays = [layouts[(number // 2 + i) % len(layouts)](x) for i, x in enumerate(arrays)]
-        expected = linear(*arrays[:2], arrays[2][0])
+        expected = linear(x, weight, bias)
         for at_end in (True, False):
             print("projection", rows, width, out_features, dtype, [x.strides for x in arrays], at_end, flush=True)
-            x, weight, bias, out = (guarded(x, at_end) for x in arrays)
+            x, *weights, bias, out = (guarded(x, at_end) for x in arrays)
+            weight = StoredWeight("int8", *weights) if weight_dtype == "int8" else weights[0]
             assert_same_bits(linear(x, weight, bias[0], out=out).copy(), expected)
 
 

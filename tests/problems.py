@@ -90,10 +90,14 @@ def _unaligned(x):
     return _into(np.ndarray(x.shape, x.dtype, memory, offset=1), x)
 
 
+def _garbage(shape, dtype):
+    return np.full(shape, 99 if dtype.kind == "i" else NAN, dtype)
+
+
 def _spread(x, steps):
-    """`x` in an array that is longer by these factors along its last axes, with NaN in between."""
+    """`x` in an array that is longer by these factors along its last axes, with garbage in between."""
     steps = [1] * (x.ndim - len(steps)) + list(steps)
-    buffer = np.full([n * step for n, step in zip(x.shape, steps, strict=True)], NAN, x.dtype)
+    buffer = _garbage([n * step for n, step in zip(x.shape, steps, strict=True)], x.dtype)
     return _into(buffer[tuple(slice(None, None, step) for step in steps)], x)
 
 
@@ -110,7 +114,7 @@ LAYOUTS = {
     "Fortran": np.asfortranarray,
     "every second column": lambda x: _spread(x, (2,)),
     "every third row": lambda x: _spread(x, (3, 1)),
-    "wide rows": lambda x: _into(np.full((*x.shape[:-1], x.shape[-1] + 3), NAN, x.dtype)[..., 1:-2], x),
+    "wide rows": lambda x: _into(_garbage((*x.shape[:-1], x.shape[-1] + 3), x.dtype)[..., 1:-2], x),
     "negative strides": _reversed,
     "unaligned": _unaligned,
     "unaligned columns": lambda x: _unaligned(x.swapaxes(-1, -2)).swapaxes(-1, -2),

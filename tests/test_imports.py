@@ -17,6 +17,7 @@ PARTS = {
     "_kernels": (set(), set()),
     "_threads": ({"_kernels"}, set()),
     "_attention": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
+    "_linear": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_serving": ({"_checks", "_kernels", "_attention"}, {"numpy"}),
     "_cache": ({"_checks", "_kernels", "_threads", "_attention"}, {"numpy"}),
     "_merge": ({"_checks", "_kernels", "_threads"}, {"numpy"}),

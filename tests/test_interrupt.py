@@ -103,7 +103,7 @@ def projection(rows, in_features, out_features, dtype, num_threads):
     x, weight, out = (np.broadcast_to(dtype(0), (1, 1, *shape)) for shape in (
         (rows, in_features), (out_features, in_features), (rows, out_features)))
     kind = 0 if dtype == np.float32 else 1
-    module.linear(x, weight, None, out.copy(), kind, kind, num_threads)
+    module.linear(x, weight, None, None, out.copy(), kind, kind, kind, num_threads)
 cattn.preload()
 """,
 }

@@ -370,6 +370,9 @@ BAD_LAYERS = {
     "swapped dtype": ((12, 3), {"dtype": np.dtype(">f4")}, TypeError, r"dtype: expected .*float.*, got dtype\('>f4'\)"),
     "negative seed": ((12, 3), {"seed": -1}, ValueError, "seed: expected an int >= 0 or a Generator, got -1"),
     "text as seed": ((12, 3), {"seed": "x"}, TypeError, "seed: expected an int >= 0 or a Generator, got 'x'"),
+    **{f"weights of {dtype}": ((12, 3), {"weight_dtype": dtype}, TypeError, "weight_dtype: expected None, float16, "
+                               f"bfloat16 or int8, got {re.escape(repr(dtype))}$")
+       for dtype in ("int4", "float32", np.float32, np.uint8, 8)},
 }
 
 
@@ -1190,3 +1193,95 @@ def test_projected_together():
         products.clear()
         layer(*inputs)
         assert sorted(products) == sorted(expected)
+
+
+# Weights in fewer bits.
+
+
+STORED = ["float16", "bfloat16", "int8"]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_kv_heads": 2}, {"kdim": 20, "vdim": 48, "bias": False}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("weight_dtype", STORED)
+def test_weight_dtype(isa, weight_dtype, dtype, sizes):
+    """A layer computes with what it keeps: to the bit as a layer with these numbers does, where their dtype holds them;
+    else as exactly as the reference, see test_public_as_exact_as_reference."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    def layer_of(library, dtype, weight_dtype=None):
+        """With the numbers of `fast`."""
+        layer = library.MultiHeadAttention(64, 4, dtype=dtype, weight_dtype=weight_dtype, seed=0, **sizes)
+        if weight_dtype is None:
+            for name, array in fast._own_parameters().items():
+                if array is not None and len(array.shape) == 2:
+                    setattr(layer, name, array.widened())
+        return layer
+
+    fast, plain = (layer_of(library, dtype, weight_dtype) for library in (cattn, cattn.reference))
+    for array in fast._own_parameters().values():
+        if array is not None and len(array.shape) == 2:
+            assert array.numbers.itemsize == (1 if weight_dtype == "int8" else 2)
+    exact = layer_of(cattn.reference, np.longdouble)
+    eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}[dtype.name]
+    memory = () if "kdim" not in sizes else (random_input(2, 9, 20, dtype=dtype), random_input(2, 9, 48, dtype=dtype))
+    for seq_len in (1, 5, 40):
+        inputs = random_input(2, seq_len, 64, dtype=dtype), *memory
+        ours, theirs = fast(*inputs), plain(*inputs)
+        true = exact(*(x.astype(np.longdouble) for x in inputs))
+        error, plain_error = (np.abs(result.astype(np.longdouble) - true).max() for result in (ours, theirs))
+        assert error <= 2 * plain_error + 4 * eps * np.abs(true).max()
+        if dtype.itemsize > 2:
+            np.testing.assert_array_equal(ours, layer_of(cattn, dtype)(*inputs))
+            np.testing.assert_array_equal(theirs, layer_of(cattn.reference, dtype)(*inputs))
+
+
+@both
+@pytest.mark.parametrize("weight_dtype", [*STORED, np.float16, np.dtype(np.int8), ml_dtypes.bfloat16])
+def test_weights_are_rounded_when_they_come(library, weight_dtype):
+    weight = random_input(24, 24)
+    layer = library.MultiHeadAttention(24, 3, weight_dtype=weight_dtype, dtype=np.float32)
+    name = layer.weight_dtype
+    assert name in STORED and repr(layer).endswith(f", weight_dtype={name!r})")
+    layer.out_proj_weight = weight
+    held = layer.out_proj_weight
+    if name == "int8":
+        scale = np.abs(weight.astype(np.float32)).max(axis=1, keepdims=True) / np.float32(127)
+        np.testing.assert_array_equal(held, scale * np.rint(weight.astype(np.float32) / scale))
+    else:
+        narrow = np.float16 if name == "float16" else ml_dtypes.bfloat16
+        np.testing.assert_array_equal(held, weight.astype(np.float32).astype(narrow).astype(np.float32))
+    assert held.dtype == np.float32 and np.abs(held - weight).max() > 0
+    with pytest.raises(ValueError, match="read-only"):
+        layer.out_proj_weight -= 1  # which nobody would keep
+    np.testing.assert_array_equal(layer.out_proj_weight, held)
+    with pytest.raises(ValueError, match=r"^out_proj_weight: expected shape \(24, 24\), got shape \(24, 23\)"):
+        layer.out_proj_weight = weight[:, 1:]
+    layer.in_proj_bias[:] = 1  # biases are as ever
+    np.testing.assert_array_equal(layer.state_dict()["in_proj_bias"], np.ones(72))
+
+
+@both
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weight_dtype", STORED)
+def test_state_dict_of_what_is_kept(library, weight_dtype, layout):
+    source = random_layer(library, 12, 4, dtype=np.float32)
+    layer = library.MultiHeadAttention(12, 4, weight_dtype=weight_dtype)
+    layer.load_state_dict(source.state_dict(layout), layout)
+    state = layer.state_dict(layout)
+    assert all(array.dtype == np.float32 and array.flags.writeable for array in state.values())
+    other = library.MultiHeadAttention(12, 4)
+    other.load_state_dict(state, layout)
+    x = random_input(2, 5, 12, dtype=np.float32)
+    np.testing.assert_array_equal(layer(x), other(x))
+    for copied in (copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))):
+        np.testing.assert_array_equal(copied(layer)(x), layer(x))
+    assert (layer(x) != source(x)).any()
+
+
+@both
+def test_sizes_that_do_not_fit_what_is_kept(library):
+    layer = library.MultiHeadAttention(12, 3, weight_dtype="int8")
+    layer.num_heads = 6
+    with pytest.raises(ValueError, match=r"^in_proj_weight: expected shape \(48, 12\), got shape \(36, 12\)"):
+        layer(ones(2, 5, 12, dtype=np.float32))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import _attention, _cache, _merge, _multihead, _positional, _rotary, _serving, reference
+from cattn import _attention, _cache, _linear, _merge, _multihead, _positional, _rotary, _serving, reference
 
 CALLABLES = [name for name in cattn.__all__ if callable(getattr(cattn, name))]
 FOLDER = os.path.dirname(cattn.__file__)
@@ -55,6 +55,8 @@ def of_layers(flag: bool) -> None:
     assert_type(layer(q, return_weights=flag, num_threads=2), np.ndarray | tuple[np.ndarray, np.ndarray])
     layer.in_proj_weight[:] = 0
     layer.out_proj_bias = None
+    assert_type(cattn.linear(q, q[0, 0], weight_scales=None, out=q), np.ndarray)
+    cattn.MultiHeadAttention(8, 2, weight_dtype="int8")
     layer.load_state_dict(layer.state_dict("d2l"), layout=None)
     print(layer(q, return_weights=True).shape)  # type: ignore[attr-defined]
     positions = cattn.PositionalEncoding(32, max_len=5, layout="concatenated")
@@ -92,7 +94,7 @@ def documented(docstring):
 # Docstrings.
 
 
-@pytest.mark.parametrize("module", [_attention, _cache, _merge, _multihead, _positional, _rotary, _serving],
+@pytest.mark.parametrize("module", [_attention, _cache, _linear, _merge, _multihead, _positional, _rotary, _serving],
                          ids=lambda module: module.__name__)
 def test_docstrings_stand_in_the_source(module):
     with open(module.__file__) as file:
@@ -106,7 +108,7 @@ def test_docstrings_stand_in_the_source(module):
 
 
 @pytest.mark.parametrize("function", [
-    cattn.scaled_dot_product_attention, cattn.merge_states, cattn.sinusoidal_encoding, cattn.relative_shift,
+    cattn.scaled_dot_product_attention, cattn.linear, cattn.merge_states, cattn.sinusoidal_encoding, cattn.relative_shift,
     cattn.MultiHeadAttention, cattn.MultiHeadAttention.__call__, cattn.MultiHeadAttention.state_dict,
     cattn.MultiHeadAttention.load_state_dict, cattn.PositionalEncoding, cattn.PositionalEncoding.__call__,
     cattn.rotary_table, cattn.rotary_embedding, cattn.varlen_attention, cattn.paged_attention, cattn.KVCache,
@@ -117,7 +119,7 @@ def test_every_parameter_is_described(function):
 
 
 @pytest.mark.parametrize("name", [
-    "scaled_dot_product_attention", "varlen_attention", "paged_attention", "merge_states", "MultiHeadAttention",
+    "scaled_dot_product_attention", "varlen_attention", "paged_attention", "merge_states", "linear", "MultiHeadAttention",
     "sinusoidal_encoding", "PositionalEncoding", "rotary_table", "rotary_embedding"])
 def test_reference_points_to_the_public_one(name):
     text = getattr(reference, name).__doc__
@@ -128,6 +130,7 @@ def test_reference_points_to_the_public_one(name):
 
 SHOWN = {
     "scaled_dot_product_attention(": "softmax(scale * query @ key^T + mask) @ value, for each head.",
+    "linear(": "x @ weight^T + bias, with weights of 32, 16 or 8 bits",
     "merge_states(": "Attention over all keys, from results over parts of them",
     "sinusoidal_encoding(": "P[r, 2i] = sin(pos / base^(2i / dim))",
     "rotary_table(": "cos[r, i] = cos(pos * f[i])",

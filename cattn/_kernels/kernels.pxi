@@ -68,7 +68,7 @@ cdef extern from "simd.h" nogil:
     ctypedef float real
     ctypedef float vf
     ctypedef int vi
-    const int LANES, VECTOR_BYTES, REGISTERS, TILE_ROWS, PANEL_VECTORS, ATTEND_ROWS, ATTEND_VECTORS, IS_DOUBLE
+    const int LANES, COLUMNS, VECTOR_BYTES, REGISTERS, TILE_ROWS, PANEL_VECTORS, ATTEND_ROWS, ATTEND_VECTORS, IS_DOUBLE
     void prefetch(const void*)
     const real* in_register(const real*)
     const char* byte_in_register(const char*)
@@ -88,10 +88,12 @@ cdef extern from "simd.h" nogil:
     vf vexp2(vf)
     void vtranspose(vf*)
     void vload_square(vf*, const char*, Py_ssize_t)
+    void vload_columns(vf*, const char*, Py_ssize_t)
     void vweave(vf*, int)
     void vunweave(vf*)
     void vsplit_f16(vf*, vf)
     void vsplit_bf16(vf*, vf)
+    void vsplit_i8(vf*, vf)
     void vfalse_tile(int8_t*, const char* const*, Py_ssize_t)
     vi vfalse(const int8_t*, int)
     ctypedef int fp_mode

@@ -1,32 +1,32 @@
 # The linear layer, out = x W^T + bias. W is read in the layout that state dicts have, (out_features, in_features), and
-# not packed: packing is what a BLAS spends its time on when each number of W is used for few rows.
+# not packed: packing is what a BLAS spends its time on when each number of W is used for few rows. Its numbers are
+# reals, 16-bit ones, or int8 with a scale for each SCALE_DIMS of a row; what is not real is widened (and scaled, as a
+# product of floats) in registers or on the way into a copy, and then as good as reals.
 #
 #     for each block of rows of x
 #         x as reals: packed as X^T, many rows in panels of up to 3 vectors of them (in parallel)
 #         for each task: FEATURES rows of W (in parallel)
 #             few rows    for each LANES of them, for each BLOCK_DIMS dimensions
-#                             LANES dimensions of W transposed in registers,
+#                             W transposed and widened in registers,
 #                             out[row][features] += W vectors x X broadcast
 #             many rows   for each panel, for each BLOCK_DIMS dimensions (W copied: these first), for each ROWS features
 #                             out^T[feature][row] += W broadcast x X^T vectors
 #             out, narrowed
 #
 # A number of out is one chain of FMAs over each BLOCK_DIMS dimensions, and the sum of bias and these chains, one after
-# the other: whichever way, so that the bits of a row depend on no other row. With one row of x the second way would be
-# bound by its broadcasts, one FMA a number of W, and the first by memory.
+# the other: whichever way, so that the bits of a row depend on no other row, nor on how W is stored. With one row of x
+# the second way would be bound by its broadcasts, one FMA a number of W, and the first by memory.
 
 cdef enum:
-    # Rows of W in a task: a multiple of every ROWS, and tasks enough for some threads, not for dozens
+    # Rows of W in a task: a multiple of every ROWS and of MAX_LANES, and tasks enough for some threads, not for dozens
     FEATURES = 48
     BLOCK_DIMS = 128  # of a panel: half of L1. Whole rows of W at once were 5 to 10 % slower at 16 rows of X
     W_STRIDE = 144    # of BLOCK_DIMS dimensions that are copied: rows in different sets of L1
+    # Bytes from what is read of a row of W to what is asked for. From memory, 2048 take 1.03 times as long for float32,
+    # and 512 1.1 times for float16 rows of 576; of wider rows, all are alike up to 8192 (Emerald Rapids)
+    AHEAD = 4096
     # Numbers of x in a block of rows: 16 MB of float32, and tasks stay short where rows are very long
     MAX_PACKED = 1 << 22
-
-
-cdef inline bint few_rows(Py_ssize_t rows) noexcept nogil:
-    """Transposing W takes as long as multiplying it with LANES / 2 rows."""
-    return rows <= LANES // 2
 
 
 cdef inline void linear_tile(const int ROWS, const int VECTORS, real* tile, const real* x, const real* weight,
@@ -71,17 +71,32 @@ cdef inline void linear_panel(const int VECTORS, real* tile, const real* x, cons
         weight += w_stride
 
 
-cdef inline void linear_columns(const int ROWS, real* tile, const real* x, const real* weight, Py_ssize_t w_stride,
-                                Py_ssize_t dims, const Soon* soon) noexcept nogil:
-    """tile[ROWS][LANES] (IN/OUT): `dims` dimensions of LANES features."""
-    cdef vf acc[8]
-    cdef int r
-    for r in range(ROWS):
-        acc[r] = vset1(<real> 0.0)
-    multiply_columns(F64 if IS_DOUBLE else F32, ROWS, 1, acc, <const char*> weight, w_stride * sizeof(real), x, dims,
-                     soon)
-    for r in range(ROWS):
-        vstore(tile + r * LANES, vload(tile + r * LANES) + acc[r])
+cdef inline void linear_columns(const int KIND, const int ROWS, const int GROUPS, real* tile, const real* x,
+                                const char* weight, Py_ssize_t w_step, const real* scales, Py_ssize_t dims,
+                                const Soon* soon) noexcept nogil:
+    """tile[GROUPS][ROWS][LANES] (IN/OUT): `dims` dimensions of GROUPS x LANES features."""
+    cdef vf acc[16]
+    cdef int i
+    for i in range(GROUPS * ROWS):
+        acc[i] = vset1(<real> 0.0)
+    multiply_columns(KIND, ROWS, GROUPS, acc, weight, w_step, scales, x, dims, soon)
+    for i in range(GROUPS * ROWS):
+        vstore(tile + i * LANES, vload(tile + i * LANES) + acc[i])
+
+
+cdef inline void linear_kinds(const int ROWS, const int GROUPS, Kind kind, real* tile, const real* x,
+                              const char* weight, Py_ssize_t w_step, const real* scales, Py_ssize_t dims,
+                              const Soon* soon) noexcept nogil:
+    if IS_DOUBLE:
+        linear_columns(F64, ROWS, GROUPS, tile, x, weight, w_step, scales, dims, soon)
+    elif kind == F16:
+        linear_columns(F16, ROWS, GROUPS, tile, x, weight, w_step, scales, dims, soon)
+    elif kind == BF16:
+        linear_columns(BF16, ROWS, GROUPS, tile, x, weight, w_step, scales, dims, soon)
+    elif kind == I8:
+        linear_columns(I8, ROWS, GROUPS, tile, x, weight, w_step, scales, dims, soon)
+    else:
+        linear_columns(F32, ROWS, GROUPS, tile, x, weight, w_step, scales, dims, soon)
 
 
 cdef struct Taken:
@@ -92,20 +107,24 @@ cdef struct Taken:
 cdef struct Linear:
     Tensor x                        # IN (1, batch, seq, in_features)
     Tensor weight                   # IN (1, 1, out_features, in_features)
+    Tensor scales                   # IN (1, 1, out_features, in_features / SCALE_DIMS rounded up) of int8
     Tensor bias                     # IN (1, 1, 1, out_features), or no data
     Tensor out                      # OUT (1, batch, seq, out_features)
     Py_ssize_t seq, rows            # rows of x in a batch row, and in all
     Py_ssize_t in_features, out_features
     Py_ssize_t block, first_row     # rows of x at a time; the first of those that are worked on
     bint w_in_place                 # W is read where it lies: rows of adjacent reals
+    bint w_adjacent                 # or, for few rows, of adjacent numbers of any kind
+    Py_ssize_t ahead                # dimensions of W from what is used to what is asked for
     real* packed                    # x of the block: [panel][in_features][width], few rows: [in_features][row]
     Taken* taken                    # one per thread, of the block's tasks
     Call* call
 
 
 cdef struct LinearWorkspace:        # one per thread, SCRATCH
-    real* tile                      # [panel][FEATURES][width], few rows: [row][LANES]
+    real* tile                      # [panel][FEATURES][width], few rows: [group][row][LANES]
     real* weight                    # [FEATURES][W_STRIDE], where W is not
+    real* scales                    # [LANES][features] of int8 that is read in place
     real* rows                      # [MAX_WIDTH][BLOCK_DIMS] or [MAX_WIDTH][FEATURES]
 
 
@@ -114,8 +133,15 @@ cdef size_t carve_linear(LinearWorkspace* b, char* base, const Linear* l) noexce
     cdef size_t size = 0
     b.tile = <real*> take(base, &size, FEATURES * (l.block + MAX_WIDTH) * sizeof(real))
     b.weight = <real*> take(base, &size, FEATURES * W_STRIDE * sizeof(real))
+    b.scales = <real*> take(base, &size, LANES * FEATURES * sizeof(real))
     b.rows = <real*> take(base, &size, MAX_WIDTH * BLOCK_DIMS * sizeof(real))
     return size
+
+
+cdef inline bint few_rows(const Linear* l, Py_ssize_t rows) noexcept nogil:
+    """Transposing W takes as long as multiplying it with LANES / 2 rows. Where W would be copied as reals for many, few
+    are more: LANES of them take 0.65 to 0.75 of the time so (Emerald Rapids)."""
+    return rows <= (LANES if l.w_adjacent and not l.w_in_place else LANES // 2)
 
 
 cdef inline char* row_number(const Linear* l, const Tensor* t, Py_ssize_t row) noexcept nogil:
@@ -136,7 +162,7 @@ cdef void pack_dims(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssi
     cdef real* packed = l.packed
     cdef LinearWorkspace b
     carve_linear(&b, scratch, l)
-    if few_rows(rows):
+    if few_rows(l, rows):
         width = padded_rows(rows)
         for r in range(width):
             load_row(b.rows, row_number(l, &l.x, first_row + min(r, rows - 1)) + first * l.x.stride[3], l.x.stride[3],
@@ -172,53 +198,120 @@ cdef void load_linear_bias(const Linear* l, real* bias, Py_ssize_t feature, Py_s
         load_row(bias, l.bias.data + feature * l.bias.stride[3], l.bias.stride[3], n, l.bias.kind)
 
 
+cdef void load_weights(const Linear* l, real* row, Py_ssize_t feature, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """row[0..n) (OUT) = the dimensions of a feature from `first` on, a multiple of SCALE_DIMS."""
+    cdef const char* scale
+    cdef Py_ssize_t i = 0, end
+    cdef float factor
+    load_row(row, row_of(&l.weight, 0, 0, feature) + first * l.weight.stride[3], l.weight.stride[3], n, l.weight.kind)
+    if l.weight.kind != I8:
+        return
+    scale = row_of(&l.scales, 0, 0, feature) + first // SCALE_DIMS * l.scales.stride[3]
+    while i < n:
+        memcpy(&factor, scale, sizeof(float))
+        end = min(i + SCALE_DIMS, n)
+        while i < end:
+            row[i] = <real> (<float> row[i] * factor)   # rounded to float, whatever `real` is
+            i += 1
+        scale += l.scales.stride[3]
+
+
+cdef void load_scales(const Linear* l, const LinearWorkspace* b, Py_ssize_t feature, Py_ssize_t n,
+                      Py_ssize_t first) noexcept nogil:
+    """b.scales[LANES][n] (OUT): the scales of n features, a multiple of LANES, from dimension `first` on. Those of the
+    next n are asked for."""
+    cdef Py_ssize_t groups = min(ceil_div(l.in_features - first, SCALE_DIMS), <Py_ssize_t> LANES), r
+    cdef const char* scales = row_of(&l.scales, 0, 0, feature) + first // SCALE_DIMS * l.scales.stride[3]
+    if feature + 2 * n <= l.out_features:
+        for r in range(n, 2 * n):
+            prefetch(scales + r * l.scales.stride[2])
+    if rows_are_real(&l.scales):
+        transpose(b.scales, n, <const real*> scales, l.scales.stride[2] // <Py_ssize_t> sizeof(real), n, groups)
+        return
+    for r in range(n):
+        load_row(b.rows + r * LANES, scales + r * l.scales.stride[2], l.scales.stride[3], groups, F32)
+    transpose(b.scales, n, b.rows, LANES, n, groups)
+
+
+cdef Soon expect_weights(const Linear* l, Py_ssize_t feature, Py_ssize_t n, Py_ssize_t first) noexcept nogil:
+    """What to ask for beside the dimensions of n features from `first` on: those AHEAD bytes further; in the end, the
+    first of the next n features."""
+    cdef Soon soon
+    first += l.ahead
+    if first >= l.in_features:
+        first -= round_up(l.in_features, BLOCK_DIMS)
+        feature += n
+    soon.lines = row_of(&l.weight, 0, 0, feature) + first * l.weight.stride[3]
+    soon.bytes = 0
+    if l.ahead and feature + n <= l.out_features:
+        soon.bytes = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS) * l.weight.stride[3]
+    soon.step, soon.pitch = l.weight.stride[2], 64
+    return soon
+
+
+cdef void copy_weights(const Linear* l, const LinearWorkspace* b, Py_ssize_t feature, Py_ssize_t n, Py_ssize_t first,
+                       Py_ssize_t dims, const Soon* soon) noexcept nogil:
+    """b.weight[n][W_STRIDE] (OUT) = dimensions first to first + dims of n features."""
+    cdef Py_ssize_t r, line
+    for r in range(n):
+        for line in range(ceil_div(soon.bytes, 64)):
+            prefetch(soon.lines + r * soon.step + line * 64)
+        load_weights(l, b.weight + r * W_STRIDE, feature + r, first, dims)
+
+
+cdef inline int features_at_once(Py_ssize_t rows) noexcept nogil:
+    """With few rows: so many that their chains of FMAs do not wait for each other. 32 of one row with AVX-512 would be
+    as many streams from memory, and up to 15 % slower."""
+    return MAX_LANES if rows == 1 else LANES
+
+
 cdef void few_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t first_row, Py_ssize_t rows,
                        Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
-    """out[first_row : + rows][feature : + n] (OUT): few rows, at most LANES features. All dimensions of these after the
-    other: each row of W is one stream from memory."""
-    cdef Py_ssize_t first = 0, r, dims, padded = padded_rows(rows), w_stride
-    cdef bint in_place = l.w_in_place and n == LANES
-    cdef const char* weight = row_of(&l.weight, 0, 0, feature)
-    cdef const real* w
+    """out[first_row : + rows][feature : + n] (OUT): few rows, at most features_at_once. All dimensions of these after
+    the other: each row of W is one stream from memory."""
+    cdef Py_ssize_t first = 0, r, i, dims, padded = padded_rows(rows), features = features_at_once(rows), w_step
+    cdef int step = 4 * COLUMNS if l.weight.kind == I8 else LANES
+    cdef Kind kind
+    cdef const char* w
     cdef const real* x = l.packed
+    cdef const real* scales = NULL
     cdef real* tile = b.tile
     cdef Soon soon
-    soon.item = soon.pitch = l.weight.stride[3]
-    soon.step = l.weight.stride[2]
     load_linear_bias(l, b.rows, feature, n)
-    for r in range(padded):
-        vstore(tile + r * LANES, vload(b.rows))
+    for i in range(features // LANES):
+        for r in range(padded):
+            vstore(tile + (i * padded + r) * LANES, vload(b.rows + i * LANES))
     while first < l.in_features:
         if stopped_by_signal(l.call):
             return
         dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
-        # Asked for: the next dimensions, in the end the first ones of the next features.
-        soon.lines, soon.bytes = weight + dims * soon.item, dims * soon.item
-        if first + dims == l.in_features:
-            soon.lines = weight - first * soon.item + LANES * soon.step
-            if feature + 2 * LANES > l.out_features:
-                soon.bytes = 0
-        w, w_stride = <const real*> weight, l.weight.stride[2] // <Py_ssize_t> sizeof(real)
-        if not in_place:
-            w, w_stride = b.weight, W_STRIDE
-            for r in range(n):
-                load_row(b.weight + r * W_STRIDE, weight + r * l.weight.stride[2], l.weight.stride[3], dims,
-                         l.weight.kind)
-            memset(b.weight + n * W_STRIDE, 0, (LANES - n) * W_STRIDE * sizeof(real))
+        soon = expect_weights(l, feature, features, first)
+        kind, w_step = l.weight.kind, l.weight.stride[2]
+        w = row_of(&l.weight, 0, 0, feature) + first * l.weight.stride[3]
+        if not (n == features and (l.w_in_place or (l.w_adjacent and dims % step == 0 and dims > step))):
+            copy_weights(l, b, feature, n, first, dims, &soon)
+            memset(b.weight + n * W_STRIDE, 0, (features - n) * W_STRIDE * sizeof(real))
+            kind, w, w_step, soon.bytes = real_kind(), <const char*> b.weight, W_STRIDE * sizeof(real), 0
+        elif kind == I8:
+            if first % (LANES * SCALE_DIMS) == 0:
+                load_scales(l, b, feature, n, first)
+            scales = b.scales + first % (LANES * SCALE_DIMS) // SCALE_DIMS * n
         if padded == 1:
-            linear_columns(1, tile, x, w, w_stride, dims, &soon)
+            linear_kinds(1, MAX_LANES // LANES, kind, tile, x, w, w_step, scales, dims, &soon)
         elif padded == 2:
-            linear_columns(2, tile, x, w, w_stride, dims, &soon)
+            linear_kinds(2, 1, kind, tile, x, w, w_step, scales, dims, &soon)
         elif padded == 4:
-            linear_columns(4, tile, x, w, w_stride, dims, &soon)
+            linear_kinds(4, 1, kind, tile, x, w, w_step, scales, dims, &soon)
+        elif LANES < 16 or padded == 8:
+            linear_kinds(8, 1, kind, tile, x, w, w_step, scales, dims, &soon)
         else:
-            linear_columns(8, tile, x, w, w_stride, dims, &soon)
+            linear_kinds(16, 1, kind, tile, x, w, w_step, scales, dims, &soon)
         x += dims * padded
-        weight += dims * l.weight.stride[3]
         first += dims
     for r in range(rows):
-        store_row(row_number(l, &l.out, first_row + r) + feature * l.out.stride[3], l.out.stride[3], tile + r * LANES,
-                  n, l.out.kind)
+        for i in range(ceil_div(n, LANES)):
+            store_row(row_number(l, &l.out, first_row + r) + (feature + i * LANES) * l.out.stride[3], l.out.stride[3],
+                      tile + (i * padded + r) * LANES, min(n - i * LANES, <Py_ssize_t> LANES), l.out.kind)
 
 
 cdef inline void multiply_panel(int panel, real* tile, const real* x, const real* w, Py_ssize_t w_stride,
@@ -264,22 +357,17 @@ cdef void multiply_in_place(const Linear* l, const LinearWorkspace* b, Py_ssize_
 cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t rows, Py_ssize_t feature,
                           Py_ssize_t n) noexcept nogil:
     """As multiply_in_place, of a W that is copied as reals: some dimensions, once for all panels."""
-    cdef Py_ssize_t left, first = 0, r, width, line, dims, ahead
-    cdef const char* weight = row_of(&l.weight, 0, 0, feature)
+    cdef Py_ssize_t left, first = 0, width, dims
     cdef const real* x
+    cdef Soon soon
     cdef real* tile
     cdef int panel
     while first < l.in_features:
         if stopped_by_signal(l.call):
             return
         dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
-        ahead = (dims if first + dims < l.in_features else 0) * l.weight.stride[3]
-        for r in range(n):
-            if 0 < ahead <= BLOCK_DIMS * <Py_ssize_t> sizeof(real):  # adjacent numbers
-                for line in range(0, ahead, 64):
-                    prefetch(weight + r * l.weight.stride[2] + ahead + line)
-            load_row(b.weight + r * W_STRIDE, weight + r * l.weight.stride[2], l.weight.stride[3], dims,
-                     l.weight.kind)
+        soon = expect_weights(l, feature, n, first)
+        copy_weights(l, b, feature, n, first, dims, &soon)
         tile, x, left = b.tile, l.packed, ceil_div(rows, LANES)
         while left > 0:
             panel = panel_vectors(PANEL_VECTORS, left)
@@ -288,7 +376,6 @@ cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t 
             tile += FEATURES * width
             x += width * l.in_features
             left -= panel
-        weight += dims * l.weight.stride[3]
         first += dims
 
 
@@ -331,12 +418,12 @@ cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_s
     cdef Py_ssize_t end = min(feature + FEATURES, l.out_features)
     cdef LinearWorkspace b
     carve_linear(&b, scratch, l)
-    if not few_rows(rows):
+    if not few_rows(l, rows):
         many_features(l, &b, first_row, rows, feature, end - feature)
         return
     while feature < end:
-        few_features(l, &b, first_row, rows, feature, min(<Py_ssize_t> LANES, end - feature))
-        feature += LANES
+        few_features(l, &b, first_row, rows, feature, min(<Py_ssize_t> features_at_once(rows), end - feature))
+        feature += features_at_once(rows)
 
 
 cdef void do_rows(const void* what, char* scratch) noexcept nogil:
@@ -370,28 +457,36 @@ cdef void do_rows(const void* what, char* scratch) noexcept nogil:
     set_mode(before)
 
 
-cdef int describe_linear(Linear* l, x, weight, bias, out, Kind kind, Kind weight_kind) except -1:
+cdef int describe_linear(Linear* l, x, weight, scales, bias, out, Kind kind, Kind weight_kind,
+                         Kind bias_kind) except -1:
     """l (OUT), but for what is planned; ValueError where the shapes do not fit together."""
     describe(&l.x, x, kind)
     describe(&l.weight, weight, weight_kind)
     describe(&l.out, out, kind)
-    l.bias.data = NULL
+    l.bias.data = l.scales.data = NULL
     if bias is not None:
-        describe(&l.bias, bias, kind)
+        describe(&l.bias, bias, bias_kind)
+    if scales is not None:
+        describe(&l.scales, scales, F32)
     l.seq, l.rows = l.x.length[2], l.x.length[1] * l.x.length[2]
     l.in_features, l.out_features = l.weight.length[3], l.weight.length[2]
     if (l.x.length[3] != l.in_features or l.out.length[3] != l.out_features or l.x.length[1] != l.out.length[1]
             or l.x.length[2] != l.out.length[2] or (bias is not None and l.bias.length[3] != l.out_features)
             or not l.x.length[0] == l.out.length[0] == l.weight.length[0] == l.weight.length[1] == 1
-            or (bias is not None and not l.bias.length[0] == l.bias.length[1] == l.bias.length[2] == 1)):
-        raise ValueError(f"linear: x of shape {x.shape}, weight of shape {weight.shape}, bias of shape "
+            or (bias is not None and not l.bias.length[0] == l.bias.length[1] == l.bias.length[2] == 1)
+            or (scales is not None) != (weight_kind == I8)
+            or (scales is not None and not (l.scales.length[0] == l.scales.length[1] == 1
+                                            and l.scales.length[2] == l.out_features
+                                            and l.scales.length[3] == ceil_div(l.in_features, SCALE_DIMS)))):
+        raise ValueError(f"linear: x of shape {x.shape}, weight of shape {weight.shape}, scales of shape "
+                         f"{None if scales is None else scales.shape}, bias of shape "
                          f"{None if bias is None else bias.shape} and out of shape {out.shape} do not fit together")
     return 0
 
 
-def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_threads):
-    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d], in arrays of 4 axes as Linear says; bias
-    may be None. num_threads: 0 for the default."""
+def linear(x, weight, scales, bias, out, Kind kind, Kind weight_kind, Kind bias_kind, Py_ssize_t num_threads):
+    """out[row][o] (OUT) = bias[o] + sum over d of x[row][d] * weight[o][d], in arrays of up to 4 axes as Linear says;
+    bias may be None, and scales are, but for int8. num_threads: 0 for the default."""
     cdef Linear l
     cdef LinearWorkspace b
     cdef Call call
@@ -399,15 +494,20 @@ def linear(x, weight, bias, out, Kind kind, Kind weight_kind, Py_ssize_t num_thr
     cdef size_t packed_size, taken_size, workspace_size
     cdef char* scratch
     cdef char* workspaces
-    describe_linear(&l, x, weight, bias, out, kind, weight_kind)
+    describe_linear(&l, x, weight, scales, bias, out, kind, weight_kind, bias_kind)
     if l.rows == 0 or l.out_features == 0:
         return
     l.block = min(l.rows, <Py_ssize_t> MAX_ROWS, max(LANES // 2, MAX_PACKED // max(1, l.in_features)))
     l.w_in_place = rows_are_real(&l.weight)
+    l.w_adjacent = l.w_in_place or (not IS_DOUBLE and weight_kind != F32 and weight_kind != F64
+                                    and l.weight.stride[3] == size_of(weight_kind))
+    l.ahead = 0
+    if l.weight.stride[3] == size_of(weight_kind):
+        l.ahead = min(AHEAD // size_of(weight_kind), round_up(l.in_features, BLOCK_DIMS))
     begin_call(&call, num_threads, 2.0 * l.rows * l.in_features * l.out_features)
     l.call = &call
     call.num_threads = min(call.num_threads, ceil_div(l.out_features, FEATURES))
-    rows = padded_rows(l.block) if few_rows(l.block) else round_up(l.block, LANES)
+    rows = padded_rows(l.block) if few_rows(&l, l.block) else round_up(l.block, LANES)
     packed_size = round_up(rows * l.in_features * sizeof(real), 64)
     taken_size = call.num_threads * sizeof(Taken)
     workspace_size = carve_linear(&b, NULL, &l)

@@ -22,6 +22,7 @@ from cattn._checks import (
     check_layer_inputs,
     check_layer_mask,
     check_parameter,
+    check_weight_dtype,
     copy,
     is_float,
     layer_text,
@@ -29,7 +30,8 @@ from cattn._checks import (
     shown,
     warn_of_0_and_1,
 )
-from cattn.reference._attention import compute_dtype, scaled_dot_product_attention
+from cattn.reference._attention import scaled_dot_product_attention
+from cattn.reference._linear import StoredWeight, linear
 
 __all__ = ["MultiHeadAttention"]
 
@@ -39,7 +41,9 @@ class _Parameter:
 
     The layer keeps a view of its own, of the assigned array's memory where that can be used and trained in place, else
     of a copy. Calls take views of that in turn, and check them again: the shape and the dtype of what an attribute
-    returns can be set as well."""
+    returns can be set as well.
+
+    With weight_dtype, a weight is kept as a StoredWeight, and its attribute returns a read-only copy, widened."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -48,7 +52,8 @@ class _Parameter:
         if layer is None:
             return self
         try:
-            return layer.__dict__[self.name]
+            array = layer.__dict__[self.name]
+            return _read_only(array.widened(), layer.dtype) if isinstance(array, StoredWeight) else array
         except KeyError:
             if "dtype" in layer.__dict__ and self.name not in layer._shapes():
                 return None
@@ -62,6 +67,9 @@ class _Parameter:
             raise ValueError(f"{self.name}: expected None, got a {type(value).__name__}; a layer with input_dim, kdim, "
                              f"vdim = {layer.input_dim}, {layer.kdim}, {layer.vdim} has {', '.join(shapes)}")
         array = check_parameter(self.name, value, shapes[self.name], layer.dtype)
+        if layer.weight_dtype is not None and len(shapes[self.name]) == 2:
+            layer.__dict__[self.name] = StoredWeight.of(array, layer.weight_dtype)
+            return
         layer.__dict__[self.name] = array if array is None or array.flags.writeable else copy(array, array.dtype)
 
 
@@ -91,7 +99,7 @@ class MultiHeadAttention:
         self, embed_dim: int, num_heads: int, *, num_kv_heads: int | None = None, head_dim: int | None = None,
         input_dim: int | None = None, kdim: int | None = None, vdim: int | None = None, bias: bool = True,
         out_bias: bool | None = None, dropout: float = 0.0, dtype: DTypeLike = np.float32,
-        seed: int | np.random.Generator | None = None,
+        seed: int | np.random.Generator | None = None, weight_dtype: DTypeLike | None = None,
     ) -> None:
         self.embed_dim = check_int("embed_dim", embed_dim, 1)
         self.num_heads = check_int("num_heads", num_heads, 1)
@@ -106,6 +114,7 @@ class MultiHeadAttention:
         self.head_dim = check_int("head_dim", self.embed_dim // self.num_heads if head_dim is None else head_dim, 1)
         self.dropout = check_dropout("dropout", dropout)
         self.dtype = check_dtype(dtype, self._dtypes)
+        self.weight_dtype = check_weight_dtype(weight_dtype)
         bias = check_bool("bias", bias)
         out_bias = bias if out_bias is None else check_bool("out_bias", out_bias)
 
@@ -183,14 +192,9 @@ class MultiHeadAttention:
         out, weights = scaled_dot_product_attention(q, k, v, attn_mask, return_weights=True, **options)
         return out.swapaxes(1, 2).reshape(len(q), q.shape[2], q.shape[1] * q.shape[3]), weights
 
-    @np.errstate(all="ignore")
     def _linear(self, x, weight, bias, num_threads):
-        """x @ weight^T + bias, rounded once to the dtype of x."""
-        dtype = compute_dtype(x)
-        out = x.astype(dtype, copy=False) @ weight.astype(dtype, copy=False).T
-        if bias is not None:
-            out += bias
-        return out.astype(x.dtype, copy=False)
+        """x @ weight^T + bias, rounded once to the dtype of x; the weight may be a StoredWeight."""
+        return linear(x, weight.widened() if isinstance(weight, StoredWeight) else weight, bias)
 
     # The steps that both share.
 
@@ -215,10 +219,15 @@ class MultiHeadAttention:
         k_start, v_start = self.num_heads * self.head_dim, (self.num_heads + self.num_kv_heads) * self.head_dim
         return slice(0, k_start), slice(k_start, v_start), slice(v_start, 2 * v_start - k_start)
 
-    def _own_parameters(self):
-        """{parameter: a view that nobody else holds}, for one call: another thread may assign them meanwhile."""
+    def _own_parameters(self, widened=False):
+        """{parameter: a view that nobody else holds}, for one call: another thread may assign them meanwhile. Weights
+        are as they are stored, or widened."""
         own, dtype = {}, self.dtype
         for name, shape in self._shapes().items():
+            array = self.__dict__.get(name)
+            if isinstance(array, StoredWeight) and array.shape == shape and not widened:
+                own[name] = array
+                continue
             array = getattr(self, name)
             if array is not None:
                 array = array[...]
@@ -243,7 +252,8 @@ class MultiHeadAttention:
         return layer_text(self, own, {
             "embed_dim": ..., "num_heads": ..., "num_kv_heads": own.get("num_heads"), "head_dim": None,
             "input_dim": own.get("embed_dim"), "kdim": own.get("input_dim"), "vdim": own.get("input_dim"),
-            "bias": True, "out_bias": own.get("bias", True), "dropout": 0.0, "dtype": np.dtype(np.float32)})
+            "bias": True, "out_bias": own.get("bias", True), "dropout": 0.0, "dtype": np.dtype(np.float32),
+            "weight_dtype": None})
 
     # State dicts.
 
@@ -311,6 +321,12 @@ class MultiHeadAttention:
         """
         for name, array in _layouts.parameters_of(self, state, layout, prefix).items():
             setattr(self, name, array)
+
+
+def _read_only(array, dtype):
+    array = cast(array, dtype)
+    array.flags.writeable = False
+    return array
 
 
 def _with_key_mask(attn_mask, key_mask):

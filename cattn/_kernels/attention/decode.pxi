@@ -51,13 +51,13 @@ cdef inline void decode_group(const int KIND, const int WIDTH, const int GROUPS,
     cdef Py_ssize_t line = 64 * GROUPS * LANES if no_gaps else 64   # from a step's first line to the next step's
     cdef Soon soon
     cdef int i, key
-    soon.item, soon.step, soon.pitch = size, 64 if no_gaps else v_step, line // (64 // size)
+    soon.step, soon.pitch = 64 if no_gaps else v_step, line
     while True:
         n = min(dims - d, <Py_ssize_t> DIMS_AT_ONCE)
         for i in range(GROUPS * WIDTH):
             acc[i] = vset1(<real> 0.0)
         soon.lines, soon.bytes = v + d // (64 // size) * line, v_row - d * size
-        multiply_columns(KIND, WIDTH, GROUPS, acc, k + d * size, k_step, q + d * WIDTH, n, &soon)
+        multiply_columns(KIND, WIDTH, GROUPS, acc, k + d * size, k_step, NULL, q + d * WIDTH, n, &soon)
         if d:
             for i in range(GROUPS * WIDTH):
                 acc[i] = acc[i] + before[i]

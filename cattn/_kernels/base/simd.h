@@ -287,17 +287,16 @@ SIMD void vload_quads(vf *two, const char *p, intptr_t step) {
 /* Of the first and of the second half (s: 0, 1) of each 16 bytes of a and b: lanes in turns, or pairs of lanes. */
 #define TURNS(e, s) ((e) / QUAD * QUAD + (s) * (QUAD / 2) + (e) % QUAD / 2 + (e) % 2 * LANE_COUNT)
 #define PAIRS(e, s) ((e) / QUAD * QUAD + (s) * (QUAD / 2) + (e) % 2 + (e) % QUAD / 2 * LANE_COUNT)
-/* columns[c][r] (OUT) = number c of the row at p + r * step, a LANES x LANES square, at any alignment. Gathered by 16
- * bytes from memory, so that what is left to shuffle stays within 16 bytes: half the shuffles of vtranspose. Rows are
- * read whole one after the other: powers of two apart, they share a set of L1. */
-SIMD void vload_square(vf *columns, const char *p, intptr_t step) {
-    for (int i = 0; i < QUAD; i++, p = byte_in_register(p + step))
-        for (int q = 0; q < LANE_COUNT; q += QUADS_AT_ONCE * QUAD) {
-            vf two[2];
-            vload_quads(two, p + q * (int)sizeof(real), QUAD * step);
-            for (int t = 0; t < QUADS_AT_ONCE; t++) columns[q + t * QUAD + i] = two[t];
-        }
-    for (int q = 0; q < LANE_COUNT; q += QUAD) {
+/* columns[c][r] (OUT), c < COLUMNS, r < LANES, = number c of the row at p + r * step, at any alignment. Gathered by 16
+ * bytes from memory, so that what is left to shuffle stays within 16 bytes: half the shuffles of vtranspose. */
+#define COLUMNS (QUADS_AT_ONCE * QUAD)
+SIMD void vload_columns(vf *columns, const char *p, intptr_t step) {
+    for (int i = 0; i < QUAD; i++, p = byte_in_register(p + step)) {
+        vf two[2];
+        vload_quads(two, p, QUAD * step);
+        for (int t = 0; t < QUADS_AT_ONCE; t++) columns[t * QUAD + i] = two[t];
+    }
+    for (int q = 0; q < COLUMNS; q += QUAD) {
         vf *z = columns + q;
         vf low = SHUFFLE(z[0], z[1], EACH(TURNS, 0)), high = SHUFFLE(z[0], z[1], EACH(TURNS, 1));
 #if IS_DOUBLE
@@ -311,6 +310,10 @@ SIMD void vload_square(vf *columns, const char *p, intptr_t step) {
         z[3] = SHUFFLE(high, high2, EACH(PAIRS, 1));
 #endif
     }
+}
+/* The same of all LANES columns of a square. */
+SIMD void vload_square(vf *columns, const char *p, intptr_t step) {
+    for (int c = 0; c < LANE_COUNT; c += COLUMNS) vload_columns(columns + c, p + c * (int)sizeof(real), step);
 }
 
 /* r[0..n) (IN/OUT), as many vectors, become one run of numbers in which those of the n vectors take turns; n: a power of
@@ -544,6 +547,11 @@ SIMD void vsplit_f16(vf *two, vf pairs) {
     two[0] = vload(low);
     two[1] = vload(high);
 #endif
+}
+/* four (OUT) = the first to the fourth signed byte of each lane of `quads`, as numbers. */
+SIMD void vsplit_i8(vf *four, vf quads) {
+    const int bits = 8 * (int)sizeof(real);
+    for (int i = 0; i < 4; i++) four[i] = __builtin_convertvector((vi)((vu)quads << (bits - 8 - 8 * i)) >> (bits - 8), vf);
 }
 
 #endif

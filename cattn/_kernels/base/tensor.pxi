@@ -6,7 +6,7 @@
 # data they cost the same.
 
 ctypedef enum Kind:  # the same numbers as in cattn/_checks.py
-    F32, F64, F16, BF16, BOOL
+    F32, F64, F16, BF16, BOOL, I8
 
 cdef struct Tensor:
     char* data            # NULL: the array was not given
@@ -22,7 +22,7 @@ cdef inline Kind real_kind() noexcept nogil:
 
 cdef inline Py_ssize_t size_of(Kind kind) noexcept nogil:
     """Of a number, in bytes."""
-    return 1 if kind == BOOL else 4 if kind == F32 else 8 if kind == F64 else 2
+    return 1 if kind == BOOL or kind == I8 else 4 if kind == F32 else 8 if kind == F64 else 2
 
 
 # batch, head and row are of the broadcast shape: an axis the array lacks has stride 0, as has batch where rows are
@@ -56,6 +56,8 @@ cdef inline real load_one(const char* p, Kind kind) noexcept nogil:
         return <real> wide
     elif kind == BOOL:
         return <real> 0.0 if p[0] else <real> -INFINITY
+    elif kind == I8:
+        return <real> (<const int8_t*> p)[0]
     memcpy(&half, p, 2)
     return <real> (widen_f16(half) if kind == F16 else widen_bf16(half))
 
@@ -75,6 +77,10 @@ cdef void load_row(real* row, const char* p, Py_ssize_t stride, Py_ssize_t n, Ki
     if kind == BOOL and stride == 1:
         for i in range(n):  # a loop of its own, for the compiler to vectorise: masks of keys
             row[i] = <real> 0.0 if p[i] else <real> -INFINITY
+        return
+    if kind == I8 and stride == 1:
+        for i in range(n):
+            row[i] = <real> (<const int8_t*> p)[i]
         return
     while i < n:  # the tail of 16-bit rows; and whatever has no loop of its own: gaps, float64 masks
         row[i] = load_one(p + i * stride, kind)
