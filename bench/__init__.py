@@ -1,1 +1,2 @@
-"""Measurements: `python -m bench` (attention against its peers), `python -m bench.minilm` (a real model)."""
+"""Measurements: `python -m bench` (attention against its peers); and real models: `python -m bench.minilm` (sentence
+embeddings), `python -m bench.chat` (a language model)."""

