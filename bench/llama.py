@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 import cattn
-from cattn import _quantize
+from cattn.reference import quantize_rows
 
 from .usage import UsageError
 
@@ -30,7 +30,7 @@ class Matrix:
     def __init__(self, weight, dtype):
         self.scales = None
         if dtype == "int8":
-            weight, self.scales = _quantize.quantize_rows(weight)
+            weight, self.scales = quantize_rows(weight)
         self.weight = weight.astype(dtype, copy=False)
 
     def __call__(self, x):
