@@ -16,6 +16,7 @@ from cattn._checks import (
     BF16,
     F16,
     F32,
+    I8,
     UNBOUNDED,
     as_array,
     check_bool,
@@ -28,7 +29,7 @@ from cattn._threads import checked
 
 __all__ = ["KVCache"]
 
-_KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16}
+_KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16, "int8": I8}
 _SLAB_BYTES = 1 << 24  # pages are allocated so many bytes at a time: the first token of a small model takes no more
 _ALIGNMENT = 64     # of pages and of what is in them, as in _kernels/attention/entry.pxi
 # Of attend without options, as the kernel takes them: causal.
@@ -47,8 +48,9 @@ class KVCache:
         Of the model.
     head_dim_v : int >= 1, optional
         Of the values; head_dim when None.
-    dtype : "float32", "float16" or "bfloat16", or a dtype of that name
-        What is stored; queries, keys and values come as float32, or in this dtype (bfloat16: that of ml_dtypes).
+    dtype : "float32", "float16", "bfloat16" or "int8", or a dtype of that name
+        What is stored. Queries, keys and values come as float32, or in this dtype (bfloat16: that of ml_dtypes), over
+        int8 also in any of 16 bits. int8 is symmetric, with a float32 scale for each token and head: see Notes.
     page_size : int >= 1
         Tokens in a page. Sequences share whole pages; and on average half a page of each is empty.
     max_tokens : int >= 0, optional
@@ -75,8 +77,14 @@ class KVCache:
     PagedAttention: Kwon et al. 2023, arXiv:2309.06180. Threads may attend different layers, or steps, at the same
     time; everything else takes a lock.
 
-    Each row has the bits that `scaled_dot_product_attention` gives it on the same keys in one array: neither pages, nor
-    the other sequences, nor into which chunks a prompt was cut, change any.
+    Each row has the bits that `scaled_dot_product_attention` gives it on the same keys in one array (int8:
+    `paged_attention` in pages of any size): neither pages, nor the other sequences, nor into which chunks a prompt was
+    cut, change any.
+
+    int8: the scale of a row x of keys or values is max|x| / 127, its numbers are x / scale rounded to nearest even, so
+    that each is off by max|x| / 254 at most. Scores are then off by at most e = scale * sum|q| * max|k| / 254, the
+    weights of a row together by 2 tanh(e / 2), and a column of the result by tanh(e / 2) times the spread of the
+    values in it, plus max|v| / 254. A row with an infinity or NaN is NaN as a whole.
 
     Examples
     --------
@@ -106,10 +114,15 @@ class KVCache:
         self.dtype_name = _dtype_name(dtype)
         self._kind = _KINDS[self.dtype_name]
         self._storage = np.dtype(np.uint16 if self._kind == BF16 else self.dtype_name)
-        # A page has its tokens of all layers: of each, [num_kv_heads][page_size][head_dim] keys, then values.
-        head = self.page_size * self._storage.itemsize
-        self._key_bytes = _aligned(self.num_kv_heads * head * self.head_dim)
-        self._layer_bytes = self._key_bytes + _aligned(self.num_kv_heads * head * self.head_dim_v)
+        # A page has its tokens of all layers: of each these parts, [num_kv_heads][page_size][dim], one after the other.
+        parts = [(self._storage, self.head_dim), (self._storage, self.head_dim_v)]
+        if self._kind == I8:
+            parts += [(np.dtype(np.float32), 1)] * 2    # scales of keys and of values
+        self._parts, self._layer_bytes = [], 0          # (where it begins, its bytes, dtype, dim)
+        for storage, dim in parts:
+            size = self.num_kv_heads * self.page_size * dim * storage.itemsize
+            self._parts.append((self._layer_bytes, size, storage, dim))
+            self._layer_bytes += _aligned(size)
         self._page_bytes = self.num_layers * self._layer_bytes
         self._slab_pages = max(1, _SLAB_BYTES // self._page_bytes)
         if max(self._page_bytes * self._slab_pages, self.page_size) > 2**46:
@@ -256,9 +269,7 @@ class KVCache:
         query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
         return_logsumexp = check_bool("return_logsumexp", return_logsumexp)
         kind = self._check_rows(step, query, key, value)
-        layer = check_int("layer", layer, 0)
-        if layer >= self.num_layers:
-            raise ValueError(f"layer: expected an int below num_layers = {self.num_layers}, got {shown(layer)}")
+        layer = self._check_layer(layer)
         total, num_heads, _ = query.shape
         num_threads = 0 if num_threads is None else checked(num_threads)
         if scale is window is alibi_slopes is sinks is None and type(softcap) is float and softcap == 0:
@@ -299,15 +310,16 @@ class KVCache:
 
     def _store_and_attend(self, layer, step, query, key, value, target, kind, logsumexp, num_threads, options):
         if len(query):
+            keys, values, *scales = self._pages(layer)
             _kernels.f32.attend_step(
-                query, key, value, target, *self._pages(layer), step._numbers, len(step._counts), step._has_starts,
-                kind, self._kind, None if logsumexp is None else logsumexp.reshape(-1), num_threads=num_threads,
-                **options)
+                query, key, value, target, keys, values, *(scales or (None, None)), step._numbers, len(step._counts),
+                step._has_starts, kind, self._kind, None if logsumexp is None else logsumexp.reshape(-1),
+                num_threads=num_threads, **options)
 
     # What is stored.
 
     def keys(self, layer: int, sequence: int) -> np.ndarray:
-        """A new array (length, num_kv_heads, head_dim), float32 where bfloat16 is stored; NaN where keys are dropped,
+        """A new array (length, num_kv_heads, head_dim), float32 where bfloat16 or int8 is stored; NaN where keys are dropped,
         or a layer is missing in an open step."""
         return self._gathered(layer, sequence, 0)
 
@@ -331,29 +343,25 @@ class KVCache:
                 f"page_size={self.page_size}): {len(self._sequences)} sequences, {len(self._owners)} pages in use")
 
     def _gathered(self, layer, sequence, which):
-        layer = check_int("layer", layer, 0)
-        if layer >= self.num_layers:
-            raise ValueError(f"layer: expected an int below num_layers = {self.num_layers}, got {shown(layer)}")
-        dim = (self.head_dim, self.head_dim_v)[which]
+        layer = self._check_layer(layer)
         with self._lock:
             one = self._of(sequence)
             known = one.length
             if one.step is not None and layer not in one.step._done:
                 known -= one.step._counts[one.step._members.index(one)]
-            result = np.full((one.length, self.num_kv_heads, dim), np.nan,
+            result = np.full((one.length, self.num_kv_heads, self._parts[which][-1]), np.nan,
                              np.float16 if self._kind == F16 else np.float32)
             for index, page in enumerate(one.pages):
                 low, high = index * self.page_size, min(known, (index + 1) * self.page_size)
                 first = max(low, one.start)
                 if first >= high:
                     continue
-                start = layer * self._layer_bytes + which * self._key_bytes
-                rows = self._bytes(page)[start : start + self.num_kv_heads * self.page_size * dim
-                                         * self._storage.itemsize].view(self._storage)
-                rows = rows.reshape(self.num_kv_heads, self.page_size, dim).swapaxes(0, 1)[first - low : high - low]
+                rows, *scales = (part[0].swapaxes(0, 1)[first - low : high - low]
+                                 for part in self._split(self._bytes(page), layer)[which::2])
                 if self._kind == BF16:
                     rows = (rows.astype(np.uint32) << 16).view(np.float32)
-                result[first:high] = rows
+                with np.errstate(all="ignore"):  # a scale may be anything
+                    result[first:high] = rows * scales[0] if scales else rows
             return result
 
     # The pool. Pages are known by where they begin, in bytes from the first slab.
@@ -378,6 +386,12 @@ class KVCache:
                              f"{self.num_layers - len(one.step._done)} layers are missing; attend them, or cancel it")
         return one
 
+    def _check_layer(self, layer):
+        layer = check_int("layer", layer, 0)
+        if layer >= self.num_layers:
+            raise ValueError(f"layer: expected an int below num_layers = {self.num_layers}, got {shown(layer)}")
+        return layer
+
     def _check_open(self, step):
         if not isinstance(step, Step) or step._cache is not self:
             raise ValueError(f"step: expected one that this cache's extend() returned, got {shown(step)}")
@@ -390,8 +404,9 @@ class KVCache:
             self._check_open(step)
         total = sum(step._counts)
         kind = check_kind("query", query)
-        if kind not in (F32, self._kind):
-            raise TypeError(f"query: expected float32 or the cache's dtype, {self.dtype_name}, got {query.dtype}")
+        if kind not in ((F32, F16, BF16) if self._kind == I8 else (F32, self._kind)):
+            expected = "16 bits" if self._kind == I8 else f"the cache's dtype, {self.dtype_name}"
+            raise TypeError(f"query: expected float32 or {expected}, got {query.dtype}")
         if query.ndim != 3 or len(query) != total or query.shape[2] != self.head_dim or (
                 not query.shape[1] or query.shape[1] % self.num_kv_heads):
             raise ValueError(f"query: expected ({total}, num_heads, {self.head_dim}) with a multiple of "
@@ -464,19 +479,17 @@ class KVCache:
         return self._slabs[at][first : first + self._page_bytes]
 
     def _pages(self, layer):
-        """Keys and values of a layer in the first page of the first slab, (1, num_kv_heads, page_size, dim): what
-        tables of pages count from."""
+        """The parts of a layer in the first page of the first slab: what tables of pages count from."""
         known = self._first_pages.get(layer)
-        if known is not None:
-            return known
-        result = []
-        for which, dim in enumerate((self.head_dim, self.head_dim_v)):
-            start = layer * self._layer_bytes + which * self._key_bytes
-            size = self.num_kv_heads * self.page_size * dim * self._storage.itemsize
-            result.append(self._first[start : start + size].view(self._storage).reshape(
-                1, self.num_kv_heads, self.page_size, dim))
-        self._first_pages[layer] = result
-        return result
+        if known is None:
+            known = self._first_pages[layer] = self._split(self._first, layer)
+        return known
+
+    def _split(self, page, layer):
+        """Views of a page's bytes: the parts of a layer, each (1, num_kv_heads, page_size, dim)."""
+        first = layer * self._layer_bytes
+        return [page[first + start : first + start + size].view(storage).reshape(
+            1, self.num_kv_heads, self.page_size, dim) for start, size, storage, dim in self._parts]
 
 
 class Step:
@@ -520,7 +533,7 @@ class Step:
         self._numbers = np.concatenate([
             self.cu_seqlens_q, offsets, self.kv_lens, np.array(starts, np.int64),
             pages + slots * (self._cache.head_dim * item), pages + slots * (self._cache.head_dim_v * item),
-            table.ravel() // _ALIGNMENT])
+            pages + slots * 4, table.ravel() // _ALIGNMENT])
 
     def _close(self):
         self._is_closed = True

@@ -529,6 +529,36 @@ def check_packed_shapes(query, key, value, names=("query", "key", "value")):
         raise ValueError(f"{names[2]}: expected at most {_MAX_NUMBERS} numbers, got shape {value.shape}")
 
 
+def check_page_kinds(query, pages, scales, given):
+    """The kinds of query and pages; `pages`, `scales`: of keys and of values; `given`: what all five were made of."""
+    names = "query", "key_pages", "value_pages"
+    if np.int8 not in (pages[0].dtype, pages[1].dtype):
+        for name, array in zip(("key_scales", "value_scales"), scales, strict=True):
+            if array is not None:
+                raise ValueError(f"{name}: expected None, as key_pages is {pages[0].dtype}, got an array; they scale "
+                                 f"int8")
+        return check_kinds(query, *pages, given[:3], names)
+    q_kind = check_kind("query", query, given[0])
+    if q_kind == F64:
+        raise TypeError(f"query: expected float32 or 16 bits over int8 pages, got dtype {query.dtype}; "
+                        f"{cast_cure('query', given[0], 'np.float32')} casts")
+    for name, array in zip(names[1:], pages, strict=True):
+        if array.dtype != np.int8:
+            raise TypeError(f"{name}: expected int8, as the other pages are, got dtype {array.dtype}")
+    return q_kind, I8
+
+
+def check_page_scales(name, scales, pages_name, pages, given):
+    if scales is None:
+        raise TypeError(f"{name}: expected a float32 array, as {pages_name} is int8, got None")
+    if scales.dtype != np.float32:
+        cure = f"; {cast_cure(name, given, 'np.float32')} casts" if is_number(scales.dtype) else ""
+        raise TypeError(f"{name}: expected float32, got dtype {scales.dtype}{cure}")
+    if scales.shape != pages.shape[:-1]:
+        raise ValueError(f"{name}: expected shape {pages.shape[:-1]}, one for each row of {pages_name}, got shape "
+                         f"{scales.shape}")
+
+
 def check_ints(name, array, shape_text, num_axes):
     """A new contiguous int64 array of so many axes: nobody changes it after it was looked at."""
     given, array = array, as_array(name, array)

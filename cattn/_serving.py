@@ -16,6 +16,7 @@ from cattn._attention import check_offset, check_options
 from cattn._checks import (
     BOOL,
     F64,
+    I8,
     as_array,
     check_block_table,
     check_bool,
@@ -23,6 +24,8 @@ from cattn._checks import (
     check_kinds,
     check_out,
     check_packed_shapes,
+    check_page_kinds,
+    check_page_scales,
     check_result,
 )
 
@@ -107,6 +110,7 @@ def varlen_attention(
 def paged_attention(
     query: ArrayLike, key_pages: ArrayLike, value_pages: ArrayLike, block_table: ArrayLike, kv_lens: ArrayLike,
     cu_seqlens_q: ArrayLike | None = None, *, is_causal: bool = True, q_offset: ArrayLike | str = "end",
+    key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None,
     scale: float | None = None, window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
     alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, dropout_p: float = 0.0,
     return_logsumexp: bool = False, out: np.ndarray | None = None, num_threads: int | None = None,
@@ -121,10 +125,12 @@ def paged_attention(
     ----------
     query : float array (total_q, num_heads, head_dim)
         The queries of all sequences, packed.
-    key_pages : float array (num_pages, page_size, num_kv_heads, head_dim)
+    key_pages : array (num_pages, page_size, num_kv_heads, head_dim)
         Any strides: pages (num_pages, num_kv_heads, page_size, head_dim) come as pages.swapaxes(1, 2), and keys and
-        values that share an array as views of it. Dtypes as in `scaled_dot_product_attention`.
-    value_pages : float array (num_pages, page_size, num_kv_heads, head_dim_v)
+        values that share an array as views of it. Dtypes as in `scaled_dot_product_attention`; or int8, with scales,
+        under a query of float32 or 16 bits.
+    value_pages : array (num_pages, page_size, num_kv_heads, head_dim_v)
+        In the dtype of key_pages.
     block_table : int array (batch, max_pages)
         Key j of sequence b is row j % page_size of page block_table[b, j // page_size]. What stands behind the last
         page of a sequence is not looked at. Sequences may share pages.
@@ -136,6 +142,8 @@ def paged_attention(
         No query sees a key after it: query i of a sequence sees key j when j <= i + q_offset.
     q_offset : int, int array (batch,) or "end"
         Position of a sequence's query 0 among its keys. "end": its queries are the last of its keys.
+    key_scales, value_scales : float32 array (num_pages, page_size, num_kv_heads), with int8 pages
+        A row of pages stands for its numbers times its scale. Scales of keys that nobody sees are not used.
     scale, window, softcap, alibi_slopes, sinks, dropout_p, seed, num_threads
         As in `scaled_dot_product_attention`; a sequence is what is a batch row there.
     return_logsumexp : bool
@@ -155,6 +163,10 @@ def paged_attention(
 
     Notes
     -----
+    Of int8 pages, a score is the product of query and numbers, times the scale: the row times its scale is not rounded
+    for itself, and a result may differ in the last bits from that on float32 pages of the rounded products. It has the
+    same bits whatever the strides, the pages, and the other queries are.
+
     PagedAttention: Kwon et al. 2023, arXiv:2309.06180. The table and the lengths are vLLM's.
 
     Examples
@@ -167,11 +179,19 @@ def paged_attention(
     >>> bool((out[0] == varlen_attention(query[:1], keys[0, :, None], keys[0, :, None], [0, 1], [0, 6])).all())
     True
     """
-    given = query, key_pages, value_pages
+    given = query, key_pages, value_pages, key_scales, value_scales
     query, key_pages = as_array("query", query), as_array("key_pages", key_pages)
     value_pages = as_array("value_pages", value_pages)
-    q_kind, kv_kind = check_kinds(query, key_pages, value_pages, given, ("query", "key_pages", "value_pages"))
+    key_scales = None if key_scales is None else as_array("key_scales", key_scales)
+    value_scales = None if value_scales is None else as_array("value_scales", value_scales)
+    q_kind, kv_kind = check_page_kinds(query, (key_pages, value_pages), (key_scales, value_scales), given)
     check_packed_shapes(query, key_pages, value_pages, ("query", "key_pages", "value_pages"))
+    keys = {}
+    if kv_kind == I8:
+        check_page_scales("key_scales", key_scales, "key_pages", key_pages, given[3])
+        check_page_scales("value_scales", value_scales, "value_pages", value_pages, given[4])
+        keys = {"key_scales": key_scales.swapaxes(1, 2)[..., None],
+                "value_scales": value_scales.swapaxes(1, 2)[..., None]}
     num_pages, page_size = key_pages.shape[:2]
     block_table, kv_lens = check_block_table(block_table, kv_lens, num_pages, page_size)
     if cu_seqlens_q is None:
@@ -183,9 +203,10 @@ def paged_attention(
         cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, len(query), len(kv_lens))
     return _attend(
         query, key_pages.swapaxes(1, 2), value_pages.swapaxes(1, 2), q_kind, kv_kind, cu_seqlens_q, kv_lens, out,
-        {"query": query, "key_pages": key_pages, "value_pages": value_pages}, is_causal=is_causal, q_offset=q_offset,
-        scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
-        return_logsumexp=return_logsumexp, num_threads=num_threads, seed=seed, keys={"block_table": block_table})
+        {"query": query, "key_pages": key_pages, "value_pages": value_pages, "key_scales": key_scales,
+         "value_scales": value_scales}, is_causal=is_causal, q_offset=q_offset, scale=scale, window=window,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
+        return_logsumexp=return_logsumexp, num_threads=num_threads, seed=seed, keys=keys | {"block_table": block_table})
 
 
 def _attend(query, key, value, q_kind, kv_kind, cu_seqlens_q, kv_lens, out, inputs, *, is_causal, q_offset,

@@ -29,7 +29,7 @@ Below an entry (plain `def`), where the GIL has been given up, everything is `no
 """
 from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel cimport parallel, prange, threadid
-from libc.math cimport INFINITY, cos as c_cos, exp, fabs, log, pow, sin as c_sin, sqrt, tanh
+from libc.math cimport INFINITY, cos as c_cos, exp, fabs, log, pow, rint, sin as c_sin, sqrt, tanh
 from libc.stdint cimport int8_t, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memcpy, memset
@@ -104,6 +104,7 @@ cdef extern from "simd.h" nogil:
     double opaque(double)
     vf vload_f16(const uint16_t*)
     vf vload_bf16(const uint16_t*)
+    vf vload_i8(const int8_t*)
     void vstore_f16(uint16_t*, vf)
     void vstore_bf16(uint16_t*, vf)
     float widen_f16(uint16_t)

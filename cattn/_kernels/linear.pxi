@@ -79,7 +79,7 @@ cdef inline void linear_columns(const int KIND, const int ROWS, const int GROUPS
     cdef int i
     for i in range(GROUPS * ROWS):
         acc[i] = vset1(<real> 0.0)
-    multiply_columns(KIND, ROWS, GROUPS, acc, weight, w_step, scales, x, dims, soon)
+    multiply_columns(KIND, KIND == I8, ROWS, GROUPS, acc, weight, w_step, scales, x, dims, soon)
     for i in range(GROUPS * ROWS):
         vstore(tile + i * LANES, vload(tile + i * LANES) + acc[i])
 

@@ -9,7 +9,7 @@ classes here are also the base of the fast ones, which do the costly steps in th
 
 from cattn.reference._attention import scaled_dot_product_attention
 from cattn.reference._dropout import dropout_keep, philox4x32
-from cattn.reference._linear import linear
+from cattn.reference._linear import linear, quantize_rows
 from cattn.reference._merge import merge_states
 from cattn.reference._multihead import MultiHeadAttention
 from cattn.reference._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
@@ -24,6 +24,7 @@ __all__ = [
     "merge_states",
     "paged_attention",
     "philox4x32",
+    "quantize_rows",
     "relative_shift",
     "rotary_embedding",
     "rotary_table",

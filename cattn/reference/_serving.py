@@ -33,12 +33,13 @@ def varlen_attention(
 def paged_attention(
     query: ArrayLike, key_pages: ArrayLike, value_pages: ArrayLike, block_table: ArrayLike, kv_lens: ArrayLike,
     cu_seqlens_q: ArrayLike | None = None, *, is_causal: bool = True, q_offset: ArrayLike | str = "end",
-    return_logsumexp: bool = False, **options,
+    key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None, return_logsumexp: bool = False, **options,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Attention of packed queries on keys in pages: see `cattn.paged_attention`.
 
     key_pages, value_pages : arrays (num_pages, page_size, num_kv_heads, head_dim or head_dim_v)
     block_table : int array (batch, max_pages); kv_lens : int array (batch,)
+    key_scales, value_scales : arrays (num_pages, page_size, num_kv_heads) of int8 pages, which are multiplied by them
     """
     query, key_pages, value_pages = np.asarray(query), np.asarray(key_pages), np.asarray(value_pages)
     page_size = key_pages.shape[1]
@@ -47,9 +48,17 @@ def paged_attention(
     keys = []
     for pages, kv_len in zip(np.asarray(block_table), kv_lens, strict=True):
         pages = pages[: -(-kv_len // page_size)]
-        keys.append(tuple(x[pages].reshape(-1, *x.shape[2:])[:kv_len] for x in (key_pages, value_pages)))
+        keys.append((_gathered(key_pages, key_scales, pages)[:kv_len],
+                     _gathered(value_pages, value_scales, pages)[:kv_len]))
     return _each(query, keys, value_pages.shape[-1], cu_seqlens_q, q_offset, return_logsumexp, is_causal=is_causal,
                  **options)
+
+
+@np.errstate(all="ignore")
+def _gathered(x, scales, pages):
+    """The rows of these pages, one after the other."""
+    rows = x[pages].reshape(-1, *x.shape[2:])
+    return rows if scales is None else rows * np.asarray(scales)[pages].reshape(-1, x.shape[2], 1)
 
 
 def _each(query, keys, head_dim_v, cu_seqlens_q, q_offset, return_logsumexp, *, alibi_slopes=None, dropout_p=0.0,

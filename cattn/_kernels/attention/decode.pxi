@@ -1,6 +1,6 @@
 # Attention of few query rows (a decoding step: one row for each head that shares the key head) against long K and V.
 # Each number of K and V is used for a few FMAs only, so the limit is how fast they arrive: rows of K and V are taken as
-# they lie, also in 16 bits, and one pass over them serves all rows. *Keys are in the SIMD lanes* for scores, dimensions
+# they lie, also in 16 or 8 bits, and one pass over them serves all rows. *Keys are in the SIMD lanes* for scores, dimensions
 # for values.
 #
 #     for each (batch, key head), each split of the keys
@@ -26,8 +26,8 @@ cdef enum:
     MAX_DECODE_ROWS = 8     # more rows need the arithmetic that prefill has
 
 
-# KIND and WIDTH are constants wherever these functions are inlined: there are 3 kinds of rows (real, float16, bfloat16)
-# and 4 widths of rows per key head (1, 2, 4, 8; 3 and 5 to 7 rows repeat the last).
+# KIND and WIDTH are constants wherever these functions are inlined: there are 4 kinds of rows (real, float16, bfloat16,
+# int8) and 4 widths of rows per key head (1, 2, 4, 8; 3 and 5 to 7 rows repeat the last).
 
 cdef inline vf load_kv(const int KIND, const char* row, Py_ssize_t d) noexcept nogil:
     """LANES numbers of a row of K or V from dimension d on, widened inside the load."""
@@ -35,6 +35,8 @@ cdef inline vf load_kv(const int KIND, const char* row, Py_ssize_t d) noexcept n
         return vload_f16(<const uint16_t*> row + d)
     if KIND == BF16:
         return vload_bf16(<const uint16_t*> row + d)
+    if KIND == I8:
+        return vload_i8(<const int8_t*> row + d)
     return vload(<const real*> row + d)
 
 
@@ -57,7 +59,7 @@ cdef inline void decode_group(const int KIND, const int WIDTH, const int GROUPS,
         for i in range(GROUPS * WIDTH):
             acc[i] = vset1(<real> 0.0)
         soon.lines, soon.bytes = v + d // (64 // size) * line, v_row - d * size
-        multiply_columns(KIND, WIDTH, GROUPS, acc, k + d * size, k_step, NULL, q + d * WIDTH, n, &soon)
+        multiply_columns(KIND, False, WIDTH, GROUPS, acc, k + d * size, k_step, NULL, q + d * WIDTH, n, &soon)
         if d:
             for i in range(GROUPS * WIDTH):
                 acc[i] = acc[i] + before[i]
@@ -282,7 +284,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
             w.scores[i] = <real> -INFINITY
             i += 1
         decode_softmax(w, state, p.unit, WIDTH, i // LANES, p.v_stride)
-        are_modified = p.dropout or w.again
+        are_modified = p.dropout or w.again or p.v_scales.data != NULL
         if are_modified:
             sums = sum_probs(w.scores, WIDTH, b.n)
             modify_probs(p, w, &t)
@@ -300,10 +302,11 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
 
 
 cdef bint decode_reads_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
-    """Whole vectors of adjacent numbers, which 16-bit loads take at any alignment."""
+    """Whole vectors of adjacent numbers, which loads of fewer bits take at any alignment."""
     if dim % LANES:
         return False
-    return rows_are_real(t) or (not IS_DOUBLE and (t.kind == F16 or t.kind == BF16) and t.stride[3] == 2)
+    return rows_are_real(t) or (not IS_DOUBLE and (t.kind == F16 or t.kind == BF16 or t.kind == I8)
+                                and t.stride[3] == size_of(t.kind))
 
 
 cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
@@ -313,6 +316,8 @@ cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, co
         decode_kind(F16, p, w, task, state, low, high)
     elif not IS_DOUBLE and p.block_kind == BF16:
         decode_kind(BF16, p, w, task, state, low, high)
+    elif not IS_DOUBLE and p.block_kind == I8:
+        decode_kind(I8, p, w, task, state, low, high)
     else:
         decode_kind(F64 if IS_DOUBLE else F32, p, w, task, state, low, high)
 

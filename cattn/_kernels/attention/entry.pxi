@@ -63,14 +63,19 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
            Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
            const real[:, ::1] slopes, const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
            Py_ssize_t num_threads, const int64_t[::1] kv_starts=None, const int64_t[::1] cu_seqlens_q=None,
-           const int64_t[::1] cu_seqlens_kv=None, const int64_t[:, ::1] block_table=None):
+           const int64_t[::1] cu_seqlens_kv=None, const int64_t[:, ::1] block_table=None, key_scales=None,
+           value_scales=None):
     """out, weights, these again in 16 bits, and logsumexp (OUT; flat, contiguous) of one attention problem; None: not
     given. With cu_seqlens_q, queries, out and logsumexp are packed, (1, heads, total, dim), and so with cu_seqlens_kv
-    keys and values; with block_table, these are (pages, heads, page_size, dim). Both come with kv_lens."""
+    keys and values; with block_table, these are (pages, heads, page_size, dim). Both come with kv_lens.
+    Those of 8 bits have float32 scales, (pages, heads, page_size, 1)."""
     cdef Problem p
     memset(&p, 0, sizeof(p))
     describe_inputs(&p, query, key, value, q_kind, kv_kind)
     describe(&p.out, out, q_kind)
+    if key_scales is not None:
+        describe(&p.k_scales, key_scales, F32)
+        describe(&p.v_scales, value_scales, F32)
     if mask is not None:
         describe(&p.mask, mask, mask_kind)
     if weights is not None:
@@ -131,18 +136,54 @@ cdef void store_rows(const Tensor* rows, const Tensor* pages, const int64_t* pla
                           n, pages.kind)
 
 
-def attend_step(query, key, value, out, keys, values, const int64_t[::1] step, Py_ssize_t batch, bint has_starts,
-                Kind kind, Kind pages_kind, real[::1] logsumexp, *, scale, double softcap, Py_ssize_t window_left,
-                Py_ssize_t window_right, const real[:, ::1] slopes, const real[::1] sinks, Py_ssize_t num_threads):
+cdef void store_quantized(const Tensor* rows, const Tensor* pages, const Tensor* scales, const int64_t* places,
+                          const int64_t* scale_places) noexcept nogil:
+    """As store_rows, into 8 bits: a row's scale (OUT), a float, is its largest magnitude / 127; its numbers are rounded
+    to nearest even, or 0 where that is 0, infinite or NaN."""
+    cdef Py_ssize_t i, head, d, j, n, dim = rows.length[3]
+    cdef const char* row
+    cdef int8_t* target
+    cdef real numbers[256]
+    cdef float largest, scale
+    for i in range(rows.length[2]):
+        for head in range(rows.length[1]):
+            row = row_of(rows, 0, head, i)
+            largest = 0
+            for d in range(ceil_div(dim, 256)):
+                n = min(<Py_ssize_t> 256, dim - d * 256)
+                load_row(numbers, row + d * 256 * rows.stride[3], rows.stride[3], n, rows.kind)
+                for j in range(n):
+                    if largest == largest and not fabs(numbers[j]) <= largest:
+                        largest = <float> fabs(numbers[j])
+            scale = largest / <float> 127
+            memcpy(row_of(scales, 0, head, 0) + scale_places[i], &scale, sizeof(float))
+            target = <int8_t*> (row_of(pages, 0, head, 0) + places[i])
+            if not 0 < scale < INFINITY:
+                memset(target, 0, dim)
+                continue
+            for d in range(ceil_div(dim, 256)):
+                n = min(<Py_ssize_t> 256, dim - d * 256)
+                if d or dim > 256:
+                    load_row(numbers, row + d * 256 * rows.stride[3], rows.stride[3], n, rows.kind)
+                for j in range(n):
+                    target[d * 256 + j] = <int8_t> rint(numbers[j] / scale)
+
+
+def attend_step(query, key, value, out, keys, values, key_scales, value_scales, const int64_t[::1] step,
+                Py_ssize_t batch, bint has_starts, Kind kind, Kind pages_kind, real[::1] logsumexp, *, scale,
+                double softcap, Py_ssize_t window_left, Py_ssize_t window_right, const real[:, ::1] slopes,
+                const real[::1] sinks, Py_ssize_t num_threads):
     """A step of a cache. key and value (total, num_kv_heads, dim) go into pages, then out (OUT) and logsumexp (OUT,
     flat; or None) of the query (total, num_heads, dim) are what attend makes of them; keys and values are the first
-    page, (1, num_kv_heads, page_size, dim). `step` holds, one after the other, cu_seqlens_q (batch + 1), q_offsets,
-    kv_lens, kv_starts (batch each); where keys and where values are stored (total each), in bytes from the first page;
-    and the table of pages, in PAGE_UNITs from there."""
+    page, (1, num_kv_heads, page_size, dim), of 8 bits with scales, else None. `step` holds, one after the other,
+    cu_seqlens_q (batch + 1), q_offsets, kv_lens, kv_starts (batch each); where keys, values and scales are stored
+    (total each), in bytes from the first page; and the table of pages, in PAGE_UNITs from there."""
     cdef Problem p
     cdef Tensor new_keys, new_values
     cdef const int64_t* numbers = &step[0]
+    cdef const int64_t* places = numbers + 4 * batch + 1
     cdef Py_ssize_t total
+    cdef fp_mode callers
     memset(&p, 0, sizeof(p))
     describe_inputs(&p, query, keys, values, kind, pages_kind)
     describe(&p.out, out, kind)
@@ -159,13 +200,22 @@ def attend_step(query, key, value, out, keys, values, const int64_t[::1] step, P
     if has_starts:
         p.kv_starts = numbers + 3 * batch + 1
     describe_packed(&p, numbers)
-    p.block_table = numbers + 4 * batch + 1 + 2 * total
-    p.table_stride = (step.shape[0] - 4 * batch - 1 - 2 * total) // batch
+    p.block_table = places + 3 * total
+    p.table_stride = (step.shape[0] - 4 * batch - 1 - 3 * total) // batch
     p.page_size = p.k.length[2]
-    with nogil:
-        store_rows(&new_keys, &p.k, numbers + 4 * batch + 1)
-        store_rows(&new_values, &p.v, numbers + 4 * batch + 1 + total)
-    p.k.stride[0] = p.v.stride[0] = PAGE_UNIT
+    if key_scales is None:
+        with nogil:
+            store_rows(&new_keys, &p.k, places)
+            store_rows(&new_values, &p.v, places + total)
+    else:
+        describe(&p.k_scales, key_scales, F32)
+        describe(&p.v_scales, value_scales, F32)
+        with nogil:
+            callers = own_mode()
+            store_quantized(&new_keys, &p.k, &p.k_scales, places, places + 2 * total)
+            store_quantized(&new_values, &p.v, &p.v_scales, places + total, places + 2 * total)
+            set_mode(callers)
+    p.k.stride[0] = p.v.stride[0] = p.k_scales.stride[0] = p.v_scales.stride[0] = PAGE_UNIT
     if logsumexp is not None:
         describe_logsumexp(&p, &logsumexp[0])
     if sinks is not None:

@@ -1,9 +1,8 @@
 # Where the keys and values of a task lie, as what they are read, which come next, and which are wanted soon. Both
 # kernels take the blocks that next_block yields: no other place computes an address of K or V.
 #
-# Keys in pages: a run of keys ends where its page does. Another way to store them is a case of place_runs; of 8 bits
-# with a scale for each key, copy_rows widens (or decode's load_kv, a further kind), and the scales are two more
-# modifiers, of scores and of probabilities.
+# Keys in pages: a run of keys ends where its page does. Another way to store them is a case of place_runs. The scales of
+# keys of 8 bits are a modifier of scores, those of values one of probabilities: see modify.pxi.
 
 cdef enum:
     # Asked for every EXP_KEYS keys, at least: 1 is 15 % slower where short sequences come from memory
@@ -53,6 +52,24 @@ cdef void copy_rows(real* copy, const Problem* p, const Tensor* t, const Task* t
             copy[j * stride + d] = 0.0
 
 
+cdef void load_key_scales(real* scales, const Problem* p, const Tensor* t, const Task* task,
+                      const Block* b) noexcept nogil:
+    """scales (OUT)[block_kv + LANES]: each key's, at its place on the grid of blocks; 0 in whole vectors behind."""
+    cdef Py_ssize_t done = 0, n, i
+    cdef const char* row
+    cdef float scale
+    scales += b.key_start % p.block_kv
+    while done < b.n:
+        n = until_page_ends(p, b.key_start + done, b.n - done)
+        row = key_row(p, t, task.batch, task.kv_head, b.key_start + done)
+        for i in range(n):  # no call of load_row: they are mostly as far apart as there are heads
+            memcpy(&scale, row + i * t.stride[2], sizeof(float))
+            scales[done + i] = scale
+        done += n
+    for i in range(b.n, round_up(b.n, LANES)):
+        scales[i] = 0.0
+
+
 cdef inline Py_ssize_t end_of_keys(const Problem* p, const Task* task, Py_ssize_t high) noexcept nogil:
     """Where a thread that is at a split up to `high` will be done with the task: after it, or after all of them."""
     return task.high if p.parts == NULL else high
@@ -95,6 +112,9 @@ cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* ta
         return False
     b.n = min(p.block_kv - b.key_start % p.block_kv, high - b.key_start)
     b.kind = p.block_kind
+    if p.k_scales.data != NULL:
+        load_key_scales(w.key_scales, p, &p.k_scales, task, b)
+        load_key_scales(w.value_scales, p, &p.v_scales, task, b)
     if p.k_in_place or p.v_in_place:
         place_runs(p, task, high, b)
     if not p.k_in_place:

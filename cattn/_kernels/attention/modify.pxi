@@ -1,5 +1,6 @@
 # Modifiers: what happens to a tile of scores between Q K^T and the softmax, and to its probabilities after it. Each is
 # one pass over the tile (IN/OUT); a score of -inf is a masked key. In this order, which modify_tile has:
+#     keys     s = s * scale[key], of keys of 8 bits
 #     scale    s = |scale| s, where a modifier below calculates with scores (choose_units)
 #     cap      s = c tanh(s / c)
 #     alibi    s = s - slope[lane] |position[lane] - key|
@@ -8,6 +9,33 @@
 # and after the softmax:
 #     drop     p = p / (1 - dropout_p), or 0
 #     shrink   p = p * shrink[lane]: see store_result
+#     values   p = p * scale[key], of values of 8 bits; 0 where the key is not seen, whatever its scale is
+
+cdef void scale_keys(const Problem* p, const real* scales, Tile* t) noexcept nogil:
+    """Scores or probabilities times what load_key_scales has read; whole vectors, as cap_scores."""
+    cdef vf each[MAX_DECODE_ROWS]
+    cdef vf scale
+    cdef Py_ssize_t j, i, width = t.width
+    scales += t.key_start % p.block_kv
+    if width < LANES:   # few rows, in decode
+        for j in range(ceil_div(t.n, LANES)):
+            for i in range(width):
+                each[i] = vload(scales + j * LANES)
+            if width == 2:
+                vweave(each, 2)
+            elif width == 4:
+                vweave(each, 4)
+            elif width == 8:
+                vweave(each, 8)
+            for i in range(width):
+                vstore(t.scores + (j * width + i) * LANES, vload(t.scores + (j * width + i) * LANES) * each[i])
+        return
+    for j in range(t.n):
+        scale = vset1(scales[j])
+        for i in range(width // LANES):
+            vstore(t.scores + j * width + i * LANES, vload(t.scores + j * width + i * LANES) * scale)
+
+
 
 cdef void scale_scores(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
     """In whole vectors, as cap_scores."""
@@ -246,6 +274,16 @@ cdef void shrink_probs(const Problem* p, const Workspace* w, Tile* t) noexcept n
         vstore(t.scores + i * LANES, product)
 
 
+cdef void scale_values(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
+    cdef Py_ssize_t i
+    scale_keys(p, w.value_scales, t)
+    if (t.limited or p.mask.data != NULL) and not all_finite(w.value_scales + t.key_start % p.block_kv, t.n):
+        find_visible(p, w, t)
+        for i in range(t.n * t.width):
+            if w.visible[i] == -INFINITY:
+                t.scores[i] = 0.0
+
+
 cdef void mask_tile(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
     """The modifiers that can take a key away."""
     if p.mask.data != NULL:
@@ -254,15 +292,27 @@ cdef void mask_tile(const Problem* p, const Workspace* w, Tile* t) noexcept nogi
         limit_keys(p, w, t)
 
 
+cdef void find_visible(const Problem* p, const Workspace* w, const Tile* t) noexcept nogil:
+    """w.visible (OUT)[n][width]: 0 where a lane sees a key, else -inf. The modifiers tell, on a tile of zeros."""
+    cdef Tile visible = t[0]
+    cdef Py_ssize_t i
+    visible.scores, visible.scale = w.visible, 1.0
+    for i in range(t.n * t.width):
+        w.visible[i] = 0.0
+    mask_tile(p, w, &visible)
+
+
 cdef inline bint is_modified(const Problem* p, const Tile* t) noexcept nogil:
     """Whether any modifier of scores touches the tile."""
-    return t.limited or p.mask.data != NULL or p.scale != 1 or p.softcap != 0 or p.slopes != NULL
+    return t.limited or p.mask.data != NULL or p.k_scales.data != NULL or p.scale != 1 or p.softcap != 0 or p.slopes != NULL
 
 
 cdef bint modify_tile(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
     """All modifiers of scores; False where there is none."""
     if not is_modified(p, t):
         return False
+    if p.k_scales.data != NULL:
+        scale_keys(p, w.key_scales, t)
     t.scale = p.scale
     # A float mask, when it is the first to need it, brings the scale in itself: one FMA instead of a pass.
     if t.scale != 1 and (p.softcap != 0 or p.slopes != NULL or p.mask.data == NULL or p.mask.kind == BOOL):
@@ -281,3 +331,5 @@ cdef void modify_probs(const Problem* p, const Workspace* w, Tile* t) noexcept n
         drop_probs(p, w, t)
     if w.again:
         shrink_probs(p, w, t)
+    if p.v_scales.data != NULL:
+        scale_values(p, w, t)

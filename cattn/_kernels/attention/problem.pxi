@@ -28,6 +28,7 @@ cdef struct Sequence:               # of a plan whose batch rows differ in lengt
 
 cdef struct Problem:
     Tensor q, k, v, out, mask       # IN, IN, IN, OUT, IN
+    Tensor k_scales, v_scales       # IN (as k, as v, but of dim 1): what numbers of 8 bits are to be multiplied by
     real* weights                   # OUT (batch, num_heads, seq_len_q, seq_len_kv), contiguous; or NULL
     uint16_t* narrow_weights        # OUT, the same in the kind of out, where that has 16 bits; or NULL
     Tensor logsumexp                # OUT, a real for each query
@@ -92,6 +93,8 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* v_rows                    # [block_kv][v_stride]; unless V is read in place, and always as reals
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
     real* v_finite                  # [block_kv][v_stride]; both only where a row may not see a key
+    real* key_scales                # [block_kv] of the block's keys, by their place on the grid; where there are any
+    real* value_scales              # likewise
     real* rows                      # query or result rows, LANES mask rows of block_kv, or the last keys of decode
     real* shrink                    # [block_rows], decode: [LANES]; factors of probabilities, see store_result
     bint again                      # some of them are not 1
@@ -163,6 +166,8 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     w.next_scores = <real*> take(base, &size, keys * width * sizeof(real))
     w.k_rows = <real*> take(base, &size, 0 if p.k_in_place else keys * p.k_stride * sizeof(real))
     w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real) if copies_values(p) else 0)
+    w.key_scales = <real*> take(base, &size, (p.block_kv + LANES) * sizeof(real) if p.k_scales.data != NULL else 0)
+    w.value_scales = <real*> take(base, &size, (p.block_kv + LANES) * sizeof(real) if p.v_scales.data != NULL else 0)
     w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
                           * sizeof(real))
     w.shrink = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
@@ -284,6 +289,7 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
         # Both in place or both copied, since one loop reads one kind of rows.
         p.k_in_place = (decode_reads_in_place(&p.k, p.head_dim) and decode_reads_in_place(&p.v, p.head_dim_v)
                         and (p.k.kind == real_kind() or p.head_dim >= 2 * LANES)    # see multiply_columns
+                        and (p.k.kind != I8 or p.head_dim % (4 * COLUMNS) == 0)
                         and (p.block_table == NULL or p.page_size >= SMALL_PAGE))
         p.v_in_place = p.k_in_place
         p.block_kind = p.k.kind if p.k_in_place else real_kind()

@@ -32,14 +32,10 @@ cdef bint make_finite(real* finite, Py_ssize_t finite_stride, const real* v_rows
 cdef void repair_values(const Problem* p, const Workspace* w, const Tile* t, real* acc, Py_ssize_t acc_lane,
                         Py_ssize_t acc_dim, const real* v_rows, Py_ssize_t v_stride) noexcept nogil:
     """The other half of make_finite: NaN and infinities of V reach those lanes of acc, acc[lane * acc_lane +
-    dim * acc_dim], that see their key. Which do: the modifiers tell, on a tile of zeros."""
+    dim * acc_dim], that see their key."""
     cdef Py_ssize_t j, d, i
     cdef real value
-    cdef Tile visible = t[0]
-    visible.scores, visible.scale = w.visible, 1.0
-    for j in range(t.n * t.width):
-        w.visible[j] = 0.0
-    mask_tile(p, w, &visible)
+    find_visible(p, w, t)
     for j in range(t.n):
         if stopped_by_signal(p.call):
             return

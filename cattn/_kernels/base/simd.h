@@ -462,7 +462,7 @@ SIMD uint16_t narrow_f64(double x, int fraction, int bias) {
 SIMD uint16_t narrow_f64_to_f16(double x) { return narrow_f64(x, 10, 15); }
 SIMD uint16_t narrow_f64_to_bf16(double x) { return narrow_f64(x, 7, 127); }
 
-/* LANES consecutive 16-bit numbers, widened inside the load where the instruction set can. */
+/* LANES consecutive numbers of 8 or 16 bits, widened inside the load where the instruction set can. */
 SIMD vf vload_bf16(const uint16_t *p) {
 #if !IS_DOUBLE && defined(__AVX512F__)
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
@@ -547,6 +547,12 @@ SIMD void vsplit_f16(vf *two, vf pairs) {
     two[0] = vload(low);
     two[1] = vload(high);
 #endif
+}
+SIMD vf vload_i8(const int8_t *p) {
+    typedef int8_t bytes __attribute__((vector_size(LANE_COUNT)));
+    bytes x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
 }
 /* four (OUT) = the first to the fourth signed byte of each lane of `quads`, as numbers. */
 SIMD void vsplit_i8(vf *four, vf quads) {

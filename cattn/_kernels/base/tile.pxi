@@ -73,13 +73,13 @@ cdef struct Soon:               # rows that are wanted soon, as many as there ar
     Py_ssize_t pitch            # from there to the lines that are asked for 64 bytes later
 
 
-cdef inline void multiply_columns(const int KIND, const int ROWS, const int GROUPS, vf* acc, const char* a,
-                                  Py_ssize_t a_step, const real* scales, const real* b, Py_ssize_t n,
+cdef inline void multiply_columns(const int KIND, const bint SCALED, const int ROWS, const int GROUPS, vf* acc,
+                                  const char* a, Py_ssize_t a_step, const real* scales, const real* b, Py_ssize_t n,
                                   const Soon* soon) noexcept nogil:
     """acc[g][r] (IN/OUT), lane l, += sum over k < n of a[g * LANES + l][k] * b[k][r]: rows of `a`, of KIND, lie a_step
     bytes apart, and are transposed in registers, BYTES of each at a time: whole squares would spill. n: for 16 bits, a
     multiple of LANES; where it is an odd one, each row has LANES numbers more before its last LANES. For 8 bits, a
-    multiple of 4 * COLUMNS; a number is then scales[k / SCALE_DIMS][g * LANES + l] times as large, rounded.
+    multiple of 4 * COLUMNS. SCALED: a number is scales[k / SCALE_DIMS][g * LANES + l] times as large, rounded.
 
     `soon` is prefetched on the way, a line for each row and 64 bytes of it, one by one: there are as many buffers for
     misses as lines of 16 rows, and what is to be multiplied waits while these are full. From memory, one row takes 0.9
@@ -101,12 +101,12 @@ cdef inline void multiply_columns(const int KIND, const int ROWS, const int GROU
                 for i in range(EACH):
                     prefetch(line)
                     line += soon.step
-            multiply_column(KIND, ROWS, GROUPS, acc, columns + c, scales, b + STEP // COLUMNS * c * ROWS)
+            multiply_column(KIND, SCALED, ROWS, GROUPS, acc, columns + c, scales, b + STEP // COLUMNS * c * ROWS)
         a = byte_in_register(a + BYTES)
         b = in_register(b + STEP * ROWS)
         k += STEP
         at += BYTES
-        if KIND == I8 and k % SCALE_DIMS == 0:
+        if SCALED and k % SCALE_DIMS == 0:
             scales += GROUPS * LANES
         if at % 64 == 0:
             line += soon.pitch - GROUPS * LANES * soon.step
@@ -118,7 +118,7 @@ cdef inline void multiply_columns(const int KIND, const int ROWS, const int GROU
         for g in range(GROUPS):
             vload_columns(columns + g * COLUMNS, a + g * LANES * a_step - LANES * 2, a_step)
         for c in range(COLUMNS // 2, COLUMNS):
-            multiply_column(KIND, ROWS, GROUPS, acc, columns + c, scales, b + (2 * c - LANES) * ROWS)
+            multiply_column(KIND, SCALED, ROWS, GROUPS, acc, columns + c, scales, b + (2 * c - LANES) * ROWS)
     while KIND == real_kind() and k < n:
         for g in range(GROUPS):
             for c in range(LANES):
@@ -130,8 +130,8 @@ cdef inline void multiply_columns(const int KIND, const int ROWS, const int GROU
         k += 1
 
 
-cdef inline void multiply_column(const int KIND, const int ROWS, const int GROUPS, vf* acc, const vf* column,
-                                 const real* scales, const real* b) noexcept nogil:
+cdef inline void multiply_column(const int KIND, const bint SCALED, const int ROWS, const int GROUPS, vf* acc,
+                                 const vf* column, const real* scales, const real* b) noexcept nogil:
     """acc[g][r] (IN/OUT) += what the columns of the groups, COLUMNS apart, hold, times b[k][r]. scales: of these."""
     cdef vf parts[MAX_LANES * 4]
     cdef vf scale
@@ -146,9 +146,10 @@ cdef inline void multiply_column(const int KIND, const int ROWS, const int GROUP
             vsplit_bf16(parts + 2 * g, column[g * COLUMNS])
         else:
             vsplit_i8(parts + 4 * g, column[g * COLUMNS])
+        if SCALED:
             scale = vload(scales + g * LANES)
-            for i in range(4):
-                parts[4 * g + i] = parts[4 * g + i] * scale
+            for i in range(PARTS):
+                parts[PARTS * g + i] = parts[PARTS * g + i] * scale
     for i in range(PARTS):
         for r in range(ROWS):
             for g in range(GROUPS):
