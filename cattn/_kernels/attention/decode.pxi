@@ -119,10 +119,11 @@ cdef inline void decode_scores(const int KIND, const int WIDTH, const Problem* p
 
 
 cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS, real* acc, Py_ssize_t acc_stride,
-                             const real* probs, const Block* b, Py_ssize_t d, vf* sums) noexcept nogil:
+                             const real* probs, const real* summed, const Block* b, Py_ssize_t d,
+                             vf* sums) noexcept nogil:
     """acc[WIDTH][VECTORS] (IN/OUT) at dimension d += the block's probabilities times V. The same dimensions of the rows
-    at next_k are prefetched on the way. d = 0: sums[0] (OUT), in lane r < WIDTH, the sum of row r's probabilities, at
-    next to no cost where the FMAs wait for V."""
+    at next_k are prefetched on the way. d = 0: sums[0] (OUT), in lane r < WIDTH, the sum of row r's `summed`, at next
+    to no cost where the FMAs wait for V."""
     cdef Py_ssize_t size = size_of(<Kind> KIND)
     cdef int LINES = <int> ceil_div(VECTORS * LANES * size, 64)
     cdef vf tile[16]
@@ -143,7 +144,7 @@ cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS,
                 for c in range(LINES):
                     prefetch(next_k + j * k_bytes + d * size + 64 * c)
             if d == 0:
-                sum = sum + vload(probs + j * WIDTH)
+                sum = sum + vload(summed + j * WIDTH)
             for c in range(VECTORS):
                 v_d[c] = load_kv(KIND, v + j * v_bytes, d + c * LANES)
             for r in range(WIDTH):
@@ -151,6 +152,7 @@ cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS,
                 for c in range(VECTORS):
                     tile[r * VECTORS + c] = vfma(prob, v_d[c], tile[r * VECTORS + c])
         probs += run.n * WIDTH
+        summed += run.n * WIDTH
     if d == 0:
         sums[0] = sum
     for r in range(WIDTH):
@@ -160,8 +162,8 @@ cdef inline void decode_dims(const int KIND, const int WIDTH, const int VECTORS,
 
 
 cdef inline vf decode_values(const int KIND, const int WIDTH, real* acc, Py_ssize_t dims, const real* probs,
-                             const Block* b) noexcept nogil:
-    """acc[WIDTH][dims] (IN/OUT) over the block's keys. Returns the sums of probabilities: lane r < WIDTH is row r's."""
+                             const real* summed, const Block* b) noexcept nogil:
+    """acc[WIDTH][dims] (IN/OUT) over the block's keys. Returns the sums of `summed`: lane r < WIDTH is row r's."""
     # 8 accumulators, or 16 for 4 and 8 rows where there are 32 registers: with 4 for one row, decoding was 15 % slower.
     # The block's rows of V are in cache by now, so that going over them several times costs little. What is left is
     # done by half as many, not one by one, where each FMA waits for the one before: one row of head_dim 64 takes 0.90
@@ -170,16 +172,16 @@ cdef inline vf decode_values(const int KIND, const int WIDTH, real* acc, Py_ssiz
     cdef Py_ssize_t d = 0
     cdef vf sums = vset1(<real> 0.0)
     while VECTORS == 8 and d + 8 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 8, acc, dims, probs, b, d, &sums)
+        decode_dims(KIND, WIDTH, 8, acc, dims, probs, summed, b, d, &sums)
         d += 8 * LANES
     while VECTORS >= 4 and d + 4 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 4, acc, dims, probs, b, d, &sums)
+        decode_dims(KIND, WIDTH, 4, acc, dims, probs, summed, b, d, &sums)
         d += 4 * LANES
     while VECTORS >= 2 and d + 2 * LANES <= dims:
-        decode_dims(KIND, WIDTH, 2, acc, dims, probs, b, d, &sums)
+        decode_dims(KIND, WIDTH, 2, acc, dims, probs, summed, b, d, &sums)
         d += 2 * LANES
     while d < dims:
-        decode_dims(KIND, WIDTH, 1, acc, dims, probs, b, d, &sums)
+        decode_dims(KIND, WIDTH, 1, acc, dims, probs, summed, b, d, &sums)
         d += LANES
     return sums
 
@@ -242,19 +244,20 @@ cdef vf sum_probs(const real* probs, int width, Py_ssize_t n) noexcept nogil:
     return sum
 
 
-cdef vf accumulate_finite(const Problem* p, const Workspace* w, const State* state, Py_ssize_t n) noexcept nogil:
+cdef vf accumulate_finite(const Problem* p, const Workspace* w, const State* state, const real* probs,
+                          Py_ssize_t n) noexcept nogil:
     """decode_values of n rows of w.v_finite: seldom, and so not inlined in each loop over blocks, where it took the
     compiler an eighth of its time for a module."""
     cdef Block b
     b.num_runs, b.v_step, b.k_step = 1, p.v_stride * sizeof(real), 0
     b.runs[0].n, b.runs[0].v, b.runs[0].next_k, b.runs[0].next_n = n, <const char*> w.v_finite, NULL, 0
     if p.decode_width == 1:
-        return decode_values(F64 if IS_DOUBLE else F32, 1, state.acc, p.v_stride, w.scores, &b)
+        return decode_values(F64 if IS_DOUBLE else F32, 1, state.acc, p.v_stride, probs, w.scores, &b)
     if p.decode_width == 2:
-        return decode_values(F64 if IS_DOUBLE else F32, 2, state.acc, p.v_stride, w.scores, &b)
+        return decode_values(F64 if IS_DOUBLE else F32, 2, state.acc, p.v_stride, probs, w.scores, &b)
     if p.decode_width == 4:
-        return decode_values(F64 if IS_DOUBLE else F32, 4, state.acc, p.v_stride, w.scores, &b)
-    return decode_values(F64 if IS_DOUBLE else F32, 8, state.acc, p.v_stride, w.scores, &b)
+        return decode_values(F64 if IS_DOUBLE else F32, 4, state.acc, p.v_stride, probs, w.scores, &b)
+    return decode_values(F64 if IS_DOUBLE else F32, 8, state.acc, p.v_stride, probs, w.scores, &b)
 
 
 cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p, const Workspace* w, const Task* task,
@@ -266,7 +269,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
     cdef Tile t
     cdef vf sums = vset1(<real> 0.0), of_values
     cdef bint are_modified, is_finite
-    t.scores, t.width, t.lanes = w.scores, WIDTH, w.lanes
+    t.width, t.lanes = WIDTH, w.lanes
     # Keys [all_low, all_high) are seen by all rows. Outside, a tile is limited: some row must not see some key.
     for i in range(WIDTH):
         all_low = max(all_low, w.lanes[i].low)
@@ -274,6 +277,7 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
     before_block(&b, low)
     while next_block(p, w, task, high, &b):
         decode_scores(KIND, WIDTH, p, w, &b)
+        t.scores = w.scores
         t.key_start, t.n = b.key_start, b.n
         t.limited = b.key_start < all_low or b.key_start + b.n > all_high
         modify_tile(p, w, &t)
@@ -284,19 +288,22 @@ cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p
             w.scores[i] = <real> -INFINITY
             i += 1
         decode_softmax(w, state, p.unit, WIDTH, i // LANES, p.v_stride)
-        are_modified = p.dropout or w.again or p.v_scales.data != NULL
+        are_modified = p.dropout or w.again
         if are_modified:
             sums = sum_probs(w.scores, WIDTH, b.n)
             modify_probs(p, w, &t)
+        elif p.v_scales.data != NULL:   # beside the scores, which are summed
+            scale_values(p, w, &t, w.next_scores)
+            t.scores = w.next_scores
         # NaN and infinities behind a mask must not leak: see make_finite
         v_rows, is_finite = NULL, True
         if t.limited or p.mask.data != NULL:
             v_rows = values_of(p, w, task, &b, &v_stride)
             is_finite = not make_finite(w.v_finite, p.v_stride, v_rows, v_stride, b.n, p.head_dim_v)
         if is_finite:
-            of_values = decode_values(KIND, WIDTH, state.acc, p.v_stride, w.scores, &b)
+            of_values = decode_values(KIND, WIDTH, state.acc, p.v_stride, t.scores, w.scores, &b)
         else:
-            of_values = accumulate_finite(p, w, state, b.n)
+            of_values = accumulate_finite(p, w, state, t.scores, b.n)
             repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride)
         vstore(state.row_sum, vload(state.row_sum) + each_row(sums if are_modified else of_values, WIDTH))
 

@@ -62,7 +62,9 @@ cdef void load_key_scales(real* scales, const Problem* p, const Tensor* t, const
     while done < b.n:
         n = until_page_ends(p, b.key_start + done, b.n - done)
         row = key_row(p, t, task.batch, task.kv_head, b.key_start + done)
-        for i in range(n):  # no call of load_row: they are mostly as far apart as there are heads
+        if t.stride[2] == sizeof(float):
+            load_row(scales + done, row, sizeof(float), n, F32)
+        for i in range(n if t.stride[2] != sizeof(float) else 0):   # apart, mostly as far as there are heads
             memcpy(&scale, row + i * t.stride[2], sizeof(float))
             scales[done + i] = scale
         done += n

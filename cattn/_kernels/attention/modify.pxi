@@ -11,8 +11,8 @@
 #     shrink   p = p * shrink[lane]: see store_result
 #     values   p = p * scale[key], of values of 8 bits; 0 where the key is not seen, whatever its scale is
 
-cdef void scale_keys(const Problem* p, const real* scales, Tile* t) noexcept nogil:
-    """Scores or probabilities times what load_key_scales has read; whole vectors, as cap_scores."""
+cdef void scale_keys(const Problem* p, const real* scales, const Tile* t, real* scaled) noexcept nogil:
+    """scaled (OUT) = scores or probabilities times what load_key_scales has read; whole vectors, as cap_scores."""
     cdef vf each[MAX_DECODE_ROWS]
     cdef vf scale
     cdef Py_ssize_t j, i, width = t.width
@@ -28,12 +28,12 @@ cdef void scale_keys(const Problem* p, const real* scales, Tile* t) noexcept nog
             elif width == 8:
                 vweave(each, 8)
             for i in range(width):
-                vstore(t.scores + (j * width + i) * LANES, vload(t.scores + (j * width + i) * LANES) * each[i])
+                vstore(scaled + (j * width + i) * LANES, vload(t.scores + (j * width + i) * LANES) * each[i])
         return
     for j in range(t.n):
         scale = vset1(scales[j])
         for i in range(width // LANES):
-            vstore(t.scores + j * width + i * LANES, vload(t.scores + j * width + i * LANES) * scale)
+            vstore(scaled + j * width + i * LANES, vload(t.scores + j * width + i * LANES) * scale)
 
 
 
@@ -274,14 +274,15 @@ cdef void shrink_probs(const Problem* p, const Workspace* w, Tile* t) noexcept n
         vstore(t.scores + i * LANES, product)
 
 
-cdef void scale_values(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
+cdef void scale_values(const Problem* p, const Workspace* w, const Tile* t, real* scaled) noexcept nogil:
+    """scaled (OUT): the tile's probabilities, times the scales of values."""
     cdef Py_ssize_t i
-    scale_keys(p, w.value_scales, t)
+    scale_keys(p, w.value_scales, t, scaled)
     if (t.limited or p.mask.data != NULL) and not all_finite(w.value_scales + t.key_start % p.block_kv, t.n):
         find_visible(p, w, t)
         for i in range(t.n * t.width):
             if w.visible[i] == -INFINITY:
-                t.scores[i] = 0.0
+                scaled[i] = 0.0
 
 
 cdef void mask_tile(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
@@ -312,7 +313,7 @@ cdef bint modify_tile(const Problem* p, const Workspace* w, Tile* t) noexcept no
     if not is_modified(p, t):
         return False
     if p.k_scales.data != NULL:
-        scale_keys(p, w.key_scales, t)
+        scale_keys(p, w.key_scales, t, t.scores)
     t.scale = p.scale
     # A float mask, when it is the first to need it, brings the scale in itself: one FMA instead of a pass.
     if t.scale != 1 and (p.softcap != 0 or p.slopes != NULL or p.mask.data == NULL or p.mask.kind == BOOL):
@@ -332,4 +333,4 @@ cdef void modify_probs(const Problem* p, const Workspace* w, Tile* t) noexcept n
     if w.again:
         shrink_probs(p, w, t)
     if p.v_scales.data != NULL:
-        scale_values(p, w, t)
+        scale_values(p, w, t, t.scores)

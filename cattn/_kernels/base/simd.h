@@ -549,10 +549,15 @@ SIMD void vsplit_f16(vf *two, vf pairs) {
 #endif
 }
 SIMD vf vload_i8(const int8_t *p) {
-    typedef int8_t bytes __attribute__((vector_size(LANE_COUNT)));
-    bytes x;
-    memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+#if !IS_DOUBLE && defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif !IS_DOUBLE && defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    real r[LANES]; /* GCC 12 converts vectors of bytes one by one as well */
+    for (int i = 0; i < LANES; i++) r[i] = p[i];
+    return vload(r);
+#endif
 }
 /* four (OUT) = the first to the fourth signed byte of each lane of `quads`, as numbers. */
 SIMD void vsplit_i8(vf *four, vf quads) {
