@@ -83,8 +83,9 @@ cdef inline void decode_scores(const int KIND, const int WIDTH, const Problem* p
                                const Block* b) noexcept nogil:
     """w.scores[key][WIDTH] (OUT) for the block's keys."""
     # Accumulators, each one chain of FMAs: 4, or 1 with AVX-512, whose squares take 16 numbers of each key as long as
-    # their FMAs do. With 4, that is 5 to 15 % slower, with 2, AVX2 up to 17 % (Emerald Rapids).
-    cdef int GROUPS = max(1, (1 if VECTOR_BYTES == 64 else 4) // WIDTH)
+    # their FMAs do. With 4, that is 5 to 15 % slower, with 2, AVX2 up to 17 %; of 8 bits, with 1 cached keys take 1.07
+    # times as long (Emerald Rapids).
+    cdef int GROUPS = max(1, (1 if VECTOR_BYTES == 64 and KIND != I8 else 4) // WIDTH)
     cdef Py_ssize_t j = 0, at = 0, i, k_bytes, row = p.q_stride * size_of(<Kind> KIND)
     cdef Py_ssize_t v_row = p.head_dim_v * size_of(<Kind> KIND)
     cdef const KeyRun* run = b.runs
