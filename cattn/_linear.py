@@ -31,7 +31,7 @@ def linear(
         Added in the dtype computed in.
     weight_scales : float32 array (out_features, ceil(in_features / 32)), with an int8 weight
         One for each 32 numbers of a row, the last ones of which may be fewer: weight[o, i] stands for
-        weight[o, i] * weight_scales[o, i // 32], rounded to float32.
+        weight[o, i] * weight_scales[o, i // 32], rounded to float32. `cattn.reference.quantize_rows` makes both.
     out : array (..., out_features) of the dtype of x, optional
         Written and returned; any strides.
     num_threads : int, optional

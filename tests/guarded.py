@@ -188,6 +188,17 @@ def packed(head_dims):
             assert_same_bits(out.copy(), expected)
             cattn.paged_attention(query, *new, guarded(table, at_end), lens, cu_q, out=out)
             assert_same_bits(out.copy(), expected)
+            if dtype == np.float64:
+                continue
+            few = [np.rint(x.astype(np.float32) * 16).astype(np.int8) for x in pages]
+            scales = [np.full(x.shape[:-1], 0.0625, np.float32) for x in few]
+            in_float = [guarded((x * np.float32(0.0625)).astype(np.float32), at_end) for x in few]
+            wide = cattn.paged_attention(query.astype(np.float32), *in_float, table, lens, cu_q)
+            few, scales = [guarded(x, at_end) for x in few], [guarded(x, at_end) for x in scales]
+            cattn.paged_attention(query, *few, table, lens, cu_q, key_scales=scales[0], value_scales=scales[1], out=out)
+            assert_same_bits(out.copy(), wide.astype(dtype))
+
+
 def merges(dims):
     """outputs, logsumexps, sinks and out of merge_states, of every dtype and layout."""
     layouts = list(LAYOUTS.values())

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from problems import BFLOAT16, assert_same_bits, normal
 
 import cattn
+from cattn import reference
 
 attention = cattn.scaled_dot_product_attention
 HEADS, KV_HEADS, DIM, DIM_V = 4, 2, 8, 16
@@ -65,6 +66,80 @@ def test_queries_of_the_cache_s_dtype(isa):
         step = cache.extend(cache.new(), 9)
         query, key, value = (x.astype(dtype) for x in tokens(9, 0))
         assert_same_bits(cache.attend(0, step, query, key, value), dense(query, key, value)[0])
+        results = []
+        for given in (dtype, np.float32):
+            cache = cattn.KVCache(1, KV_HEADS, DIM, head_dim_v=DIM_V, dtype="int8")
+            step = cache.extend(cache.new(), 9)
+            results.append(cache.attend(0, step, *(x.astype(given) for x in (query, key, value))).astype(dtype))
+        assert_same_bits(*results)
+
+
+def quantised(x):
+    """int8 numbers of each row, and its scale."""
+    with np.errstate(all="ignore"):
+        scales = np.abs(x).max(-1) / np.float32(127)
+        numbers = np.rint(x / scales[..., None])
+    return np.where(np.isfinite(scales[..., None]) & (scales[..., None] > 0), numbers, 0).astype(np.int8), scales
+
+
+@pytest.mark.parametrize(("page_size", "dim"), [(1, 8), (16, 32), (64, 300)])
+def test_8_bits(isa, page_size, dim):
+    """Prompts in chunks, then single tokens: what is stored, and the bits of pages of another size."""
+    cache = cattn.KVCache(2, KV_HEADS, dim, head_dim_v=DIM_V, dtype="int8", page_size=page_size)
+    sequences, rng = [cache.new(), cache.new()], np.random.default_rng(0)
+    seen = [[np.empty((0, KV_HEADS, size), np.float32) for size in (dim, DIM_V)] for _ in sequences]
+    for counts in ((130, 3), (17, 40), (1, 1), (1, 0)):
+        step = cache.extend(sequences, counts)
+        new = [normal(sum(counts), heads, size, seed=(*counts, size, heads)) * rng.exponential(2.0)
+               for heads, size in ((HEADS, dim), (KV_HEADS, dim), (KV_HEADS, DIM_V))]
+        for rows in new[1:]:
+            rows[0, 0] = 0
+            rows[-1, 1] *= np.float32(1e-38)
+        outs = [cache.attend(layer, step, *new, return_logsumexp=True) for layer in (1, 0)]
+        assert_same_bits(*outs)
+        for b, one in enumerate(sequences):
+            rows = slice(step.cu_seqlens_q[b], step.cu_seqlens_q[b + 1])
+            seen[b] = [np.concatenate([before, x[rows]]) for before, x in zip(seen[b], new[1:], strict=True)]
+            (keys, key_scales), (values, value_scales) = map(quantised, seen[b])
+            assert_same_bits(cache.keys(1, one), keys * key_scales[..., None])
+            assert_same_bits(cache.values(1, one), values * value_scales[..., None])
+            expected = cattn.paged_attention(
+                new[0][rows], keys[None], values[None], [[0]], [len(keys)], [0, counts[b]], return_logsumexp=True,
+                key_scales=key_scales[None], value_scales=value_scales[None])
+            assert_same_bits(tuple(x[rows] for x in outs[0]), expected)
+
+
+def test_8_bits_of_what_is_not_finite(isa):
+    cache = cattn.KVCache(1, 1, 20, dtype="int8")
+    sequence = cache.new()
+    key = normal(4, 1, 20)
+    key[1, 0, 3], key[2, 0, 19] = np.nan, -np.inf
+    value = key[::-1].copy()
+    out = cache.attend(0, cache.extend(sequence, 4), normal(4, 1, 20), key, value)
+    keys, values = cache.keys(0, sequence), cache.values(0, sequence)
+    assert np.isnan(keys).all((1, 2)).tolist() == [False, True, True, False]
+    assert np.isnan(values).all((1, 2)).tolist() == [False, True, True, False]
+    assert np.isnan(out).all((1, 2)).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("peaked", [1, 20])
+def test_the_error_of_8_bits(isa, peaked):
+    """What the docstring derives, and float32's own error: the largest that is measured is a fifth of it."""
+    query, key, value = normal(50, HEADS, 64) * peaked, normal(50, KV_HEADS, 64, seed=1), normal(50, KV_HEADS, 64, seed=2)
+    key[::7] *= 5
+    cache = cattn.KVCache(1, KV_HEADS, 64, dtype="int8")
+    sequence = cache.new()
+    out = cache.attend(0, cache.extend(sequence, 50), query, key, value)
+    exact = reference.varlen_attention(*(x.astype(np.float64) for x in (query, key, value)), [0, 50], is_causal=True)
+    for stored_rows, rows in ((cache.keys(0, sequence), key), (cache.values(0, sequence), value)):
+        assert (np.abs(stored_rows - rows) <= np.abs(rows).max(-1, keepdims=True) / 254 * (1 + 1e-5)).all()
+    for head in range(HEADS):
+        k, v = key[:, head // 2], value[:, head // 2]
+        for row in range(50):
+            e = 64**-0.5 * np.abs(query[row, head]).sum() * np.abs(k[: row + 1]).max() / 254
+            spread = v[: row + 1].max(0) - v[: row + 1].min(0)
+            bound = np.tanh(e / 2) * spread + np.abs(v[: row + 1]).max() / 254
+            assert (np.abs(out[row, head] - exact[row, head]) <= bound + 1e-5).all()
 
 
 def test_options(isa):
@@ -414,6 +489,7 @@ BAD = [
     (lambda c, s, t: c.keys(5, 0), ValueError, "layer: expected"),
     (lambda c, s, t: cattn.KVCache(0, 1, 1), ValueError, "num_layers: expected an int >= 1"),
     (lambda c, s, t: cattn.KVCache(1, 1, 1, dtype="float64"), TypeError, "dtype: expected one of float32"),
+    (lambda c, s, t: cattn.KVCache(1, 1, 1, dtype="uint8"), TypeError, "dtype: expected one of float32"),
     (lambda c, s, t: cattn.KVCache(1, 1, 1, max_tokens=-1), ValueError, "max_tokens: expected an int >= 0"),
 ]
 

@@ -60,12 +60,12 @@ def each(query, key, value, cu_q, cu_kv, *, dropout_p=0.0, seed=None, **options)
 
 
 def in_pages(rows, cu, page_size, seed=0):
-    """Rows of packed sequences in pages of a random order, others and what is behind the end filled with NaN; and the
-    table, with garbage behind the end."""
+    """Rows of packed sequences in pages of a random order, others and what is behind the end filled with NaN, or 77;
+    and the table, with garbage behind the end."""
     rng = np.random.default_rng(seed)
     counts = [-(-(end - start) // page_size) for start, end in itertools.pairwise(cu)]
     order = iter(rng.permutation(sum(counts) + 3))
-    pages = np.full((sum(counts) + 3, page_size, *rows.shape[1:]), NAN, rows.dtype)
+    pages = np.full((sum(counts) + 3, page_size, *rows.shape[1:]), 77 if rows.dtype == np.int8 else NAN, rows.dtype)
     table = rng.integers(-2**40, 2**40, (len(counts), max(counts, default=0) + 1))
     for b, count in enumerate(counts):
         for i in range(count):
@@ -123,6 +123,116 @@ def test_pages_of_any_layout(isa):
     out = np.empty((len(query), 32, 4), np.float32).swapaxes(1, 2)
     assert call(query, key_pages, value_pages, *rest, out=out) is out
     assert_same_bits(out.copy(), expected)
+
+
+def of_8_bits(total, heads, head_dim, scales, seed):
+    """int8 numbers, a scale for each row, one of these, and what they stand for."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.integers(-128, 128, (total, heads, head_dim), np.int8)
+    scales = rng.choice(np.array(scales, np.float32), (total, heads))
+    return numbers, scales, numbers * scales[..., None]
+
+
+def paged_8_bits(query, keys, values, cu_q, cu_kv, page_size, **options):
+    """paged_attention of two results of of_8_bits."""
+    (key_pages, table), (key_scales, _), (value_pages, _), (value_scales, _) = (
+        in_pages(x, cu_kv, page_size) for x in (*keys[:2], *values[:2]))
+    return cattn.paged_attention(query, key_pages, value_pages, table, np.diff(cu_kv), cu_q, key_scales=key_scales,
+                                 value_scales=value_scales, return_logsumexp=True, **options)
+
+
+POWERS = 2.0 ** np.arange(-12, -5)
+
+
+@pytest.mark.parametrize(("page_size", "head_dim"), [(1, 32), (4, 16), (8, 64), (12, 32), (16, 96), (48, 32), (64, 64),
+                                                     (128, 32), (256, 33), (64, 272), (1024, 16)])
+@pytest.mark.parametrize("which", ["causal", "all"])
+def test_pages_of_8_bits(isa, page_size, head_dim, which):
+    """With scales that are powers of two, what they stand for is exact, and so is the order of multiplying: the bits of
+    dense calls."""
+    pairs = [pair for pair in LENGTHS["mixed"] + LENGTHS["long"] if pair[1] or which == "causal"]
+    query, _, _, cu_q, cu_kv = packed(pairs, head_dim=head_dim)
+    keys, values = (of_8_bits(cu_kv[-1], 2, dim, POWERS, seed) for seed, dim in ((1, head_dim), (2, 48)))
+    options = options_for(len(pairs), 4)[which]
+    expected = each(query, keys[2], values[2], cu_q, cu_kv, **options)
+    for num_threads in (1, 3):
+        assert_same_bits(
+            paged_8_bits(query, keys, values, cu_q, cu_kv, page_size, num_threads=num_threads, **options), expected)
+
+
+def test_8_bits_of_any_scale(isa):
+    """A row alone has the bits that it has among others, and is as exact as attention on float32 keys has to be: with
+    scales of 12 bits, what they stand for is exact in float32."""
+    query, _, _, cu_q, cu_kv = packed([(30, 700)], head_dim=64)
+    rng = np.random.default_rng(0)
+    scales = rng.integers(2**11, 2**12, 50) * 2.0**-18
+    keys, values = (of_8_bits(700, 2, 64, scales, seed) for seed in (1, 2))
+    out, lse = paged_8_bits(query, keys, values, cu_q, cu_kv, 16)
+    for row in (0, 7, 21):
+        for count in (1, 2, 4, 7):
+            some = slice(row, row + count)
+            result = paged_8_bits(query[some], keys, values, [0, count], cu_kv, 64, q_offset=670 + some.start)
+            assert_same_bits(result, (out[some], lse[some]))
+    plain, exact = (
+        reference.varlen_attention(*(x.astype(dtype) for x in (query, keys[2], values[2])), cu_q, cu_kv,
+                                   is_causal=True, return_logsumexp=True) for dtype in (np.float32, np.float64))
+    for result, one, right, scale in zip((out, lse), plain, exact, (np.abs(values[2]).max(), 1 + np.abs(exact[1]).max()),
+                                         strict=True):
+        bound = 2 * np.abs(one - right).max() + 4 * np.finfo(np.float32).eps * scale      # as in tolerance.py
+        assert np.abs(result - right).max() <= bound
+
+
+def test_scales_nobody_sees(isa):
+    """Those of keys that a row does not see reach it by no way, whatever they are; those that it sees do."""
+    query, _, _, cu_q, cu_kv = packed([(20, 150)], head_dim=32)
+    for count in (20, 5, 1):
+        keys, values = (of_8_bits(150, 2, 32, [0.01], seed) for seed in (1, 2))
+        call = [query[:count], keys, values, [0, count], cu_kv, 16]
+        options = {"q_offset": 130, "window": (100, 0)}
+        out, lse = paged_8_bits(*call, **options)
+        first = max(count - 5, 0)
+        for scales in (keys[1], values[1]):
+            for worst in (NAN, INF, -INF):
+                kept = scales.copy()
+                scales[130 + count - 1], scales[:20] = worst, worst   # seen by the last row alone, and by none
+                result = paged_8_bits(*call, **options)
+                assert_same_bits(tuple(x[first : count - 1] for x in result),
+                                 tuple(x[first : count - 1] for x in (out, lse)))
+                assert not np.isfinite(result[0][count - 1]).all()
+                scales[:] = kept
+
+
+def test_8_bits_that_overflow(isa):
+    """Sums of huge values, done once more with smaller probabilities."""
+    query, _, _, cu_q, cu_kv = packed([(3, 900), (40, 500)], head_dim=32)
+    keys, values = of_8_bits(1400, 2, 32, POWERS, 1), of_8_bits(1400, 2, 32, [2.0**119, 2.0**120], 2)
+    expected = each(query, keys[2], values[2], cu_q, cu_kv, is_causal=True)
+    assert np.isfinite(expected[0]).all()
+    assert_same_bits(paged_8_bits(query, keys, values, cu_q, cu_kv, 16), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=["float16", "bfloat16"])
+def test_queries_of_16_bits_over_8(isa, dtype):
+    query, _, _, cu_q, cu_kv = packed([(1, 140), (20, 20)], head_dim=64, dtype=dtype)
+    keys, values = (of_8_bits(160, 2, 64, [0.013, 0.02], seed) for seed in (1, 2))
+    out, lse = paged_8_bits(query.astype(np.float32), keys, values, cu_q, cu_kv, 64)
+    assert_same_bits(paged_8_bits(query, keys, values, cu_q, cu_kv, 64), (out.astype(dtype), lse))
+
+
+def test_scales_of_any_layout(isa):
+    query, _, _, cu_q, cu_kv = packed([(1, 140), (20, 20)], head_dim=64)
+    keys, values = (of_8_bits(160, 2, 64, [0.013, 0.02], seed) for seed in (1, 2))
+    (k, table), (k_scales, _), (v, _), (v_scales, _) = (in_pages(x, cu_kv, 16) for x in (*keys[:2], *values[:2]))
+    rest, names = (table, np.diff(cu_kv), cu_q), ("key_scales", "value_scales")
+    expected = cattn.paged_attention(query, k, v, *rest, key_scales=k_scales, value_scales=v_scales)
+    heads_first = [np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v, k_scales, v_scales)]
+    gaps = [np.repeat(x, 3, -1)[..., ::3] for x in (k, v, k_scales, v_scales)]
+    for arrays in (heads_first, gaps):
+        scales = dict(zip(names, arrays[2:], strict=True))
+        assert_same_bits(cattn.paged_attention(query, *arrays[:2], *rest, **scales), expected)
+    wide = (x.astype(np.float64) for x in (query, k, v))
+    exact = reference.paged_attention(*wide, *rest, key_scales=k_scales, value_scales=v_scales)
+    np.testing.assert_allclose(expected, exact, rtol=0, atol=2e-6)    # the scales are those of the reference too
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -253,6 +363,15 @@ BAD = [
     ("paged", {"cu_seqlens_q": None}, ValueError, "query: expected one row for each of 3 sequences"),
     ("paged", {"key_pages": normal(3, 4, 2, 16, dtype=np.float64)}, TypeError, "value_pages: expected the dtype of"),
     ("paged", {"value_pages": normal(3, 4, 1, 16)}, ValueError, "value_pages: expected"),
+    ("paged", {"key_scales": np.ones((3, 4, 2), "f")}, ValueError, "key_scales: expected None, as key_pages is float32"),
+    ("paged", {"value_scales": np.ones((3, 4, 2), "f")}, ValueError, "value_scales: expected None, as key_pages is"),
+    ("paged", {"key_pages": np.ones((3, 4, 2, 16), np.int8)}, TypeError, "value_pages: expected int8, as the other"),
+    ("int8", {"key_scales": None}, TypeError, "key_scales: expected a float32 array, as key_pages is int8, got None"),
+    ("int8", {"value_scales": None}, TypeError, "value_scales: expected a float32 array, as value_pages is int8"),
+    ("int8", {"key_scales": np.ones((3, 4, 2))}, TypeError, "key_scales: expected float32, got dtype float64"),
+    ("int8", {"value_scales": np.ones((3, 4), "f")}, ValueError, r"value_scales: expected shape \(3, 4, 2\), one for"),
+    ("int8", {"query": normal(6, 4, 16, dtype=np.float64)}, TypeError, "query: expected float32 or 16 bits over int8"),
+    ("int8", {"key_pages": np.ones((3, 4, 2, 16), np.uint8)}, TypeError, "key_pages: expected int8, as the other"),
 ]
 
 
@@ -264,6 +383,10 @@ def test_bad_input(which, change, error, text):
     else:
         arguments |= {"key_pages": normal(3, 4, 2, 16), "value_pages": normal(3, 4, 2, 16), "kv_lens": [5, 1, 0],
                       "block_table": [[0, 1], [2, 0], [0, 0]]}
+    if which == "int8":
+        scales = np.ones((3, 4, 2), np.float32)
+        arguments |= {"key_pages": scales[..., None].repeat(16, -1).astype(np.int8), "key_scales": scales}
+        arguments |= {"value_pages": arguments["key_pages"], "value_scales": scales}
     arguments |= change
     with pytest.raises(error, match=text):
         (cattn.varlen_attention if which == "varlen" else cattn.paged_attention)(**arguments)
