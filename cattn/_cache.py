@@ -319,8 +319,8 @@ class KVCache:
     # What is stored.
 
     def keys(self, layer: int, sequence: int) -> np.ndarray:
-        """A new array (length, num_kv_heads, head_dim), float32 where bfloat16 or int8 is stored; NaN where keys are dropped,
-        or a layer is missing in an open step."""
+        """A new array (length, num_kv_heads, head_dim), float32 where bfloat16 or int8 is stored; NaN where keys are
+        dropped, or a layer is missing in an open step."""
         return self._gathered(layer, sequence, 0)
 
     def values(self, layer: int, sequence: int) -> np.ndarray:

@@ -108,7 +108,8 @@ def test_docstrings_stand_in_the_source(module):
 
 
 @pytest.mark.parametrize("function", [
-    cattn.scaled_dot_product_attention, cattn.linear, cattn.merge_states, cattn.sinusoidal_encoding, cattn.relative_shift,
+    cattn.scaled_dot_product_attention, cattn.linear, cattn.merge_states, cattn.sinusoidal_encoding,
+    cattn.relative_shift,
     cattn.MultiHeadAttention, cattn.MultiHeadAttention.__call__, cattn.MultiHeadAttention.state_dict,
     cattn.MultiHeadAttention.load_state_dict, cattn.PositionalEncoding, cattn.PositionalEncoding.__call__,
     cattn.rotary_table, cattn.rotary_embedding, cattn.varlen_attention, cattn.paged_attention, cattn.KVCache,
@@ -119,7 +120,8 @@ def test_every_parameter_is_described(function):
 
 
 @pytest.mark.parametrize("name", [
-    "scaled_dot_product_attention", "varlen_attention", "paged_attention", "merge_states", "linear", "MultiHeadAttention",
+    "scaled_dot_product_attention", "varlen_attention", "paged_attention", "merge_states", "linear",
+    "MultiHeadAttention",
     "sinusoidal_encoding", "PositionalEncoding", "rotary_table", "rotary_embedding"])
 def test_reference_points_to_the_public_one(name):
     text = getattr(reference, name).__doc__

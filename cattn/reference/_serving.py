@@ -33,7 +33,8 @@ def varlen_attention(
 def paged_attention(
     query: ArrayLike, key_pages: ArrayLike, value_pages: ArrayLike, block_table: ArrayLike, kv_lens: ArrayLike,
     cu_seqlens_q: ArrayLike | None = None, *, is_causal: bool = True, q_offset: ArrayLike | str = "end",
-    key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None, return_logsumexp: bool = False, **options,
+    key_scales: ArrayLike | None = None, value_scales: ArrayLike | None = None, return_logsumexp: bool = False,
+    **options,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Attention of packed queries on keys in pages: see `cattn.paged_attention`.
 
