@@ -131,7 +131,7 @@ class KVCache:
         self._lock = threading.RLock()
         self._slabs = []            # in the order of their addresses, where the first does not lie first
         self._starts = []           # of each, from the first, in bytes
-        self._first_pages = {}      # {layer: see _pages}
+        self._first_pages = {}      # {layer: what _pages has found}
         self._free = []             # offsets of pages from the first slab, in bytes: a page is known by its offset
         self._owners = {}           # {page: how many sequences have it}
         self._sequences = {}        # {number: its _Sequence}
@@ -266,6 +266,12 @@ class KVCache:
         out : array (total, num_heads, head_dim_v), dtype of the query
         logsumexp : array (total, num_heads); with return_logsumexp
         """
+        if (scale is window is alibi_slopes is sinks is out is num_threads is None and return_logsumexp is False
+                and type(softcap) is float and softcap == 0 and type(step) is Step and type(layer) is int
+                and 0 <= layer < self.num_layers):
+            result = self._attend(layer, step, _kernels.f32.attend_step_short, query, key, value)
+            if result is not None:
+                return result
         query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
         return_logsumexp = check_bool("return_logsumexp", return_logsumexp)
         kind = self._check_rows(step, query, key, value)
@@ -287,34 +293,35 @@ class KVCache:
                 "query": query, "key": key, "value": value, "alibi_slopes": options["slopes"],
                 "sinks": options["sinks"]})
         logsumexp = np.empty(shape[:2], np.float32) if return_logsumexp else None
+        self._attend(layer, step, _kernels.f32.attend_step if total else _nothing_to_attend, query, key, value, target,
+                     kind, None if logsumexp is None else logsumexp.reshape(-1), num_threads=num_threads, **options)
+        return (out, logsumexp) if return_logsumexp else out
+
+    def _attend(self, layer, step, entry, query, key, value, *arguments, **options):
+        """What an entry of the kernels returns. None, or an error: the layer is still missing."""
+        result = None
+        pages = self._first_pages.get(layer)
         with self._lock:
-            self._check_open(step)
+            if step._is_closed or step._cache is not self:
+                self._check_open(step)
             if layer in step._layers:
                 raise ValueError(f"layer: expected one that the step has not attended, got {layer}")
             step._layers.add(layer)
             step._running += 1
         try:
-            self._store_and_attend(layer, step, query, key, value, target, kind, logsumexp, num_threads, options)
-        except BaseException:
+            result = entry(query, key, value, pages or self._pages(layer), step._layout, self._kind, *arguments,
+                           **options)
+        finally:
             with self._lock:
-                step._layers.discard(layer)
                 step._running -= 1
-            raise
-        with self._lock:
-            step._running -= 1
-            step._done.add(layer)
-            if len(step._done) == self.num_layers:
-                self._release(step._replaced.values())
-                step._close()
-        return (out, logsumexp) if return_logsumexp else out
-
-    def _store_and_attend(self, layer, step, query, key, value, target, kind, logsumexp, num_threads, options):
-        if len(query):
-            keys, values, *scales = self._pages(layer)
-            _kernels.f32.attend_step(
-                query, key, value, target, keys, values, *(scales or (None, None)), step._numbers, len(step._counts),
-                step._has_starts, kind, self._kind, None if logsumexp is None else logsumexp.reshape(-1),
-                num_threads=num_threads, **options)
+                if result is None:
+                    step._layers.discard(layer)
+                else:
+                    step._done.add(layer)
+                    if len(step._done) == self.num_layers:
+                        self._release(step._replaced.values())
+                        step._close()
+        return result
 
     # What is stored.
 
@@ -479,17 +486,18 @@ class KVCache:
         return self._slabs[at][first : first + self._page_bytes]
 
     def _pages(self, layer):
-        """The parts of a layer in the first page of the first slab: what tables of pages count from."""
-        known = self._first_pages.get(layer)
-        if known is None:
-            known = self._first_pages[layer] = self._split(self._first, layer)
-        return known
+        """The parts of a layer in the first page of the first slab: what tables of pages count from. (): there is none,
+        since no token has come yet."""
+        if not self._slabs:
+            return ()
+        result = self._first_pages[layer] = self._split(self._first, layer)
+        return result
 
     def _split(self, page, layer):
         """Views of a page's bytes: the parts of a layer, each (1, num_kv_heads, page_size, dim)."""
         first = layer * self._layer_bytes
-        return [page[first + start : first + start + size].view(storage).reshape(
-            1, self.num_kv_heads, self.page_size, dim) for start, size, storage, dim in self._parts]
+        return tuple(page[first + start : first + start + size].view(storage).reshape(
+            1, self.num_kv_heads, self.page_size, dim) for start, size, storage, dim in self._parts)
 
 
 class Step:
@@ -520,7 +528,6 @@ class Step:
         self.kv_lens = np.array(lens, np.int64)
         offsets = self.kv_lens - np.array(self._counts, np.int64)
         starts = [one.start for one in self._members]
-        self._has_starts = any(starts)
         # 0 where no key is.
         table = np.zeros((len(lens), max([len(one.pages) for one in self._members], default=0)), np.int64)
         for row, one in zip(table, self._members, strict=True):
@@ -530,8 +537,8 @@ class Step:
         pages, slots = table[rows, self.positions // page_size], self.positions % page_size
         item = self._cache._storage.itemsize
         # As attend_step takes them.
-        self._numbers = np.concatenate([
-            self.cu_seqlens_q, offsets, self.kv_lens, np.array(starts, np.int64),
+        self._layout = np.concatenate([
+            [len(lens), any(starts), table.shape[1]], self.cu_seqlens_q, offsets, self.kv_lens, np.array(starts, np.int64),
             pages + slots * (self._cache.head_dim * item), pages + slots * (self._cache.head_dim_v * item),
             pages + slots * 4, table.ravel() // _ALIGNMENT])
 
@@ -553,6 +560,11 @@ class _Sequence:
 
     def __init__(self):
         self.pages, self.length, self.start, self.step = [], 0, 0, None
+
+
+def _nothing_to_attend(*_, **__):
+    """An entry, for a step without tokens."""
+    return True
 
 
 def _aligned(size):

@@ -344,15 +344,27 @@ def test_tokens_where_a_page_was_dropped():
     assert (rows[6:] == 2).all()
 
 
-def test_what_fails_can_be_repeated_or_cancelled(monkeypatch):
+class Kernels:
+    """Both entries of steps do this."""
+
+    def __init__(self, entry):
+        self.attend_step = self.attend_step_short = entry
+
+
+# The short way, and the other.
+both_ways = pytest.mark.parametrize("options", [{}, {"num_threads": 1}], ids=["short", "long"])
+
+
+@both_ways
+def test_what_fails_can_be_repeated_or_cancelled(monkeypatch, options):
     cache = cattn.KVCache(1, 1, 8, page_size=4)
     a = cache.new()
     step = cache.extend(a, 3)
     x = normal(3, 1, 8)
     out = cache.attend
     with pytest.raises(ZeroDivisionError):
-        monkeypatch.setattr(cattn.KVCache, "_store_and_attend", lambda *_: 1 // 0)
-        cache.attend(0, step, x, x, x)
+        monkeypatch.setattr(cattn._kernels, "f32", Kernels(lambda *_, **__: 1 // 0))
+        cache.attend(0, step, x, x, x, **options)
     assert np.isnan(cache.keys(0, a)).all()
     monkeypatch.undo()
     assert out(0, step, x, x, x).shape == x.shape
@@ -365,17 +377,19 @@ def test_what_fails_can_be_repeated_or_cancelled(monkeypatch):
         cache.extend(a, 2**60)
 
 
-def test_no_thread_cancels_what_another_attends(monkeypatch):
+@both_ways
+def test_no_thread_cancels_what_another_attends(monkeypatch, options):
     cache = cattn.KVCache(1, 1, 8)
     step = cache.extend(cache.new(), 1)
     x = normal(1, 1, 8)
 
-    def cancel(*_):
+    def cancel(*_, **__):
         with pytest.raises(ValueError, match="no thread is attending"):
             cache.cancel(step)
+        return True
 
-    monkeypatch.setattr(cattn.KVCache, "_store_and_attend", cancel)
-    cache.attend(0, step, x, x, x)
+    monkeypatch.setattr(cattn._kernels, "f32", Kernels(cancel))
+    cache.attend(0, step, x, x, x, **options)
 
 
 def test_what_a_caller_does_to_a_step_changes_nothing():
@@ -387,12 +401,29 @@ def test_what_a_caller_does_to_a_step_changes_nothing():
     assert_same_bits(cache.attend(0, step, x, x, x), dense(x, x, x)[0])
 
 
+def test_the_short_way_has_the_bits_of_the_other(isa):
+    for dtype in ("float32", "float16", "bfloat16", "int8"):
+        for counts in ([1], [1, 5], [0, 2], [0], [40, 1, 3]):
+            results = []
+            for options in ({}, {"num_threads": 2}, {"return_logsumexp": True}, {"softcap": None}):
+                cache = cattn.KVCache(1, KV_HEADS, DIM, head_dim_v=DIM_V, dtype=dtype, page_size=16)
+                sequences = [cache.new() for _ in counts]
+                cache.attend(0, cache.extend(sequences, 0), *tokens(0, 0), **options)     # before there is a page
+                cache.attend(0, cache.extend(sequences, 7), *tokens(7 * len(counts), 0))
+                result = cache.attend(0, cache.extend(sequences, counts), *tokens(sum(counts), 1), **options)
+                results.append(result[0] if "return_logsumexp" in options else result)
+                assert results[-1].shape == (sum(counts), HEADS, DIM_V)
+            for result in results[1:]:
+                assert_same_bits(results[0], result)
+
+
 def test_pages_are_whole_units_apart():
     """As the kernel counts them; and so that rows of reals can be read in place."""
     for dtype in ("float32", "float16"):
         cache = cattn.KVCache(1, 1, 64, dtype=dtype, page_size=128)
         cache.extend(cache.new(), 1)
         keys, values = cache._pages(0)
+        assert repr(cache.extend(cache.new(), 2)) == "Step([1], [2]): 0 of 1 layers"
         assert keys.ctypes.data % 64 == values.ctypes.data % 64 == cache._page_bytes % 64 == 0
 
 

@@ -169,55 +169,69 @@ cdef void store_quantized(const Tensor* rows, const Tensor* pages, const Tensor*
                     target[d * 256 + j] = <int8_t> rint(numbers[j] / scale)
 
 
-def attend_step(query, key, value, out, keys, values, key_scales, value_scales, const int64_t[::1] step,
-                Py_ssize_t batch, bint has_starts, Kind kind, Kind pages_kind, real[::1] logsumexp, *, scale,
+cdef enum:
+    STEP_HEADER = 3
+
+
+cdef void describe_pages(Problem* p, tuple pages, Kind kind):
+    """p (OUT): keys, values, and of 8 bits the scales of both, as attend_step has them."""
+    describe(&p.k, pages[0], kind)
+    describe(&p.v, pages[1], kind)
+    if kind == I8:
+        describe(&p.k_scales, pages[2], F32)
+        describe(&p.v_scales, pages[3], F32)
+    p.num_kv_heads, p.page_size, p.head_dim, p.head_dim_v = p.k.length[1], p.k.length[2], p.k.length[3], p.v.length[3]
+
+
+cdef int do_step(Problem* p, Tensor* new_keys, Tensor* new_values, const int64_t* step,
+                 Py_ssize_t num_threads) except -1:
+    """The problem (IN: described, but for what `step` tells; keys, values and pages as attend_step has them)."""
+    cdef Py_ssize_t batch = step[0], total = p.q.length[1]
+    cdef const int64_t* places
+    cdef fp_mode callers
+    swap_heads(&p.q)
+    swap_heads(&p.out)
+    swap_heads(new_keys)
+    swap_heads(new_values)
+    p.group_size = p.q.length[1] // p.num_kv_heads
+    p.batch_size, p.folded, p.table_stride = batch, 1, step[2]
+    p.q_offsets, p.kv_lens = step + STEP_HEADER + batch + 1, step + STEP_HEADER + 2 * batch + 1
+    if step[1]:
+        p.kv_starts = p.kv_lens + batch
+    describe_packed(p, step + STEP_HEADER)
+    places = p.kv_lens + 2 * batch
+    p.block_table = places + 3 * total
+    with nogil:
+        if p.k.kind == I8:
+            callers = own_mode()
+            store_quantized(new_keys, &p.k, &p.k_scales, places, places + 2 * total)
+            store_quantized(new_values, &p.v, &p.v_scales, places + total, places + 2 * total)
+            set_mode(callers)
+        else:
+            store_rows(new_keys, &p.k, places)
+            store_rows(new_values, &p.v, places + total)
+    p.k.stride[0] = p.v.stride[0] = p.k_scales.stride[0] = p.v_scales.stride[0] = PAGE_UNIT
+    p.keep_scale = 1.0
+    return run(p, num_threads)
+
+
+def attend_step(query, key, value, tuple pages, step, Kind pages_kind, out, Kind kind, real[::1] logsumexp, *, scale,
                 double softcap, Py_ssize_t window_left, Py_ssize_t window_right, const real[:, ::1] slopes,
                 const real[::1] sinks, Py_ssize_t num_threads):
-    """A step of a cache. key and value (total, num_kv_heads, dim) go into pages, then out (OUT) and logsumexp (OUT,
-    flat; or None) of the query (total, num_heads, dim) are what attend makes of them; keys and values are the first
-    page, (1, num_kv_heads, page_size, dim), of 8 bits with scales, else None. `step` holds, one after the other,
+    """A step of a cache; returns out. key and value (total, num_kv_heads, dim) go into pages, then out (OUT) and
+    logsumexp (OUT, flat; or None) of the query (total, num_heads, dim) are what attend makes of them. `pages`: keys and values of the
+    first page, (1, num_kv_heads, page_size, dim), of 8 bits the scales of both too. `step`, contiguous int64, holds,
+    one after the other, the number of sequences, whether kv_starts count, the pages in a row of the table;
     cu_seqlens_q (batch + 1), q_offsets, kv_lens, kv_starts (batch each); where keys, values and scales are stored
-    (total each), in bytes from the first page; and the table of pages, in PAGE_UNITs from there."""
+    (total each), in bytes from the first page; and the table, in PAGE_UNITs from there."""
     cdef Problem p
     cdef Tensor new_keys, new_values
-    cdef const int64_t* numbers = &step[0]
-    cdef const int64_t* places = numbers + 4 * batch + 1
-    cdef Py_ssize_t total
-    cdef fp_mode callers
     memset(&p, 0, sizeof(p))
-    describe_inputs(&p, query, keys, values, kind, pages_kind)
+    describe_pages(&p, pages, pages_kind)
+    describe(&p.q, query, kind)
     describe(&p.out, out, kind)
     describe(&new_keys, key, kind)
     describe(&new_values, value, kind)
-    swap_heads(&p.q)
-    swap_heads(&p.out)
-    swap_heads(&new_keys)
-    swap_heads(&new_values)
-    total = p.q.length[2]
-    p.group_size = p.q.length[1] // p.num_kv_heads
-    p.batch_size, p.folded = batch, 1
-    p.q_offsets, p.kv_lens = numbers + batch + 1, numbers + 2 * batch + 1
-    if has_starts:
-        p.kv_starts = numbers + 3 * batch + 1
-    describe_packed(&p, numbers)
-    p.block_table = places + 3 * total
-    p.table_stride = (step.shape[0] - 4 * batch - 1 - 3 * total) // batch
-    p.page_size = p.k.length[2]
-    if key_scales is None:
-        with nogil:
-            store_rows(&new_keys, &p.k, places)
-            store_rows(&new_values, &p.v, places + total)
-    else:
-        describe(&p.k_scales, key_scales, F32)
-        describe(&p.v_scales, value_scales, F32)
-        with nogil:
-            callers = own_mode()
-            store_quantized(&new_keys, &p.k, &p.k_scales, places, places + 2 * total)
-            store_quantized(&new_values, &p.v, &p.v_scales, places + total, places + 2 * total)
-            set_mode(callers)
-    p.k.stride[0] = p.v.stride[0] = p.k_scales.stride[0] = p.v_scales.stride[0] = PAGE_UNIT
-    if logsumexp is not None:
-        describe_logsumexp(&p, &logsumexp[0])
     if sinks is not None:
         p.sinks = &sinks[0]
     if slopes is not None:
@@ -225,9 +239,49 @@ def attend_step(query, key, value, out, keys, values, key_scales, value_scales, 
         p.slopes_stride = slopes.shape[1] if slopes.shape[0] > 1 else 0
     p.window_left, p.window_right = window_left, window_right
     p.softcap = <real> softcap
-    p.keep_scale = 1.0
     choose_units(&p, scale)
-    run(&p, num_threads)
+    if logsumexp is not None:   # a place for each query of each head, packed as they are
+        p.logsumexp.data, p.logsumexp.kind = <char*> &logsumexp[0], real_kind()
+        p.logsumexp.stride[2], p.logsumexp.stride[1] = p.q.length[2] * sizeof(real), sizeof(real)
+        p.logsumexp.firsts = <const int64_t*> data_of(step) + STEP_HEADER
+    do_step(&p, &new_keys, &new_values, <const int64_t*> data_of(step), num_threads)
+    return out
+
+
+def attend_step_short(query, key, value, tuple pages, step, Kind pages_kind):
+    """The short way, as attend_short: of a step without options, with float32 arrays. Returns a new `out`, or None with
+    nothing written."""
+    cdef Problem p
+    cdef Tensor new_keys, new_values
+    cdef Py_ssize_t length[4]
+    cdef const int64_t* numbers = <const int64_t*> data_of(step)
+    if not pages or type(query) is not NDARRAY or type(key) is not NDARRAY or type(value) is not NDARRAY:
+        return None
+    if query.dtype is not REAL or key.dtype is not REAL or value.dtype is not REAL:
+        return None
+    memset(&p, 0, sizeof(p))
+    describe_pages(&p, pages, pages_kind)
+    try:
+        if describe(&p.q, query, F32) + describe(&new_keys, key, F32) + describe(&new_values, value, F32) != 9:
+            return None
+    except ValueError:  # more than 4 axes
+        return None
+    length[:] = [1, numbers[STEP_HEADER + numbers[0]], p.num_kv_heads, p.head_dim]
+    if not has_lengths(&new_keys, length):
+        return None
+    length[3] = p.head_dim_v
+    if not has_lengths(&new_values, length):
+        return None
+    length[2] = p.q.length[2]
+    if (length[1] == 0 or p.q.length[1] != length[1] or p.q.length[3] != p.head_dim or length[2] == 0
+            or length[2] % p.num_kv_heads):
+        return None
+    out = EMPTY((length[1], length[2], length[3]), REAL)
+    describe_new(&p.out, out, F32, length)
+    p.window_left = -1
+    choose_units(&p, None)
+    do_step(&p, &new_keys, &new_values, numbers, 0)
+    return out
 
 
 cdef bint sizes_fit(const Problem* p) noexcept:
