@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from problems import BFLOAT16, assert_same_bits, normal
 
 import cattn
@@ -156,68 +156,102 @@ def test_options(isa):
     assert_same_bits(tuple(x.copy() for x in result), expected)
 
 
+def assert_close(a, b, value):
+    """Two results of the formula, the first in its dtype or a wider one, for scores below 40 and fewer than 300 keys:
+    each weight is off by less than 2 * (300 + 300) * eps / 2, relatively, for its score and for the sum."""
+    np.testing.assert_allclose(a, b, rtol=0, atol=2.0**12 * np.finfo(b.dtype).eps * np.abs(value).max(initial=0))
+
+
+def check_pages(cache, kept=()):
+    """Each page is free, or known with as many owners as there are; `kept` are those of an open step, which may be
+    cancelled."""
+    owners = dict.fromkeys(kept, 0)
+    for page in kept:
+        owners[page] += 1
+    for one in cache._sequences.values():
+        assert len(one.pages) == -(-one.length // cache.page_size)
+        for page in filter(lambda page: page is not None, one.pages):
+            owners[page] = owners.get(page, 0) + 1
+    assert owners == cache._owners
+    assert not set(owners) & set(cache._free)
+    assert len(set(cache._free)) == len(cache._free)
+    assert len(cache._free) + len(cache._owners) == len(cache._slabs) * cache._slab_pages
+
+
 class Machine(RuleBasedStateMachine):
-    """A cache of one layer against lists of arrays."""
+    """A cache of two layers against the reference."""
 
-    @initialize(page_size=st.integers(1, 5), max_tokens=st.one_of(st.none(), st.integers(0, 60)))
-    def begin(self, page_size, max_tokens):
-        self.cache = cattn.KVCache(1, 1, 2, page_size=page_size, max_tokens=max_tokens)
+    @initialize(data=st.data(), dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
+                page_size=st.integers(1, 5), max_tokens=st.one_of(st.none(), st.integers(0, 60)))
+    def begin(self, data, dtype, page_size, max_tokens):
+        options = {"dtype": dtype, "page_size": page_size, "max_tokens": max_tokens}
+        self.cache, self.model = (module.KVCache(2, 1, 2, **options) for module in (cattn, reference))
         self.cache._slab_pages = 3  # so that several are needed
-        self.model = {}             # {sequence: [(key, value) of each token]}
-        self.starts = {}
-        self.step = None            # (step, its sequences, counts)
-        self.count = 0
-        self.gone = []
+        self.alive, self.gone = [], []
+        self.steps = None           # one of the cache, one of the model: open
+        self.chosen, self.counts, self.missing = [], [], []     # of that: its sequences, their counts, layers
+        self.number = 0             # of attend
+        self.new()
+        self.new()
+        self._extend(data, self.alive[:], 3)    # most of what follows needs tokens
+        self._attend_all(data)
 
-    def _closed(self):
-        busy = self.step[1] if self.step else ()
-        return sorted(set(self.model) - set(busy))
+    def has_step(self):
+        return self.steps is not None
+
+    def has_none(self):
+        return self.steps is None
+
+    def has_closed(self):
+        return len(self.chosen) < len(self.alive)
+
+    def _closed(self, data, least=1):
+        """One with so many tokens, if there is one."""
+        closed = [one for one in self.alive if one not in self.chosen]
+        return data.draw(st.sampled_from([one for one in closed if self.model.length(one) >= least] or closed))
+
+    def _both(self, method, *arguments):
+        result, expected = (getattr(cache, method)(*arguments) for cache in (self.cache, self.model))
+        assert result == expected
+        return result
 
     @rule()
     def new(self):
-        one = self.cache.new()
-        assert one not in self.model
+        one = self._both("new")
+        assert one not in self.alive
         assert one not in self.gone
-        self.model[one], self.starts[one] = [], 0
+        self.alive.append(one)
 
+    @precondition(has_closed)
     @rule(data=st.data())
     def fork(self, data):
-        if closed := self._closed():
-            parent = data.draw(st.sampled_from(closed))
-            child = self.cache.fork(parent)
-            self.model[child], self.starts[child] = self.model[parent].copy(), self.starts[parent]
+        self.alive.append(self._both("fork", self._closed(data)))
 
+    @precondition(has_closed)
     @rule(data=st.data())
     def free(self, data):
-        if closed := self._closed():
-            one = data.draw(st.sampled_from(closed))
-            self.cache.free(one)
-            del self.model[one]
-            self.gone.append(one)
+        one = self._closed(data, 0)
+        self._both("free", one)
+        self.alive.remove(one)
+        self.gone.append(one)
 
-    @rule(data=st.data())
-    def truncate(self, data):
-        if closed := self._closed():
-            one = data.draw(st.sampled_from(closed))
-            length = data.draw(st.integers(0, len(self.model[one])))
-            self.cache.truncate(one, length)
-            del self.model[one][length:]
-            self.starts[one] = min(self.starts[one], length)
+    @precondition(has_closed)
+    @rule(data=st.data(), method=st.sampled_from(["truncate", "drop"]), grows=st.booleans())
+    def truncate_or_drop(self, data, method, grows):
+        """And grow: as drafts do that are refused, and windows that slide."""
+        one = self._closed(data)
+        self._both(method, one, data.draw(st.integers(0, self.model.length(one))))
+        if grows and self.has_none():
+            self._extend(data, [one], 1)
+            self._attend_all(data)
 
-    @rule(data=st.data())
-    def drop(self, data):
-        if closed := self._closed():
-            one = data.draw(st.sampled_from(closed))
-            before = data.draw(st.integers(0, len(self.model[one])))
-            self.cache.drop(one, before)
-            self.starts[one] = max(self.starts[one], before)
-
+    @precondition(has_none)
     @rule(data=st.data())
     def extend(self, data):
-        if self.step:
-            return
-        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True)) if self.model else []
-        counts = [data.draw(st.integers(0, 7)) for _ in chosen]
+        self._extend(data, data.draw(st.permutations(self.alive))[: data.draw(st.integers(0, 3))])
+
+    def _extend(self, data, chosen, least=0):
+        counts = [data.draw(st.integers(least, 7)) for _ in chosen]
         pages = len(self.cache._owners)
         try:
             step = self.cache.extend(chosen, counts)
@@ -225,71 +259,94 @@ class Machine(RuleBasedStateMachine):
             assert self.cache._max_pages is not None
             assert len(self.cache._owners) == pages
             return
-        self.step = step, chosen, counts
+        self.steps = step, self.model.extend(chosen, counts)
+        self.chosen, self.counts, self.missing = chosen, counts, list(range(self.cache.num_layers))
+        for name in ("positions", "cu_seqlens_q", "kv_lens"):
+            assert_same_bits(*(getattr(one, name) for one in self.steps))
 
+    def _close(self):
+        self.steps, self.chosen, self.counts = None, [], []
+
+    @precondition(has_step)
     @rule()
     def cancel(self):
-        if self.step:
-            self.cache.cancel(self.step[0])
-            self.step = None
+        for cache, step in zip((self.cache, self.model), self.steps, strict=True):
+            cache.cancel(step)
+        self._close()
 
-    @rule()
-    def attend(self):
-        if not self.step:
-            return
-        step, chosen, counts = self.step
-        self.count += 1
-        query, key, value = (normal(sum(counts), 1, 2, seed=(self.count, i)) for i in range(3))
-        out = self.cache.attend(0, step, query, key, value)
-        for b, one in enumerate(chosen):
-            rows = slice(step.cu_seqlens_q[b], step.cu_seqlens_q[b + 1])
-            self.model[one] += zip(key[rows], value[rows], strict=True)
-            if counts[b]:
-                k, v = (np.array(x) for x in zip(*self.model[one], strict=True))
-                assert_same_bits(out[rows], dense(query[rows], k, v, self.starts[one])[0])
-        self.step = None
+    @precondition(has_step)
+    @rule(data=st.data())
+    def attend(self, data):
+        """The bits of the dense function, unless numbers have scales; and in float64, what the reference says."""
+        layer = data.draw(st.sampled_from(self.missing))
+        self.missing.remove(layer)
+        self.number += 1
+        query, key, value = (normal(sum(self.counts), 1, 2, seed=(self.number, i)) for i in range(3))
+        out = self.cache.attend(layer, self.steps[0], query, key, value)
+        exact = self.model.attend(layer, self.steps[1], query.astype(float), key, value)
+        assert exact.shape == query.shape
+        for b, one in enumerate(self.chosen):
+            rows, start = slice(*self.steps[0].cu_seqlens_q[b : b + 2]), self.model._sequences[one].start
+            k, v = (x(layer, one).astype(np.float32) for x in (self.model.keys, self.model.values))
+            if self.counts[b]:
+                assert_close(exact[rows], out[rows], v[start:])
+                if self.cache.dtype_name != "int8":
+                    assert_same_bits(out[rows], dense(query[rows], k, v, start)[0])
+                assert_close(exact[rows], dense(*(x.astype(float) for x in (query[rows], k, v)), start)[0], v[start:])
+        if not self.missing:
+            self._close()
+
+    @precondition(has_none)
+    @rule(data=st.data())
+    def grow(self, data):
+        """A step from beginning to end."""
+        self.extend(data)
+        self._attend_all(data)
+
+    def _attend_all(self, data):
+        while self.steps:
+            self.attend(data)
+
+    @precondition(has_none)
+    @precondition(has_closed)
+    @rule(data=st.data())
+    def branch(self, data):
+        """Two that share their last page, unless it is full, and one of them, or both, in a step."""
+        parent = max(self.alive, key=self.model.length)
+        self.alive.append(self._both("fork", parent))
+        both = [parent, self.alive[-1]]
+        self._extend(data, data.draw(st.sampled_from([both, both[:1], both[1:]])))
 
     @rule(data=st.data())
     def misuse(self, data):
-        if self.gone:
-            with pytest.raises(KeyError):
-                self.cache.free(data.draw(st.sampled_from(self.gone)))
-        if self.step and self.step[1]:
-            one = data.draw(st.sampled_from(self.step[1]))
-            for call in (self.cache.fork, self.cache.free, lambda x: self.cache.truncate(x, 0),
-                         lambda x: self.cache.drop(x, 0), lambda x: self.cache.extend(x, 1)):
-                with pytest.raises(ValueError, match="open step"):
-                    call(one)
+        for cache in (self.cache, self.model):
+            if self.gone:
+                with pytest.raises(KeyError):
+                    cache.free(data.draw(st.sampled_from(self.gone)))
+            if self.chosen:
+                one = data.draw(st.sampled_from(self.chosen))
+                for call in (cache.fork, cache.free, lambda x, of=cache: of.truncate(x, 0),
+                             lambda x, of=cache: of.drop(x, 0), lambda x, of=cache: of.extend(x, 1)):
+                    with pytest.raises(ValueError, match="open step"):
+                        call(one)
 
     @invariant()
     def pages_are_right(self):
-        if not hasattr(self, "cache"):
-            return
-        cache = self.cache
-        owners = {}
-        for one in cache._sequences.values():
-            assert len(one.pages) == -(-one.length // cache.page_size)
-            for page in filter(lambda page: page is not None, one.pages):
-                owners[page] = owners.get(page, 0) + 1
-        for page in self._kept():
-            owners[page] = owners.get(page, 0) + 1
-        assert owners == cache._owners
-        assert not set(owners) & set(cache._free)
-        assert len(set(cache._free)) == len(cache._free)
-        assert len(cache._free) + len(cache._owners) == len(cache._slabs) * cache._slab_pages
-        for one, entries in self.model.items():
-            start = self.starts[one]
-            for rows, index in ((cache.keys(0, one), 0), (cache.values(0, one), 1)):
-                assert np.isnan(rows[:start]).all()
-                np.testing.assert_array_equal(
-                    rows[start : len(entries)], np.array([entry[index] for entry in entries[start:]]).reshape(-1, 1, 2))
+        check_pages(self.cache, [page for page in self.steps[0]._replaced.values() if page is not None]
+                    if self.steps else ())
 
-    def _kept(self):
-        """Pages that are an open step's, since it may be cancelled."""
-        return [page for page in self.step[0]._replaced.values() if page is not None] if self.step else []
+    @invariant()
+    def what_is_stored_is_right(self):
+        for one in self.alive:
+            self._both("length", one)
+            for layer in range(self.cache.num_layers):
+                for name in ("keys", "values"):     # NaN in the same places
+                    rows, expected = (getattr(cache, name)(layer, one) for cache in (self.cache, self.model))
+                    assert rows.dtype == expected.dtype
+                    np.testing.assert_array_equal(rows, expected)
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, derandomize=True, deadline=None,
+Machine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, derandomize=True, deadline=None,
                                      suppress_health_check=list(HealthCheck))
 test_any_history = Machine.TestCase
 
@@ -448,15 +505,197 @@ def test_threads_attend_layers_at_once():
             cache.attend(0, step, *tokens(5, number))
 
 
+# The reference itself, by numbers that can be checked by hand.
+
+
+def _rows(*numbers):
+    """(total, 1, 1): one head of one dim."""
+    return np.array(numbers, np.float32)[:, None, None]
+
+
+def test_reference_worked_numbers():
+    """Keys of 0 weigh the same: each token gets the mean of the values that it sees."""
+    cache = reference.KVCache(1, 1, 1)
+    a, b = cache.new(), cache.new()
+    step = cache.extend([a, b], [3, 1])
+    assert step.positions.tolist() == [0, 1, 2, 0]
+    assert step.cu_seqlens_q.tolist() == [0, 3, 4]
+    assert step.kv_lens.tolist() == [3, 1]
+    out = cache.attend(0, step, _rows(1, 1, 1, 1), _rows(0, 0, 0, 0), _rows(1, 3, 8, 50))
+    np.testing.assert_allclose(out.ravel(), [1, 2, 4, 50], rtol=4e-7)
+    child = cache.fork(a)
+    cache.truncate(a, 2)
+    cache.drop(child, 1)
+    step = cache.extend([child, b, a], 1)
+    assert step.positions.tolist() == [3, 1, 2]
+    assert step.kv_lens.tolist() == [4, 2, 3]
+    out, lse = cache.attend(0, step, _rows(1, 1, 1), _rows(0, np.log(3), 0), _rows(1, 2, -1), return_logsumexp=True)
+    np.testing.assert_allclose(out.ravel(), [(3 + 8 + 1) / 3, (50 + 3 * 2) / 4, (1 + 3 - 1) / 3], rtol=1e-6)
+    np.testing.assert_allclose(lse.ravel(), np.log([3, 4, 3]), rtol=4e-7)
+    assert (cache.length(a), cache.length(b), cache.length(child)) == (3, 2, 4)
+    np.testing.assert_array_equal(cache.values(0, a), _rows(1, 3, -1))
+    np.testing.assert_array_equal(cache.values(0, child), _rows(np.nan, 3, 8, 1))
+    np.testing.assert_array_equal(cache.keys(0, b), _rows(0, np.log(3)))
+
+
+def test_reference_passes_options_on():
+    options = {"scale": 0.5, "window": (6, None), "softcap": 4.0, "alibi_slopes": np.ones((2, HEADS)),
+               "sinks": np.zeros(HEADS), "return_logsumexp": True}
+    cache = reference.KVCache(1, KV_HEADS, DIM, dtype=np.float64)
+    query, key, value = normal(23, HEADS, DIM), normal(23, KV_HEADS, DIM, seed=1), normal(23, KV_HEADS, DIM, seed=2)
+    query, key, value = (x.astype(float) for x in (query, key, value))
+    results = cache.attend(0, cache.extend([cache.new(), cache.new()], [20, 3]), query, key, value, **options)
+    expected = reference.varlen_attention(query, key, value, [0, 20, 23], is_causal=True, **options)
+    for result, right in zip(results, expected, strict=True):
+        assert_close(result, right, right)
+
+
+def test_reference_drops_nan():
+    cache = reference.KVCache(1, 1, 1)
+    a = cache.new()
+    nan = _rows(np.nan, np.inf)
+    assert np.isnan(cache.attend(0, cache.extend(a, 2), _rows(1, 1), nan, nan)).all()
+    cache.drop(a, 2)
+    out = cache.attend(0, cache.extend(a, 1), _rows(1), _rows(2), _rows(3))
+    assert out.ravel().tolist() == [3]
+    cache.truncate(a, 1)    # the next token is the first that exists
+    assert cache.attend(0, cache.extend(a, 1), _rows(1), _rows(2), _rows(5)).ravel().tolist() == [5]
+    np.testing.assert_array_equal(cache.values(0, a), _rows(np.nan, 5))
+
+
+def test_reference_steps():
+    """Layers in any order; a step that is taken back leaves nothing; what failed can be repeated."""
+    cache = reference.KVCache(2, 1, 1)
+    a = cache.new()
+    first, second = _rows(1, 2), _rows(3, 4)
+    step = cache.extend(a, 2)
+    cache.attend(1, step, first, first, first)
+    assert np.isnan(cache.keys(0, a)).all()
+    np.testing.assert_array_equal(cache.keys(1, a), first)
+    with pytest.raises(ValueError, match="layer: expected one that the step has not attended"):
+        cache.attend(1, step, first, first, first)
+    with pytest.raises(ValueError, match="concatenation axis"):
+        cache.attend(0, step, first, np.zeros((2, 3, 1), np.float32), first)
+    for call in (cache.fork, cache.free, lambda x: cache.truncate(x, 0), lambda x: cache.drop(x, 0),
+                 lambda x: cache.extend([cache.new(), x], 1)):
+        with pytest.raises(ValueError, match="sequence: expected one without an open step"):
+            call(a)
+    assert cache.length(a) == 2
+    cache.attend(0, step, second, second, second)
+    np.testing.assert_array_equal(cache.keys(0, a), second)
+    for call in (cache.cancel, lambda x: cache.attend(0, x, first, first, first)):
+        with pytest.raises(ValueError, match="step: expected an open one"):
+            call(step)
+
+    step = cache.extend([a], np.array([2]))
+    cache.attend(0, step, first, first, first)
+    cache.cancel(step)
+    assert cache.length(a) == 2
+    np.testing.assert_array_equal(cache.keys(0, a), second)
+    with pytest.raises(ValueError, match="step: expected an open one"):
+        cache.attend(1, step, first, first, first)
+    cache.free(a)
+    for call in (cache.fork, cache.free, cache.length, lambda x: cache.extend(x, 1), lambda x: cache.keys(0, x)):
+        with pytest.raises(KeyError):
+            call(a)
+    assert cache.new() > a
+    assert cache.attend(0, cache.extend([], []), *(np.empty((0, 1, 1), np.float32),) * 3).shape == (0, 1, 1)
+
+
+def test_reference_keeps_no_array_of_a_caller():
+    cache = reference.KVCache(1, 1, 1)
+    a = cache.new()
+    x = _rows(1, 2)
+    cache.attend(0, cache.extend(a, 2), x, x, x)
+    b = cache.fork(a)
+    x[:] = cache.keys(0, a)[:] = cache.values(0, b)[:] = 7
+    cache.attend(0, cache.extend(a, 1), x[:1], x[:1], x[:1])
+    for one, expected in ((a, _rows(1, 2, 7)), (b, _rows(1, 2))):
+        np.testing.assert_array_equal(cache.keys(0, one), expected)
+        np.testing.assert_array_equal(cache.values(0, one), expected)
+
+
+def _kept(dtype, x, module=reference):
+    """What a cache of this dtype makes of keys (total, num_kv_heads, head_dim), and of such values."""
+    cache = module.KVCache(1, *x.shape[1:], dtype=dtype)
+    one = cache.new()
+    cache.attend(0, cache.extend(one, len(x)), x, x, x)
+    assert_same_bits(cache.keys(0, one), cache.values(0, one))
+    return cache.keys(0, one)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("float16", 10), ("bfloat16", 7), (BFLOAT16, 7)])
+def test_reference_rounds_to_nearest_even(dtype, digits):
+    step = 2.0**-digits
+    given = _rows(1, 1 + step / 2, 1 + step * 1.5, 1 + step * 0.75, -1 - step / 2, np.inf, np.nan)
+    expected = _rows(1, 1, 1 + step * 2, 1 + step, -1, np.inf, np.nan)
+    for wide in (np.float32, np.float64):
+        result = _kept(dtype, given.astype(wide))
+        assert result.dtype == (np.float16 if dtype == "float16" else np.float32)
+        np.testing.assert_array_equal(result, expected.astype(result.dtype))
+    assert np.isinf(_kept(dtype, _rows(3.4e38))).all()
+
+
+TINY = float(np.finfo(np.float32).smallest_subnormal)
+INT8_ROWS = [
+    ([127, 0.5, 1.5, 2.5, -0.5, -1.5], [127, 0, 2, 2, 0, -2]),      # the scale is 1
+    ([1, 3, -254, 5, 0.9, -4], [0, 4, -254, 4, 0, -4]),             # 2
+    ([-1, 1, 0.5, 0, -0.0, 0.25], [-127, 127, 64, 0, 0, 32]),       # 1/127, which times 127 is 1; numbers follow
+    ([0, -0.0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]),
+    ([TINY, -TINY, 0, TINY, 0, 0], [0, 0, 0, 0, 0, 0]),             # the scale is 0: no nearer number is there
+    ([190 * TINY, -190 * TINY, TINY, 0, 0, 0], [127 * TINY, -127 * TINY, TINY, 0, 0, 0]),   # the least scale there is
+    ([np.inf, 1, 0, 0, 0, 0], [np.nan] * 6),
+    ([1, -np.inf, np.inf, 0, 0, 0], [np.nan] * 6),
+    ([np.nan, 1, 0, 0, 0, 0], [np.nan] * 6),
+    ([np.nan, np.inf, 0, 0, 0, 0], [np.nan] * 6),
+]
+
+
+@pytest.mark.filterwarnings("error")
+def test_reference_int8():
+    """A scale for each token and head: rows as tokens, as heads, and as both."""
+    given, expected = (np.array(x, np.float32) for x in zip(*INT8_ROWS, strict=True))
+    expected[2] *= np.float32(1) / np.float32(127)
+    for shape in ((-1, 1, 6), (1, -1, 6), (5, 2, 6)):
+        for wide in (np.float32, np.float64):
+            result = _kept("int8", given.reshape(shape).astype(wide)).reshape(-1, 6)
+            nan = np.isnan(expected)
+            assert (np.isnan(result) == nan).all()
+            assert_same_bits(result[~nan], expected[~nan])
+
+
+def test_int8_is_that_of_the_reference(isa):
+    """Also in the whole vectors of longer rows."""
+    largest = np.full((1, 1, 6), np.finfo(np.float32).max)
+    given = np.concatenate([np.array([x for x, _ in INT8_ROWS], np.float32)[:, None], largest, normal(500, 1, 6)])
+    for repeats in (1, 3, 50):
+        x = np.tile(given, repeats)
+        kept, expected = _kept("int8", x, cattn), _kept("int8", x)
+        np.testing.assert_array_equal(kept, expected)
+        nan = np.isnan(expected)
+        assert_same_bits(kept[~nan], expected[~nan])
+
+
+def test_reference_int8_is_within_half_a_scale():
+    """But for the roundings of the scale, the ratio and the product: 127 * 2**-24 of a scale each."""
+    x = normal(50, 3, 40) * np.float32(10) ** np.arange(-15, 35, dtype=np.float32)[:, None, None]
+    half = np.abs(x).max(axis=-1, keepdims=True).astype(float) / 254
+    assert (np.abs(_kept("int8", x).astype(float) - x) <= half * (1 + 2.0**-14)).all()
+    assert np.isfinite(_kept("int8", _rows(3.4028e38))).all()
+    assert np.isinf(_kept("int8", _rows(np.finfo(np.float32).max))).all()   # its scale is rounded up
+
+
 @pytest.mark.slow
 def test_a_million_steps_lose_no_memory():
-    """Random extend, truncate, fork and free: RSS and pages are where they were."""
+    """Random extend, truncate, fork and free, also from a full pool: RSS and pages are where they were."""
     rng = np.random.default_rng(0)
-    cache = cattn.KVCache(1, 1, 4, page_size=4, max_tokens=4000)
+    cache = cattn.KVCache(1, 1, 4, page_size=4, max_tokens=200)
+    cache._slab_pages = 8
     sequences = [cache.new() for _ in range(20)]
 
     def some(count):
-        for _ in range(count):
+        full = 0
+        for number in range(count):
             i = int(rng.integers(len(sequences)))
             one, action = sequences[i], rng.integers(4)
             if action == 0:
@@ -465,19 +704,22 @@ def test_a_million_steps_lose_no_memory():
                     step = cache.extend(one, int(rng.integers(1, 9)))
                 except MemoryError:
                     cache.truncate(one, 0)
+                    full += 1
                     continue
                 x = np.zeros((len(step.positions), 1, 4), np.float32)
                 cache.attend(0, step, x, x, x)
             elif action == 1:
                 cache.truncate(one, int(rng.integers(cache.length(one) + 1)))
             elif action == 2:
-                cache.free(sequences[int(rng.integers(len(sequences)))]) if len(sequences) < 1 else None
                 sequences.append(cache.fork(one))
             elif len(sequences) > 10:
                 cache.free(one)
                 del sequences[i]
             if len(sequences) > 40:
                 cache.free(sequences.pop())
+            if number % 1000 == 0:
+                check_pages(cache)
+        return full
 
     def rss():
         with open("/proc/self/statm") as file:
@@ -485,11 +727,13 @@ def test_a_million_steps_lose_no_memory():
 
     some(100_000)
     before = rss()
-    some(900_000)
+    assert some(900_000)
     assert rss() - before < 1000     # pages of 4 KB: what the allocator may do by itself
     for one in sequences:
         cache.free(one)
+    check_pages(cache)
     assert not cache._owners
+    assert cache.num_free_pages == 50
 
 
 def _open_step():

@@ -122,7 +122,8 @@ def test_every_parameter_is_described(function):
 @pytest.mark.parametrize("name", [
     "scaled_dot_product_attention", "varlen_attention", "paged_attention", "merge_states", "linear",
     "MultiHeadAttention",
-    "sinusoidal_encoding", "PositionalEncoding", "rotary_table", "rotary_embedding"])
+    "sinusoidal_encoding", "PositionalEncoding", "rotary_table", "rotary_embedding",
+    "KVCache"])
 def test_reference_points_to_the_public_one(name):
     text = getattr(reference, name).__doc__
     assert f"`cattn.{name}`" in text

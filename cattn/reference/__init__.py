@@ -3,11 +3,12 @@
 Each public function and class of `cattn` has a counterpart here with the same name and the same arguments
 (`out` and `num_threads` aside); there, the arguments are described. The fast ones are tested against these; a
 new behaviour starts here.
-Attention and `merge_states` do not check their arguments here: those of `cattn` do. The
-classes here are also the base of the fast ones, which do the costly steps in their own way.
+Attention, `merge_states` and `KVCache` do not check their arguments here: those of `cattn` do. The
+layers here are also the base of the fast ones, which do the costly steps in their own way.
 """
 
 from cattn.reference._attention import scaled_dot_product_attention
+from cattn.reference._cache import KVCache
 from cattn.reference._dropout import dropout_keep, philox4x32
 from cattn.reference._linear import linear, quantize_rows
 from cattn.reference._merge import merge_states
@@ -17,6 +18,7 @@ from cattn.reference._rotary import rotary_embedding, rotary_table
 from cattn.reference._serving import paged_attention, varlen_attention
 
 __all__ = [
+    "KVCache",
     "MultiHeadAttention",
     "PositionalEncoding",
     "dropout_keep",

@@ -166,7 +166,8 @@ cdef void store_quantized(const Tensor* rows, const Tensor* pages, const Tensor*
                 if d or dim > 256:
                     load_row(numbers, row + d * 256 * rows.stride[3], rows.stride[3], n, rows.kind)
                 for j in range(n):
-                    target[d * 256 + j] = <int8_t> rint(numbers[j] / scale)
+                    # More than 127 only by the rounding of a subnormal scale.
+                    target[d * 256 + j] = <int8_t> max(<real> -127, min(<real> 127, rint(numbers[j] / scale)))
 
 
 cdef enum:
