@@ -245,68 +245,50 @@ cdef vf sum_probs(const real* probs, int width, Py_ssize_t n) noexcept nogil:
     return sum
 
 
-cdef vf accumulate_finite(const Problem* p, const Workspace* w, const State* state, const real* probs,
-                          Py_ssize_t n) noexcept nogil:
-    """decode_values of n rows of w.v_finite: seldom, and so not inlined in each loop over blocks, where it took the
-    compiler an eighth of its time for a module."""
-    cdef Block b
-    b.num_runs, b.v_step, b.k_step = 1, p.v_stride * sizeof(real), 0
-    b.runs[0].n, b.runs[0].v, b.runs[0].next_k, b.runs[0].next_n = n, <const char*> w.v_finite, NULL, 0
+cdef void scores_of(const Problem* p, const Workspace* w, const Block* b) noexcept nogil:
+    """decode_scores of the block."""
+    if not IS_DOUBLE and b.kind == F16:
+        scores_of_kind(F16, p, w, b)
+    elif not IS_DOUBLE and b.kind == BF16:
+        scores_of_kind(BF16, p, w, b)
+    elif not IS_DOUBLE and b.kind == I8:
+        scores_of_kind(I8, p, w, b)
+    else:
+        scores_of_kind(F64 if IS_DOUBLE else F32, p, w, b)
+
+
+cdef inline void scores_of_kind(const int KIND, const Problem* p, const Workspace* w, const Block* b) noexcept nogil:
     if p.decode_width == 1:
-        return decode_values(F64 if IS_DOUBLE else F32, 1, state.acc, p.v_stride, probs, w.scores, &b)
+        decode_scores(KIND, 1, p, w, b)
+    elif p.decode_width == 2:
+        decode_scores(KIND, 2, p, w, b)
+    elif p.decode_width == 4:
+        decode_scores(KIND, 4, p, w, b)
+    else:
+        decode_scores(KIND, 8, p, w, b)
+
+
+cdef vf add_values(const Problem* p, const State* state, const real* probs, const real* summed,
+                   const Block* b) noexcept nogil:
+    """decode_values of the block."""
+    if not IS_DOUBLE and b.kind == F16:
+        return add_values_of_kind(F16, p, state.acc, probs, summed, b)
+    if not IS_DOUBLE and b.kind == BF16:
+        return add_values_of_kind(BF16, p, state.acc, probs, summed, b)
+    if not IS_DOUBLE and b.kind == I8:
+        return add_values_of_kind(I8, p, state.acc, probs, summed, b)
+    return add_values_of_kind(F64 if IS_DOUBLE else F32, p, state.acc, probs, summed, b)
+
+
+cdef inline vf add_values_of_kind(const int KIND, const Problem* p, real* acc, const real* probs, const real* summed,
+                                  const Block* b) noexcept nogil:
+    if p.decode_width == 1:
+        return decode_values(KIND, 1, acc, p.v_stride, probs, summed, b)
     if p.decode_width == 2:
-        return decode_values(F64 if IS_DOUBLE else F32, 2, state.acc, p.v_stride, probs, w.scores, &b)
+        return decode_values(KIND, 2, acc, p.v_stride, probs, summed, b)
     if p.decode_width == 4:
-        return decode_values(F64 if IS_DOUBLE else F32, 4, state.acc, p.v_stride, probs, w.scores, &b)
-    return decode_values(F64 if IS_DOUBLE else F32, 8, state.acc, p.v_stride, probs, w.scores, &b)
-
-
-cdef inline void decode_blocks(const int KIND, const int WIDTH, const Problem* p, const Workspace* w, const Task* task,
-                               const State* state, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
-    """KIND: of the numbers in blocks."""
-    cdef Py_ssize_t i, v_stride, all_low = 0, all_high = p.seq_len_kv
-    cdef const real* v_rows
-    cdef Block b
-    cdef Tile t
-    cdef vf sums = vset1(<real> 0.0), of_values
-    cdef bint are_modified, is_finite
-    t.width, t.lanes = WIDTH, w.lanes
-    # Keys [all_low, all_high) are seen by all rows. Outside, a tile is limited: some row must not see some key.
-    for i in range(WIDTH):
-        all_low = max(all_low, w.lanes[i].low)
-        all_high = min(all_high, w.lanes[i].high)
-    before_block(&b, low)
-    while next_block(p, w, task, high, &b):
-        decode_scores(KIND, WIDTH, p, w, &b)
-        t.scores = w.scores
-        t.key_start, t.n = b.key_start, b.n
-        t.limited = b.key_start < all_low or b.key_start + b.n > all_high
-        modify_tile(p, w, &t)
-        keep_scores(p, &t)
-        # What fills the last vector are keys that do not exist.
-        i = b.n * WIDTH
-        while i % LANES:
-            w.scores[i] = <real> -INFINITY
-            i += 1
-        decode_softmax(w, state, p.unit, WIDTH, i // LANES, p.v_stride)
-        are_modified = p.dropout or w.again
-        if are_modified:
-            sums = sum_probs(w.scores, WIDTH, b.n)
-            modify_probs(p, w, &t)
-        elif p.v_scales.data != NULL:   # beside the scores, which are summed
-            scale_values(p, w, &t, w.next_scores)
-            t.scores = w.next_scores
-        # NaN and infinities behind a mask must not leak: see make_finite
-        v_rows, is_finite = NULL, True
-        if t.limited or p.mask.data != NULL:
-            v_rows = values_of(p, w, task, &b, &v_stride)
-            is_finite = not make_finite(w.v_finite, p.v_stride, v_rows, v_stride, b.n, p.head_dim_v)
-        if is_finite:
-            of_values = decode_values(KIND, WIDTH, state.acc, p.v_stride, t.scores, w.scores, &b)
-        else:
-            of_values = accumulate_finite(p, w, state, t.scores, b.n)
-            repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride)
-        vstore(state.row_sum, vload(state.row_sum) + each_row(sums if are_modified else of_values, WIDTH))
+        return decode_values(KIND, 4, acc, p.v_stride, probs, summed, b)
+    return decode_values(KIND, 8, acc, p.v_stride, probs, summed, b)
 
 
 cdef bint decode_reads_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
@@ -320,26 +302,51 @@ cdef bint decode_reads_in_place(const Tensor* t, Py_ssize_t dim) noexcept nogil:
 cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, const State* state, Py_ssize_t low,
                       Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
-    if not IS_DOUBLE and p.block_kind == F16:
-        decode_kind(F16, p, w, task, state, low, high)
-    elif not IS_DOUBLE and p.block_kind == BF16:
-        decode_kind(BF16, p, w, task, state, low, high)
-    elif not IS_DOUBLE and p.block_kind == I8:
-        decode_kind(I8, p, w, task, state, low, high)
-    else:
-        decode_kind(F64 if IS_DOUBLE else F32, p, w, task, state, low, high)
-
-
-cdef inline void decode_kind(const int KIND, const Problem* p, const Workspace* w, const Task* task,
-                             const State* state, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
-    if p.decode_width == 1:
-        decode_blocks(KIND, 1, p, w, task, state, low, high)
-    elif p.decode_width == 2:
-        decode_blocks(KIND, 2, p, w, task, state, low, high)
-    elif p.decode_width == 4:
-        decode_blocks(KIND, 4, p, w, task, state, low, high)
-    else:
-        decode_blocks(KIND, 8, p, w, task, state, low, high)
+    cdef int width = p.decode_width
+    cdef Py_ssize_t i, v_stride, all_low = 0, all_high = p.seq_len_kv
+    cdef const real* v_rows
+    cdef Block b
+    cdef Tile t
+    cdef vf sums = vset1(<real> 0.0), of_values
+    cdef bint are_modified, is_finite
+    t.width, t.lanes = width, w.lanes
+    # Keys [all_low, all_high) are seen by all rows. Outside, a tile is limited: some row must not see some key.
+    for i in range(width):
+        all_low = max(all_low, w.lanes[i].low)
+        all_high = min(all_high, w.lanes[i].high)
+    before_block(&b, low)
+    while next_block(p, w, task, high, &b):
+        scores_of(p, w, &b)
+        t.scores = w.scores
+        t.key_start, t.n = b.key_start, b.n
+        t.limited = b.key_start < all_low or b.key_start + b.n > all_high
+        modify_tile(p, w, &t)
+        keep_scores(p, &t)
+        # What fills the last vector are keys that do not exist.
+        i = b.n * width
+        while i % LANES:
+            w.scores[i] = <real> -INFINITY
+            i += 1
+        decode_softmax(w, state, p.unit, width, i // LANES, p.v_stride)
+        are_modified = p.dropout or w.again
+        if are_modified:
+            sums = sum_probs(w.scores, width, b.n)
+            modify_probs(p, w, &t)
+        elif p.v_scales.data != NULL:   # beside the scores, which are summed
+            scale_values(p, w, &t, w.next_scores)
+            t.scores = w.next_scores
+        # NaN and infinities behind a mask must not leak: see make_finite
+        v_rows, is_finite = NULL, True
+        if t.limited or p.mask.data != NULL:
+            v_rows = values_of(p, w, task, &b, &v_stride)
+            is_finite = not make_finite(w.v_finite, p.v_stride, v_rows, v_stride, b.n, p.head_dim_v)
+        if not is_finite:
+            b.kind, b.num_runs, b.v_step = real_kind(), 1, p.v_stride * sizeof(real)
+            b.runs[0].n, b.runs[0].v, b.runs[0].next_n = b.n, <const char*> w.v_finite, 0
+        of_values = add_values(p, state, t.scores, w.scores, &b)
+        if not is_finite:
+            repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride)
+        vstore(state.row_sum, vload(state.row_sum) + each_row(sums if are_modified else of_values, width))
 
 
 cdef void decode_pack(const Problem* p, const Workspace* w, const Task* task) noexcept nogil:
