@@ -277,6 +277,17 @@ def check_dtype(dtype, names=None):
     return result
 
 
+def check_table_dtype(dtype, names=None):
+    """What a table is stored as, and its kind: "bfloat16", where no package has made NumPy know it, as uint16."""
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        try:
+            np.dtype(dtype)
+        except TypeError:
+            return np.dtype(np.uint16), BF16
+    dtype = check_dtype(dtype, names)
+    return dtype, KINDS.get(dtype, BF16)
+
+
 def check_weight_dtype(dtype):
     """The name of what the weights of a layer are kept in; None: in its own dtype."""
     if dtype is None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cattn import _kernels, reference
-from cattn._checks import check_dtype, check_kind, check_out, check_table
+from cattn._checks import check_out, check_table, check_table_dtype
 from cattn.reference import relative_shift
 
 __all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]
@@ -42,7 +42,7 @@ def sinusoidal_encoding(
         In place of offset + r, each within +-2**53; they may be fractional. Every angle is computed by itself then,
         and a float64 table is within 2.3e-16 * (abs(pos) + 1).
     dtype : float dtype
-        float16, bfloat16 (of ml_dtypes), float32 or float64.
+        float16, bfloat16 (of ml_dtypes), float32 or float64; "bfloat16" without ml_dtypes: its bits, as uint16.
     out : array (length, dim) of this dtype, optional
         Written and returned; any strides, no two elements in the same place.
 
@@ -88,7 +88,7 @@ def sinusoidal_encoding(
     """
     length, dim, base, offset, endpoint, positions = check_table(
         length, dim, base, offset, layout, endpoint, positions)
-    dtype = check_dtype(dtype, ("float16", "bfloat16", "float32", "float64"))
+    dtype, kind = check_table_dtype(dtype, ("float16", "bfloat16", "float32", "float64"))
     if out is None:
         out = target = np.empty((length, dim), dtype)
     else:
@@ -96,7 +96,6 @@ def sinusoidal_encoding(
     if positions is not None:
         with np.errstate(all="ignore"):  # a long double may be too small for a double
             positions = positions.astype(np.float64, copy=False)
-    kind = check_kind("out", target)
     _kernels.f32.sinusoid(target, kind, offset, positions, None, float(base), layout, endpoint)
     return out
 

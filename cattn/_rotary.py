@@ -12,11 +12,11 @@ from cattn._checks import (
     F64,
     as_array,
     check_bool,
-    check_dtype,
     check_kind,
     check_out,
     check_rotary,
     check_rotary_table,
+    check_table_dtype,
     check_table_kind,
 )
 
@@ -46,7 +46,7 @@ def rotary_table(
         f in place of those of `base`, each within +-2**53. Where one is larger than 1, the table is as exact as if the
         positions were that much larger.
     dtype : float dtype
-        float16, bfloat16 (of ml_dtypes), float32 or float64.
+        float16, bfloat16 (of ml_dtypes), float32 or float64; "bfloat16" without ml_dtypes: its bits, as uint16.
 
     Returns
     -------
@@ -95,9 +95,9 @@ def rotary_table(
     >>> llama3 = rotary_table(100, dim, frequencies=f * (ramp + (1 - ramp) / 8))
     """
     length, dim, base, offset, frequencies = check_rotary_table(length, dim, base, offset, frequencies)
-    dtype = check_dtype(dtype, ("float16", "bfloat16", "float32", "float64"))
+    dtype, kind = check_table_dtype(dtype, ("float16", "bfloat16", "float32", "float64"))
     table = np.empty((2, length, dim // 2), dtype)
-    _kernels.f32.sinusoid(table, check_kind("table", table), offset, None, frequencies, float(base), None, False)
+    _kernels.f32.sinusoid(table, kind, offset, None, frequencies, float(base), None, False)
     return table[0], table[1]
 
 

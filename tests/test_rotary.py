@@ -3,6 +3,8 @@
 import doctest
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +28,35 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
 # Tables.
+
+
+def test_bfloat16_where_numpy_does_not_know_it():
+    """In a process without ml_dtypes: the bits."""
+    code = """if 1:
+        import sys
+        import numpy as np, cattn
+        assert "ml_dtypes" not in sys.modules
+        for library in (cattn, cattn.reference):
+            tables = [library.sinusoidal_encoding(50, 6, dtype="bfloat16"),
+                      *library.rotary_table(50, 6, dtype="bfloat16")]
+            if library is cattn:
+                out = np.empty((50, 6), np.uint16)
+                assert library.sinusoidal_encoding(50, 6, dtype="bfloat16", out=out) is out
+                tables.append(out)
+            print(b"".join(x.tobytes() for x in tables).hex(), *{x.dtype.name for x in tables})
+        try:
+            cattn.PositionalEncoding(4, dtype="bfloat16")
+        except TypeError as error:
+            assert "dtype: expected" in str(error)
+        else:
+            raise AssertionError
+    """
+    lines = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    for bits, dtype, library in zip(lines[::2], lines[1::2], (cattn, cattn.reference), strict=True):
+        table = library.sinusoidal_encoding(50, 6, dtype=BFLOAT16)
+        tables = [table, *library.rotary_table(50, 6, dtype=BFLOAT16), *([table] if library is cattn else [])]
+        assert dtype == "uint16"
+        assert bits == b"".join(x.tobytes() for x in tables).hex()
 
 
 @dtypes

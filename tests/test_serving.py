@@ -184,7 +184,7 @@ def test_8_bits_of_any_scale(isa):
 
 def test_scales_nobody_sees(isa):
     """Those of keys that a row does not see reach it by no way, whatever they are; those that it sees do."""
-    query, _, _, cu_q, cu_kv = packed([(20, 150)], head_dim=32)
+    query, _, _, _, cu_kv = packed([(20, 150)], head_dim=32)
     for count in (20, 5, 1):
         keys, values = (of_8_bits(150, 2, 32, [0.01], seed) for seed in (1, 2))
         call = [query[:count], keys, values, [0, count], cu_kv, 16]

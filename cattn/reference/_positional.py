@@ -16,12 +16,14 @@ from cattn._checks import (
     check_rows,
     check_seed,
     check_table,
+    check_table_dtype,
     layer_text,
     pieces,
     raise_layer_dtype,
     shown,
 )
 from cattn.reference._dropout import keep_of
+from cattn.reference._linear import to_bfloat16
 
 __all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]
 
@@ -40,7 +42,8 @@ def sinusoidal_encoding(
     """
     length, dim, base, offset, endpoint, positions = check_table(
         length, dim, base, offset, layout, endpoint, positions)
-    dtype = check_dtype(dtype)
+    stored, _ = check_table_dtype(dtype)
+    dtype = np.dtype(np.float32) if stored == np.uint16 else stored
     wide = np.result_type(dtype, np.float64)
     sines, cosines = columns_of(dim, layout)
     position = np.arange(offset, offset + length) if positions is None else positions
@@ -48,7 +51,7 @@ def sinusoidal_encoding(
     table = np.empty((length, dim), dtype)
     table[:, sines] = np.sin(angle)
     table[:, cosines] = np.cos(angle[:, : len(cosines)])
-    return table
+    return to_bfloat16(table) if stored == np.uint16 else table
 
 
 @np.errstate(all="ignore")
@@ -124,6 +127,7 @@ class PositionalEncoding:
     ) -> None:
         self.dim = check_int("dim", dim, 1)
         self.dropout = check_dropout("dropout", dropout)
+        dtype = check_dtype(dtype)
         self._options = {"base": base, "layout": layout, "endpoint": endpoint, "dtype": dtype}
         max_len = check_int("max_len", max_len, 0)
         if max(max_len, 1) * self.dim > 2**58:

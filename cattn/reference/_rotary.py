@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cattn._checks import as_array, check_bool, check_dtype, check_rotary, check_rotary_table, is_float
+from cattn._checks import as_array, check_bool, check_rotary, check_rotary_table, check_table_dtype, is_float
+from cattn.reference._linear import to_bfloat16
 from cattn.reference._positional import periods
 
 __all__ = ["rotary_embedding", "rotary_table"]
@@ -24,11 +25,13 @@ def rotary_table(
     `cattn.rotary_table`; `dtype` is any float dtype here.
     """
     length, dim, base, offset, frequencies = check_rotary_table(length, dim, base, offset, frequencies)
-    dtype = check_dtype(dtype)
+    stored, _ = check_table_dtype(dtype)
+    dtype = np.dtype(np.float32) if stored == np.uint16 else stored
     wide = np.result_type(dtype, np.float64)
     position = np.arange(offset, offset + length).astype(wide)[:, None]
     angle = position / periods(dim, base, False, wide) if frequencies is None else position * frequencies
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    tables = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    return tuple(map(to_bfloat16, tables)) if stored == np.uint16 else tables
 
 
 @np.errstate(all="ignore")

@@ -1,7 +1,7 @@
 # Attention of few query rows (a decoding step: one row for each head that shares the key head) against long K and V.
 # Each number of K and V is used for a few FMAs only, so the limit is how fast they arrive: rows of K and V are taken as
-# they lie, also in 16 or 8 bits, and one pass over them serves all rows. *Keys are in the SIMD lanes* for scores, dimensions
-# for values.
+# they lie, also in 16 or 8 bits, and one pass over them serves all rows. *Keys are in the SIMD lanes* for scores,
+# dimensions for values.
 #
 #     for each (batch, key head), each split of the keys
 #         for each block of keys

@@ -220,10 +220,10 @@ def attend_step(query, key, value, tuple pages, step, Kind pages_kind, out, Kind
                 double softcap, Py_ssize_t window_left, Py_ssize_t window_right, const real[:, ::1] slopes,
                 const real[::1] sinks, Py_ssize_t num_threads):
     """A step of a cache; returns out. key and value (total, num_kv_heads, dim) go into pages, then out (OUT) and
-    logsumexp (OUT, flat; or None) of the query (total, num_heads, dim) are what attend makes of them. `pages`: keys and values of the
-    first page, (1, num_kv_heads, page_size, dim), of 8 bits the scales of both too. `step`, contiguous int64, holds,
-    one after the other, the number of sequences, whether kv_starts count, the pages in a row of the table;
-    cu_seqlens_q (batch + 1), q_offsets, kv_lens, kv_starts (batch each); where keys, values and scales are stored
+    logsumexp (OUT, flat; or None) of the query (total, num_heads, dim) are what attend makes of them. `pages`: keys and
+    values of the first page, (1, num_kv_heads, page_size, dim), of 8 bits the scales of both too. `step`, contiguous
+    int64, holds, one after the other, the number of sequences, whether kv_starts count, the pages in a row of the
+    table; cu_seqlens_q (batch + 1), q_offsets, kv_lens, kv_starts (batch each); where keys, values and scales are stored
     (total each), in bytes from the first page; and the table, in PAGE_UNITs from there."""
     cdef Problem p
     cdef Tensor new_keys, new_values

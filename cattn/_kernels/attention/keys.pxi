@@ -1,8 +1,8 @@
 # Where the keys and values of a task lie, as what they are read, which come next, and which are wanted soon. Both
 # kernels take the blocks that next_block yields: no other place computes an address of K or V.
 #
-# Keys in pages: a run of keys ends where its page does. Another way to store them is a case of place_runs. The scales of
-# keys of 8 bits are a modifier of scores, those of values one of probabilities: see modify.pxi.
+# Keys in pages: a run of keys ends where its page does. Another way to store them is a case of place_runs. The scales
+# of keys of 8 bits are a modifier of scores, those of values one of probabilities: see modify.pxi.
 
 cdef enum:
     # Asked for every EXP_KEYS keys, at least: 1 is 15 % slower where short sequences come from memory
@@ -53,7 +53,7 @@ cdef void copy_rows(real* copy, const Problem* p, const Tensor* t, const Task* t
 
 
 cdef void load_key_scales(real* scales, const Problem* p, const Tensor* t, const Task* task,
-                      const Block* b) noexcept nogil:
+                          const Block* b) noexcept nogil:
     """scales (OUT)[block_kv + LANES]: each key's, at its place on the grid of blocks; 0 in whole vectors behind."""
     cdef Py_ssize_t done = 0, n, i
     cdef const char* row

@@ -305,7 +305,8 @@ cdef void find_visible(const Problem* p, const Workspace* w, const Tile* t) noex
 
 cdef inline bint is_modified(const Problem* p, const Tile* t) noexcept nogil:
     """Whether any modifier of scores touches the tile."""
-    return t.limited or p.mask.data != NULL or p.k_scales.data != NULL or p.scale != 1 or p.softcap != 0 or p.slopes != NULL
+    return (t.limited or p.mask.data != NULL or p.k_scales.data != NULL or p.scale != 1 or p.softcap != 0
+            or p.slopes != NULL)
 
 
 cdef bint modify_tile(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
