@@ -480,7 +480,8 @@ LINEAR = {"up": (576, 1536), "down": (1536, 576), "qkv": (576, 960)}  # of SmolL
 def paged(batch, group_size, dtype):
     name = f"paged-{batch}-gqa{group_size}{'' if dtype == 'float32' else f'-{dtype}'}"
     sequences = "a sequence" if batch == 1 else f"{batch} sequences"
-    reason = f"a token of {sequences}, up to 16384 keys in pages, {group_size} query heads a key head"
+    heads = f"{group_size} query head{'s' * (group_size > 1)} a key head"
+    reason = f"a token of {sequences}, up to 16384 keys in pages, {heads}"
     default = (batch, group_size) == (8, 4)
     return Paged(name, reason, (batch, 4 * group_size, 4, 128, 16384, 64), dtype, default=default)
 
