@@ -1,16 +1,19 @@
 """The implementations that are compared: a class each, named after what it imports.
 
-A peer is made with the number of threads; `version` says what runs. Its methods attention, layer and table
-take a workload and its arrays and return (run, to_array). run() is what is timed: whatever can be prepared
-(the library's own tensors and layouts, compiled graphs, causal masks) is prepared before. to_array(result) is
+A peer is made with the number of threads; `version` says what runs. Its methods, one for each kind of workload that it
+can do, take a workload and its arrays and return (run, to_array). run() is what is timed: whatever can be prepared
+(the library's own tensors and layouts, padding, compiled graphs, causal masks) is prepared before. to_array(result) is
 for the check.
 """
 
 import math
 import time
+import warnings
 from functools import partial
 
 import numpy as np
+
+from .workloads import SCALE, beside
 
 
 class Unsupported(Exception):
@@ -46,6 +49,60 @@ class Cattn:
 
     def table(self, work, arrays):
         return partial(self.cattn.sinusoidal_encoding, *work.shape), identity
+
+    def packed(self, work, arrays):
+        if work.each:
+            attend = partial(self.cattn.scaled_dot_product_attention, is_causal=work.is_causal)
+            return partial(_one_by_one, attend, work.sequences(arrays)), _packed_again
+        inputs = (arrays[name] for name in ("query", "key", "value", "cu_seqlens"))
+        return partial(self.cattn.varlen_attention, *inputs, is_causal=work.is_causal), identity
+
+    def paged(self, work, arrays):
+        inputs = (arrays[name] for name in ("query", "key", "value", "block_table", "kv_lens"))
+        scales = {name: array for name, array in arrays.items() if name.endswith("_scales")}
+        return partial(self.cattn.paged_attention, *inputs, **scales), identity
+
+    def cache(self, work, arrays):
+        return CattnStep(self.cattn.KVCache, work, arrays), identity
+
+    def merge(self, work, arrays):
+        return partial(self.cattn.merge_states, **arrays), beside
+
+    def rotary(self, work, arrays):
+        out = arrays["x"] if work.in_place else np.empty_like(arrays["x"])
+        return partial(self.cattn.rotary_embedding, **arrays, interleaved=False, out=out), identity
+
+    def linear(self, work, arrays):
+        return partial(self.cattn.linear, **arrays), identity
+
+
+class CattnStep:
+    """KVCache.attend of one more token, layer by layer; a new step where the last one is used up, or before."""
+
+    most = 8  # layers: their keys stay in the core's own cache, as when a model is small
+
+    def __init__(self, cache, work, arrays):
+        num_heads, num_kv_heads, self.length, head_dim = work.shape
+        self.token = arrays["query"], arrays["key"][-1:], arrays["value"][-1:]
+        self.cache = cache(self.most, num_kv_heads, head_dim)
+        self.sequence = self.cache.new()
+        prompt = np.zeros((self.length - 1, num_heads, head_dim), np.float32)
+        step = self.cache.extend(self.sequence, self.length - 1)
+        for layer in range(self.most):
+            self.cache.attend(layer, step, prompt, arrays["key"][:-1], arrays["value"][:-1])
+        self.step, self.layer = None, self.most
+
+    def prepare(self):
+        if self.layer < self.most:
+            self.cache.cancel(self.step)
+        self.cache.truncate(self.sequence, self.length - 1)
+        self.step, self.layer = self.cache.extend(self.sequence, 1), 0
+
+    def __call__(self):
+        if self.layer == self.most:
+            self.prepare()
+        self.layer += 1
+        return self.cache.attend(self.layer - 1, self.step, *self.token)
 
 
 class Numpy:
@@ -110,6 +167,76 @@ class Numpy:
         table[:, 1::2] = np.cos(angle)
         return table
 
+    def packed(self, work, arrays):
+        """A call for each sequence."""
+        masks = {}
+        if work.is_causal:
+            masks = {n: np.where(np.tri(n, dtype=bool), np.float32(0), np.float32(-np.inf)) for n in work.lengths}
+        calls = [(*qkv, masks.get(qkv[0].shape[2])) for qkv in work.sequences(arrays)]
+        return partial(_one_by_one, self._attend, calls), _packed_again
+
+    def paged(self, work, arrays):
+        """A call for each sequence, whose keys and values lie in one array."""
+        sequences = zip(arrays["query"], work.sequences(arrays), strict=True)
+        calls = [(query[None, :, None], key[None], value[None]) for query, (key, value) in sequences]
+        attend = self._attend_int8 if work.dtype == "int8" else partial(self._attend, mask=None)
+        return partial(_one_by_one, attend, calls), _packed_again
+
+    def _attend_int8(self, query, key, value):
+        key, value = (x.astype(np.float32) for x in (key, value))
+        return self._attend(query * SCALE, key, value, None) * SCALE
+
+    def cache(self, work, arrays):
+        """Keys and values in arrays with room for the token, whose row is written."""
+        key, value = (np.ascontiguousarray(arrays[name].swapaxes(0, 1))[None] for name in ("key", "value"))
+        query, *token = arrays["query"][:, :, None], arrays["key"][-1], arrays["value"][-1]
+        return partial(self._store_and_attend, query, key, value, *token), lambda out: out[:, :, 0]
+
+    def _store_and_attend(self, query, key, value, new_key, new_value):
+        key[0, :, -1], value[0, :, -1] = new_key, new_value
+        return self._attend(query, key, value, None)
+
+    def merge(self, work, arrays):
+        return partial(self._merge, **arrays), beside
+
+    @staticmethod
+    def _merge(outputs, logsumexps):
+        largest = logsumexps.max(0)
+        weights = np.exp(logsumexps - largest)
+        total = weights.sum(0)
+        weights /= total
+        out = outputs[0] * weights[0, ..., None]
+        for output, weight in zip(outputs[1:], weights[1:], strict=True):
+            out += output * weight[..., None]
+        return out, largest + np.log(total)
+
+    def rotary(self, work, arrays):
+        out = arrays["x"] if work.in_place else np.empty_like(arrays["x"])
+        return partial(self._turn, **arrays, out=out), identity
+
+    @staticmethod
+    def _turn(x, cos, sin, out):
+        """out may be x."""
+        columns = cos.shape[-1]
+        a, b = x[..., :columns], x[..., columns:]
+        first = a * cos
+        first -= b * sin
+        second = np.multiply(b, cos, out=out[..., columns:])
+        second += a * sin
+        out[..., :columns] = first
+        return out
+
+    def linear(self, work, arrays):
+        """Weights of fewer bits are widened in the call: kept, they would take the memory of float32."""
+        return partial(self._linear, **arrays), identity
+
+    @staticmethod
+    def _linear(x, weight, weight_scales=None):
+        weight = weight.astype(np.float32, copy=False)
+        if weight_scales is not None:
+            weight.reshape(*weight_scales.shape, -1)[...] *= weight_scales[..., None]
+        return x @ weight.T
+
 
 class Torch:
     modules = ("torch",)
@@ -154,9 +281,82 @@ class Torch:
         angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency
         return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
 
+    def packed(self, work, arrays):
+        """Padded, with a mask of the keys that are there, which causal sequences need not have; or one by one. Nested
+        tensors took 5 times as long as padded ones (2.13, six sequences), and refuse is_causal."""
+        attend = self.torch.nn.functional.scaled_dot_product_attention
+        sequences, lengths = work.sequences(arrays), work.lengths
+        if work.each:
+            calls = [tuple(map(self._tensor, qkv)) for qkv in sequences]
+            to_array = partial(_packed_again, one=self._to_array)
+            return partial(_one_by_one, partial(attend, is_causal=work.is_causal), calls), to_array
+        inputs = [self._tensor(_padded(arrays, work.shape[4])) for arrays in zip(*sequences, strict=True)]
+        options = {"is_causal": True} if work.is_causal else {"attn_mask": self._mask(lengths, work.shape[4])}
+
+        def to_array(result):
+            outs = zip(self._to_array(result), lengths, strict=True)
+            return np.concatenate([out[:, :length].swapaxes(0, 1) for out, length in outs])
+
+        return partial(attend, *inputs, **options), to_array
+
+    def _mask(self, lengths, longest):
+        """(batch, 1, 1, longest): the keys that are there."""
+        return self.torch.from_numpy(np.arange(longest) < lengths[:, None])[:, None, None]
+
+    def paged(self, work, arrays):
+        """Padded with a mask, or one by one: the faster."""
+        if work.dtype == "int8":
+            raise Unsupported("no int8 keys and values")
+        options = {"enable_gqa": True} if work.shape[1] != work.shape[2] else {}
+        attend = partial(self.torch.nn.functional.scaled_dot_product_attention, **options)
+        sequences, query = work.sequences(arrays), self._tensor(arrays["query"])[:, :, None]
+        calls = [(query[i : i + 1], *(self._tensor(x[None]) for x in pair)) for i, pair in enumerate(sequences)]
+        candidates = [(partial(_one_by_one, attend, calls), partial(_packed_again, one=self._to_array))]
+        if len(sequences) > 1:
+            pairs = ([x[None] for x in arrays] for arrays in zip(*sequences, strict=True))
+            inputs = [self._tensor(_padded(arrays, work.shape[4])) for arrays in pairs]
+            padded = partial(attend, query, *inputs, attn_mask=self._mask(work.lengths, work.shape[4]))
+            candidates.append((padded, lambda result: self._to_array(result)[:, :, 0]))
+        return min(candidates, key=lambda candidate: _seconds_per_call(candidate[0]))
+
+    def rotary(self, work, arrays):
+        x, cos, sin = (self._tensor(arrays[name]) for name in ("x", "cos", "sin"))
+        out = x if work.in_place else self.torch.empty_like(x)
+        return partial(self._turn, x, cos, sin, out), self._to_array
+
+    def _turn(self, x, cos, sin, out):
+        """out may be x."""
+        a, b = x.chunk(2, -1)
+        first = self.torch.addcmul(a * cos, b, sin, value=-1)
+        second = self.torch.addcmul(b * cos, a, sin)
+        return self.torch.cat((first, second), -1, out=out)
+
+    def linear(self, work, arrays):
+        """In the weight's dtype, into which x is cast and from which the result; int8: the dynamic one."""
+        torch, x = self.torch, self._tensor(arrays["x"])
+        if work.dtype == "int8":
+            return self._int8_linear(x, **{name: self._tensor(arrays[name]) for name in ("weight", "weight_scales")})
+        weight = self._tensor(arrays["weight"])
+        if work.dtype == "float32":
+            return partial(torch.nn.functional.linear, x, weight), self._to_array
+        return lambda: torch.nn.functional.linear(x.to(weight.dtype), weight).float(), self._to_array
+
+    def _int8_linear(self, x, weight, weight_scales):
+        torch = self.torch
+        if torch.backends.quantized.engine == "qnnpack":
+            raise Unsupported("qnnpack does not round x to 7 bits, but to 8 that the workload's are none of")
+        scales = weight_scales[:, 0]
+        with warnings.catch_warnings():  # its tensors of 8 bits are deprecated
+            warnings.simplefilter("ignore")
+            no_offsets = torch.zeros(len(scales), dtype=torch.int64)
+            weight = torch.quantize_per_channel(weight * scales[:, None], scales, no_offsets, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(weight, None)
+        return partial(torch.ops.quantized.linear_dynamic, x, packed, True), self._to_array
+
 
 class Onnxruntime:
-    """ONNX `Attention` (opset 23) or `com.microsoft.MultiHeadAttention`: the faster, where both can do it."""
+    """ONNX `Attention` (opset 23) or `com.microsoft.MultiHeadAttention`: the faster, where both can do it; of pages
+    `com.microsoft.GroupQueryAttention`; ONNX `RotaryEmbedding` (opset 23)."""
 
     modules = ("onnxruntime", "onnx")
 
@@ -198,22 +398,95 @@ class Onnxruntime:
         run = self._session("MultiHeadAttention", "com.microsoft", inputs, names, attributes)
         return run, partial(_heads_first, work)
 
+    def paged(self, work, arrays):
+        """On a cache (batch, num_kv_heads, longest, head_dim), which the token is written into where it lies: no copy
+        of it is made."""
+        batch, num_heads, num_kv_heads, _, longest, _ = work.shape
+        key, value = ([x[None] for x in arrays] for arrays in zip(*work.sequences(arrays), strict=True))
+        wide = arrays["query"].dtype, SCALE if work.dtype == "int8" else 1
+        inputs = {
+            "query": arrays["query"].reshape(batch, 1, -1),
+            "key": _last_token(key, *wide),
+            "value": _last_token(value, *wide),
+            "past_key": _padded(key, longest),
+            "past_value": _padded(value, longest),
+            "seqlens_k": (arrays["kv_lens"] - 1).astype(np.int32),  # of each, one less than there are with the token
+            "total_sequence_length": np.array([longest], np.int32),
+        }
+        names, attributes = list(inputs), {"num_heads": num_heads, "kv_num_heads": num_kv_heads}
+        if work.dtype == "int8":
+            inputs |= {"k_scale": np.array([SCALE]), "v_scale": np.array([SCALE])}
+            names += [*[""] * 5, "k_scale", "v_scale"]
+            attributes |= dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_TENSOR") | {"kv_cache_bit_width": 8}
+        outputs = {"out": "query", "present_key": "past_key", "present_value": "past_value"}
+        domain = "com.microsoft"
+        session = self._session_of("GroupQueryAttention", domain, inputs, names, attributes, outputs)
+        binding, values = session.io_binding(), self._values(inputs)
+        for name, ort_value in values.items():
+            binding.bind_ortvalue_input(name, ort_value)
+        binding.bind_output("out")
+        for name in ("key", "value"):
+            binding.bind_ortvalue_output(f"present_{name}", values[f"past_{name}"])
+
+        def run():
+            session.run_with_iobinding(binding)
+            return binding.get_outputs()
+
+        return run, lambda result: _first_output(result).reshape(arrays["query"].shape)
+
+    def rotary(self, work, arrays):
+        if work.in_place:
+            raise Unsupported("no operator in place")
+        inputs = {"x": arrays["x"], "cos": arrays["cos"][None], "sin": arrays["sin"][None]}
+        if work.shape[0] != 1:
+            inputs |= {name: np.repeat(inputs[name], work.shape[0], axis=0) for name in ("cos", "sin")}
+        return self._session("RotaryEmbedding", "", inputs, list(inputs), {"interleaved": 0}), _first_output
+
     def _session(self, operator, domain, inputs, names, attributes):
-        """A session of a single node; run() keeps inputs and output in onnxruntime's own memory."""
+        """run() of a session; it keeps inputs and output in onnxruntime's own memory."""
+        session = self._session_of(operator, domain, inputs, names, attributes, {"out": names[0]})
+        return partial(session.run_with_ort_values, ["out"], self._values(inputs))
+
+    def _values(self, inputs):
+        return {name: self.ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
+
+    def _session_of(self, operator, domain, inputs, names, attributes, outputs):
+        """A session of a single node; `outputs`: each has the dtype of an input."""
         helper = self.onnx.helper
         types = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in inputs.items()}
         graph = helper.make_graph(
-            [helper.make_node(operator, names, ["out"], domain=domain, **attributes)],
+            [helper.make_node(operator, names, list(outputs), domain=domain, **attributes)],
             operator,
             [helper.make_tensor_value_info(name, types[name], array.shape) for name, array in inputs.items()],
-            [helper.make_tensor_value_info("out", types["query"], None)],
+            [helper.make_tensor_value_info(name, types[same], None) for name, same in outputs.items()],
         )
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         providers = ["CPUExecutionProvider"]
-        session = self.ort.InferenceSession(model.SerializeToString(), self.options, providers=providers)
-        feeds = {name: self.ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
-        return partial(session.run_with_ort_values, ["out"], feeds)
+        return self.ort.InferenceSession(model.SerializeToString(), self.options, providers=providers)
+
+
+def _one_by_one(attend, calls):
+    """A call for each sequence."""
+    return [attend(*arguments) for arguments in calls]
+
+
+def _packed_again(results, one=identity):
+    """(1, heads, length, head_dim) of each sequence -> (total, heads, head_dim)."""
+    return np.concatenate([one(result)[0].swapaxes(0, 1) for result in results])
+
+
+def _padded(arrays, longest):
+    """(1, heads, length, head_dim) of each sequence -> (batch, heads, longest, head_dim), with zeros behind the end."""
+    padded = np.zeros((len(arrays), arrays[0].shape[1], longest, arrays[0].shape[3]), arrays[0].dtype)
+    for target, array in zip(padded, arrays, strict=True):
+        target[:, : array.shape[2]] = array[0]
+    return padded
+
+
+def _last_token(arrays, dtype, scale):
+    """(1, heads, length, head_dim) of each sequence -> (batch, 1, heads * head_dim)."""
+    return np.stack([array[:, :, -1].reshape(1, -1) for array in arrays]).astype(dtype) * dtype.type(scale)
 
 
 def _seconds_per_call(run):

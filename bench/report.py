@@ -136,8 +136,9 @@ def busy(data):
 
 
 LEGEND = """
-ms: cattn's median. Speed: of its best call, and its part of the FMA peak that was known then (decode: of reading as
-many bytes). Error: cattn's largest against float64. Peers: their median in units of cattn's; empty where they cannot.
+ms: cattn's median. Speed: of its best call, and its part of the FMA peak that was known then (GB/s: of reading as many
+bytes). Error: cattn's largest against float64. Peers: their median in units of cattn's; empty where they cannot
+or are not asked.
 """
 
 
@@ -194,10 +195,10 @@ def markdown(data):
             "",
             markdown_table(table),
             "",
-            "ms: median. Of limit: best call against the FMA peak of the same run (decode: the bandwidth of reading as "
-            "many bytes).",
+            "ms: median. Of limit: best call against the FMA peak of the same run (GB/s: bandwidth of reading as many "
+            "bytes).",
             "Error: the largest against float64.",
-            f"Peers: their median in units of cattn's, {threads(counts[-1])}.",
+            f"Peers: median in units of cattn's, {threads(counts[-1])}; empty where they cannot or are not asked.",
             "",
             *(f"* {line.strip()}".replace("(*", "(\\*") for line in summary(data)),
         ]

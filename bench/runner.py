@@ -39,7 +39,7 @@ THREAD_VARIABLES = (
 REPEATS = 2  # of the turns, while the machine is busy
 LEAST_READ = 1 << 28  # bytes, to measure memory by
 LIMITS = 5  # measurements of a limit, at the start and where it has turned out too low
-EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "int8": 2.0**-23}
 
 
 class PeerError(Exception):
@@ -97,7 +97,7 @@ def float64_answer(work):
     arrays = work.arrays()
     expected = work.expected(arrays)
     run, to_array = getattr(Numpy(), work.kind)(work, arrays)
-    largest = float(np.abs(arrays.get("value", expected)).max())
+    largest = float(np.abs(arrays.get("value", expected)).max() * np.max(arrays.get("value_scales", 1)))
     rounding = 4 * min(EPSILON[work.dtype], EPSILON["float32"]) * largest  # 16 bits: computed in float32,
     rounding += EPSILON[work.dtype] * float(np.abs(expected).max())  # rounded at the end
     return expected, 10 * max_error(to_array(run()), expected) + rounding

@@ -6,6 +6,7 @@ answers before its own threads rest.
 """
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -32,16 +33,21 @@ def max_error(result, expected):
 
 
 def time_calls(run, seconds):
-    """Seconds for each call, best and median, and how many calls; one to warm up is not counted."""
+    """Seconds for each call, best and median, and how many calls; one to warm up is not counted.
+
+    Where run has a method `prepare`, that comes before each group, not timed, and is good for run.most calls."""
+    prepare, most = getattr(run, "prepare", None), getattr(run, "most", math.inf)
     run()
     times, calls, group = [], 0, 1
     deadline = time.perf_counter() + seconds
     while not times or time.perf_counter() < deadline:
+        if prepare:
+            prepare()
         start = time.perf_counter()
         for _ in range(group):
             run()
         elapsed = time.perf_counter() - start
-        if elapsed < CLOCK:
+        if elapsed < CLOCK and 2 * group <= most:
             group *= 2
         else:
             times.append(elapsed / group)

@@ -1,11 +1,15 @@
 """What is measured: each workload knows its arrays, its answer in float64 and how much work it is."""
 
 from dataclasses import dataclass
+from itertools import pairwise, product
 from math import prod
 
 import numpy as np
 
-ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+PAGE_SIZE = 64
+SCALE_DIMS = 32  # numbers of an int8 weight that share a scale
+SCALE = np.float32(1 / 32)  # of int8 numbers that stand for normal random ones
 
 
 def as_dtype(name):
@@ -15,6 +19,16 @@ def as_dtype(name):
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
+
+
+def log_uniform(shortest, longest, count):
+    """So many lengths, evenly spread on a logarithmic scale, in any order; the longest where it is one."""
+    return np.random.default_rng(1).permutation(np.geomspace(longest, shortest, count).round().astype(np.int64))
+
+
+def as_int8(array):
+    """What numbers times SCALE stand for it. Larger ones than 127 * SCALE are cut."""
+    return np.clip(np.rint(array / SCALE), -127, 127).astype(np.int8)
 
 
 @dataclass(frozen=True)
@@ -155,9 +169,331 @@ class Table:
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """varlen_attention of sequences of different lengths, packed one after the other."""
+
+    name: str
+    reason: str
+    shape: tuple  # batch, num_heads, num_kv_heads, shortest, longest, head_dim
+    dtype: str = "float32"
+    is_causal: bool = False
+    each: bool = False  # True: a dense call for each sequence, on arrays of its own
+    limit: str = "fma"
+    default: bool = True
+
+    kind = "packed"
+
+    @property
+    def lengths(self):
+        batch, _, _, shortest, longest, _ = self.shape
+        return log_uniform(shortest, longest, batch)
+
+    def arrays(self):
+        _, num_heads, num_kv_heads, _, _, head_dim = self.shape
+        rng = np.random.default_rng(0)
+        total = int(self.lengths.sum())
+        return {
+            name: rng.standard_normal((total, heads, head_dim), np.float32).astype(as_dtype(self.dtype), copy=False)
+            for name, heads in (("query", num_heads), ("key", num_kv_heads), ("value", num_kv_heads))
+        } | {"cu_seqlens": np.cumsum([0, *self.lengths])}
+
+    def sequences(self, arrays):
+        """(query, key, value) of each, (1, heads, length, head_dim), contiguous."""
+        return [
+            tuple(
+                np.ascontiguousarray(arrays[name][start:end].swapaxes(0, 1))[None] for name in ("query", "key", "value")
+            )
+            for start, end in pairwise(arrays["cu_seqlens"])
+        ]
+
+    def expected(self, arrays):
+        from cattn import reference
+
+        qkv = (arrays[name].astype(np.float64) for name in ("query", "key", "value"))
+        return reference.varlen_attention(*qkv, arrays["cu_seqlens"], is_causal=self.is_causal)
+
+    @property
+    def flops(self):
+        _, num_heads, _, _, _, head_dim = self.shape
+        return 4 * num_heads * int((self.lengths**2).sum()) * head_dim // (2 if self.is_causal else 1)
+
+    @property
+    def nbytes(self):
+        """Of the keys and the values."""
+        _, _, num_kv_heads, _, _, head_dim = self.shape
+        return 2 * int(self.lengths.sum()) * num_kv_heads * head_dim * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Paged:
+    """paged_attention of a new token of each sequence, whose keys and values lie in pages in any order.
+
+    dtype is that of the pages and of the queries; int8 has queries of float32. All int8 rows have the same scale, so
+    that implementations with a scale for each token, each channel or each tensor have the same answer.
+    """
+
+    name: str
+    reason: str
+    shape: tuple  # batch, num_heads, num_kv_heads, shortest, longest, head_dim
+    dtype: str = "float32"
+    limit: str = "read"
+    default: bool = True
+
+    kind = "paged"
+    lengths = Packed.lengths
+
+    def arrays(self):
+        """Each head of a page has its tokens one after the other, as in KVCache."""
+        batch, num_heads, num_kv_heads, _, longest, head_dim = self.shape
+        rng = np.random.default_rng(0)
+        num_pages = -(-self.lengths // PAGE_SIZE)
+        shape = int(num_pages.sum()), num_kv_heads, PAGE_SIZE, head_dim
+
+        def pages():
+            pages = rng.standard_normal(shape, np.float32)
+            return as_int8(pages) if self.dtype == "int8" else pages.astype(as_dtype(self.dtype), copy=False)
+
+        query = rng.standard_normal((batch, num_heads, head_dim), np.float32)
+        arrays = {
+            "query": query.astype(as_dtype("float32" if self.dtype == "int8" else self.dtype), copy=False),
+            "key": pages().swapaxes(1, 2),
+            "value": pages().swapaxes(1, 2),
+            "block_table": np.full((batch, -(-longest // PAGE_SIZE)), -1),
+            "kv_lens": self.lengths,
+        }
+        order = rng.permutation(num_pages.sum())
+        for row, part in zip(arrays["block_table"], np.split(order, np.cumsum(num_pages)[:-1]), strict=True):
+            row[: len(part)] = part
+        if self.dtype == "int8":
+            scales = np.full((shape[0], num_kv_heads, PAGE_SIZE), SCALE).swapaxes(1, 2)
+            arrays |= {"key_scales": scales, "value_scales": scales.copy(order="K")}
+        return arrays
+
+    def sequences(self, arrays):
+        """(key, value) of each, (num_kv_heads, length, head_dim), contiguous."""
+
+        def gathered(pages, length):
+            return np.ascontiguousarray(pages.reshape(-1, *pages.shape[2:])[:length].swapaxes(0, 1))
+
+        return [
+            tuple(gathered(arrays[name][pages[: -(-length // PAGE_SIZE)]], length) for name in ("key", "value"))
+            for pages, length in zip(arrays["block_table"], arrays["kv_lens"], strict=True)
+        ]
+
+    def expected(self, arrays):
+        from cattn import reference
+
+        table = arrays["block_table"], arrays["kv_lens"]
+        wide = {name: array.astype(np.float64) for name, array in arrays.items() if array.dtype.kind != "i"}
+        wide |= {name: arrays[name].astype(np.float64) for name in ("key", "value")}
+        scales = {name: wide[name] for name in wide if name.endswith("_scales")}
+        return reference.paged_attention(wide["query"], wide["key"], wide["value"], *table, **scales)
+
+    @property
+    def flops(self):
+        _, num_heads, _, _, _, head_dim = self.shape
+        return 4 * num_heads * int(self.lengths.sum()) * head_dim
+
+    @property
+    def nbytes(self):
+        """Of the keys and the values, and of their scales."""
+        _, _, num_kv_heads, _, _, head_dim = self.shape
+        row = head_dim * ITEMSIZE[self.dtype] + (4 if self.dtype == "int8" else 0)
+        return 2 * int(self.lengths.sum()) * num_kv_heads * row
+
+
+@dataclass(frozen=True)
+class Cache:
+    """KVCache.attend of one token of one sequence, which stores its key and value. `extend`, once for all layers of a
+    model, is not timed."""
+
+    name: str
+    reason: str
+    shape: tuple  # num_heads, num_kv_heads, seq_len_kv, head_dim
+    dtype: str = "float32"
+    limit: str = ""
+    default: bool = True
+
+    kind = "cache"
+
+    def arrays(self):
+        """The last key and value are the token's."""
+        num_heads, num_kv_heads, seq_len_kv, head_dim = self.shape
+        rng = np.random.default_rng(0)
+        return {
+            "query": rng.standard_normal((1, num_heads, head_dim), np.float32),
+            "key": rng.standard_normal((seq_len_kv, num_kv_heads, head_dim), np.float32),
+            "value": rng.standard_normal((seq_len_kv, num_kv_heads, head_dim), np.float32),
+        }
+
+    def expected(self, arrays):
+        from cattn import reference
+
+        qkv = (array.astype(np.float64) for array in arrays.values())
+        return reference.varlen_attention(*qkv, [0, 1], [0, self.shape[2]])
+
+    @property
+    def flops(self):
+        num_heads, _, seq_len_kv, head_dim = self.shape
+        return 4 * num_heads * seq_len_kv * head_dim
+
+    @property
+    def nbytes(self):
+        """Of the keys and the values."""
+        _, num_kv_heads, seq_len_kv, head_dim = self.shape
+        return 2 * num_kv_heads * seq_len_kv * head_dim * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """merge_states of results over parts of the keys."""
+
+    name: str
+    reason: str
+    shape: tuple  # states, batch, num_heads, seq_len_q, head_dim
+    dtype: str = "float32"
+    limit: str = "read"
+    default: bool = True
+
+    kind = "merge"
+
+    def arrays(self):
+        rng = np.random.default_rng(0)
+        return {
+            "outputs": rng.standard_normal(self.shape, np.float32),
+            "logsumexps": rng.standard_normal(self.shape[:-1], np.float32),
+        }
+
+    def expected(self, arrays):
+        """The result with its logsumexp as one more column."""
+        from cattn import reference
+
+        return beside(reference.merge_states(*(array.astype(np.float64) for array in arrays.values())))
+
+    @property
+    def flops(self):
+        return 2 * prod(self.shape)
+
+    @property
+    def nbytes(self):
+        """Of the states, which are read."""
+        return (prod(self.shape) + prod(self.shape[:-1])) * ITEMSIZE[self.dtype]
+
+
+def beside(result):
+    """(out, logsumexp) as one array."""
+    out, logsumexp = result
+    return np.concatenate([out, logsumexp[..., None]], axis=-1)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """rotary_embedding of the first half of the columns with the second (interleaved=False)."""
+
+    name: str
+    reason: str
+    shape: tuple  # batch, num_heads, seq_len, head_dim
+    dtype: str = "float32"
+    in_place: bool = False  # the result is written over x; else into an array that is there
+    limit: str = "read"
+    default: bool = True
+
+    kind = "rotary"
+
+    def arrays(self):
+        _, _, seq_len, head_dim = self.shape
+        angle = np.arange(seq_len)[:, None] * 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+        x = np.random.default_rng(0).standard_normal(self.shape, np.float32)
+        return {"x": x, "cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
+
+    def expected(self, arrays):
+        from cattn import reference
+
+        return reference.rotary_embedding(*(array.astype(np.float64) for array in arrays.values()), interleaved=False)
+
+    @property
+    def flops(self):
+        return 3 * prod(self.shape)
+
+    @property
+    def nbytes(self):
+        """Of x and the tables, which are read."""
+        return (prod(self.shape) + prod(self.shape[-2:])) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """linear: x @ weight^T. dtype is the weight's; x and the result are float32.
+
+    x has 128 values, -4 to 63/16, and the groups of an int8 row the same scale: so implementations that round x to 7
+    bits as well (PyTorch's dynamic int8), or have a scale for each row of the weight, have the same answer.
+    """
+
+    name: str
+    reason: str
+    shape: tuple  # rows, in_features, out_features
+    dtype: str = "float32"
+    limit: str = "fma"
+    default: bool = True
+
+    kind = "linear"
+
+    def arrays(self):
+        rows, in_features, out_features = self.shape
+        rng = np.random.default_rng(0)
+        x = np.clip(np.rint(16 * rng.standard_normal((rows, in_features), np.float32)), -64, 63) / np.float32(16)
+        x[0, :2] = -4, 63 / 16  # whoever looks for the range of x finds this one
+        weight = rng.standard_normal((out_features, in_features), np.float32)
+        if self.dtype != "int8":
+            return {"x": x, "weight": (weight * np.float32(in_features**-0.5)).astype(as_dtype(self.dtype), copy=False)}
+        scales = SCALE * rng.uniform(0.5, 1.5, (out_features, 1)).astype(np.float32) * np.float32(in_features**-0.5)
+        groups = -(-in_features // SCALE_DIMS)
+        return {"x": x, "weight": as_int8(weight), "weight_scales": np.repeat(scales, groups, axis=1)}
+
+    def expected(self, arrays):
+        weight = arrays["weight"].astype(np.float64)
+        if self.dtype == "int8":
+            weight *= arrays["weight_scales"][:, :1]
+        return arrays["x"].astype(np.float64) @ weight.T
+
+    @property
+    def flops(self):
+        return 2 * prod(self.shape)
+
+    @property
+    def nbytes(self):
+        """Of the weight and its scales."""
+        _, in_features, out_features = self.shape
+        row = in_features * ITEMSIZE[self.dtype] + (4 * -(-in_features // SCALE_DIMS) if self.dtype == "int8" else 0)
+        return out_features * row
+
+
 PREFILL = (1, 8, 8, 2048, 2048, 64)
 PREFILL_D128 = (1, 8, 8, 2048, 2048, 128)
 DECODE = (1, 32, 32, 1, 4096, 128)
+PACKED = (64, 8, 8, 16, 512, 64)
+ROTARY = (1, 32, 2048, 128)
+LINEAR = {"up": (576, 1536), "down": (1536, 576), "qkv": (576, 960)}  # of SmolLM2-135M
+
+
+def paged(batch, group_size, dtype):
+    name = f"paged-{batch}-gqa{group_size}{'' if dtype == 'float32' else f'-{dtype}'}"
+    sequences = "a sequence" if batch == 1 else f"{batch} sequences"
+    heads = f"{group_size} query head{'s' * (group_size > 1)} a key head"
+    reason = f"a token of {sequences}, up to 16384 keys in pages, {heads}"
+    default = (batch, group_size) == (8, 4)
+    return Paged(name, reason, (batch, 4 * group_size, 4, 128, 16384, 64), dtype, default=default)
+
+
+def projection(which, rows, dtype):
+    name = f"linear-{which}-{rows}{'' if dtype == 'float32' else f'-{dtype}'}"
+    in_features, out_features = LINEAR[which]
+    reason = f"{in_features} to {out_features} for {rows} token{'s' * (rows > 1)} at once"
+    default = which == "up" and (rows, dtype) in ((1, "float32"), (1, "float16"), (1, "int8"), (16, "float32"))
+    limit = "fma" if rows > 4 else "read"  # up to some rows, the weight is read for less than it takes
+    return Linear(name, reason, (rows, in_features, out_features), dtype, limit=limit, default=default)
+
 
 WORKLOADS = (
     Attention(
@@ -202,4 +538,25 @@ WORKLOADS = (
     Layer("layer-32x128-w384", "of a batch", (32, 128, 384)),
     Layer("layer-32x128-w768", "the same, wider", (32, 128, 768)),
     Layer("layer-32x128-w1024", "the same, wider", (32, 128, 1024), default=False),
+    Packed("packed-64", "64 sequences of 16 to 512 tokens in one array", PACKED),
+    Packed("packed-64-each", "the same, a dense call for each", PACKED, each=True),
+    Attention("packed-64-padded", "the same, padded to 512: what not knowing lengths costs", (64, 8, 8, 512, 512, 64)),
+    Packed("packed-64-causal", "64 prompts of 16 to 512 tokens", PACKED, is_causal=True, default=False),
+    Packed(
+        "packed-64-causal-each", "the same, a dense call for each", PACKED, is_causal=True, each=True, default=False
+    ),
+    Attention(
+        "packed-64-causal-padded",
+        "the same, padded to 512",
+        (64, 8, 8, 512, 512, 64),
+        is_causal=True,
+        default=False,
+    ),
+    *(paged(*which) for which in product((1, 8, 32), (1, 4, 8), ("float32", "float16", "int8"))),
+    Cache("attend-64", "KVCache.attend of a token with 64 keys: most of it is the cost of a call", (9, 3, 64, 64)),
+    Merge("merge-2", "a shared prefix and what is a sequence's own, 32 sequences", (2, 32, 32, 1, 128)),
+    Merge("merge-8", "keys in eight parts", (8, 32, 32, 1, 128)),
+    Rotary("rotary-2048", "positions of a prompt, into an array that is there", ROTARY),
+    Rotary("rotary-2048-in-place", "the same, over the queries themselves", ROTARY, in_place=True),
+    *(projection(*which) for which in product(LINEAR, (1, 4, 16), ("float32", "float16", "bfloat16", "int8"))),
 )

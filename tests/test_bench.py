@@ -26,8 +26,18 @@ def shrunk(work):
     if work.kind == "attention":
         batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim = work.shape
         shape = min(batch, 2), num_heads, num_kv_heads, min(seq_len_q, 37), min(seq_len_kv, 37), head_dim
+    elif work.kind in ("packed", "paged"):
+        batch, num_heads, num_kv_heads, _, _, head_dim = work.shape
+        shape = min(batch, 4), num_heads, num_kv_heads, 7, 150, head_dim  # 150: more than two pages
     else:
-        shape = {"layer": (2, 9, work.shape[-1]), "table": (50, 64)}[work.kind]
+        shape = {
+            "layer": (2, 9, work.shape[-1]),
+            "table": (50, 64),
+            "cache": work.shape,
+            "merge": (*work.shape[:1], 3, 2, 5, 16),
+            "rotary": (2, 3, 11, 32),
+            "linear": (*work.shape[:1], 64, 48),
+        }[work.kind]
     return dataclasses.replace(work, shape=shape)
 
 
@@ -123,6 +133,85 @@ def test_the_tolerance_notices_a_lost_key(work):
     assert worker.max_error(work.expected(arrays), expected) > 2 * tolerance
 
 
+@pytest.mark.parametrize("work", [w for w in WORKLOADS if w.kind == "paged"], ids=lambda work: work.name)
+def test_the_tolerance_notices_a_lost_key_in_pages(work):
+    """Of each sequence; and pages in another order."""
+    work = shrunk(work)
+    expected, tolerance = runner.float64_answer(work)
+    arrays = work.arrays()
+    fewer = work.expected(arrays | {"kv_lens": arrays["kv_lens"] - 1})
+    assert (np.abs(fewer - expected).max((1, 2)) > 2 * tolerance).all()
+    table = arrays["block_table"].copy()
+    longest = arrays["kv_lens"].argmax()
+    table[longest] = table[longest, ::-1]
+    assert worker.max_error(work.expected(arrays | {"block_table": table}), expected) > 2 * tolerance
+
+
+@pytest.mark.parametrize("work", [w for w in WORKLOADS if w.kind == "packed"], ids=lambda work: work.name)
+def test_the_tolerance_notices_a_wrong_length(work):
+    work = shrunk(work)
+    expected, tolerance = runner.float64_answer(work)
+    arrays = work.arrays()
+    arrays["cu_seqlens"][1:-1] += 1
+    assert worker.max_error(work.expected(arrays), expected) > 2 * tolerance
+
+
+@pytest.mark.parametrize("work", [w for w in WORKLOADS if w.kind in ("packed", "paged")], ids=lambda work: work.name)
+def test_lengths(work):
+    """As the shape says; the arrays have no more tokens than those, up to the last page of each."""
+    batch, *_, shortest, longest, _ = work.shape
+    assert len(work.lengths) == batch and work.lengths.max() == longest
+    assert work.lengths.min() == (shortest if batch > 1 else longest)
+    work = shrunk(work)
+    arrays = work.arrays()
+    if work.kind == "packed":
+        assert arrays["cu_seqlens"][-1] == len(arrays["query"]) == len(arrays["key"])
+        assert (np.diff(arrays["cu_seqlens"]) == work.lengths).all()
+    else:
+        used = arrays["block_table"][arrays["block_table"] >= 0]
+        assert sorted(used) == list(range(len(arrays["key"])))
+        assert [key.shape[1] for key, _ in work.sequences(arrays)] == list(work.lengths)
+
+
+@pytest.mark.parametrize("name", ["cattn", "numpy", "torch"])
+@pytest.mark.parametrize("work", [w for w in WORKLOADS if w.kind == "rotary"], ids=lambda work: work.name)
+def test_where_turned_queries_go(work, name):
+    if not runner.installed(name):
+        pytest.skip(f"{name} is not installed")
+    work = shrunk(work)
+    arrays = work.arrays()
+    run, to_array = peer_of(name).rotary(work, arrays)
+    result = to_array(run())
+    assert np.shares_memory(result, arrays["x"]) == work.in_place
+    assert (arrays["x"] == work.arrays()["x"]).all() != work.in_place
+    assert np.shares_memory(result, to_array(run()))  # each call writes there
+
+
+@pytest.mark.parametrize("work", [w for w in WORKLOADS if w.dtype == "int8"], ids=lambda work: work.name)
+def test_what_implementations_round_differently_is_equal_here(work):
+    """A scale for each token, row, channel or tensor; inputs of a linear layer in 32 or 7 bits."""
+    arrays = shrunk(work).arrays()
+    if work.kind == "paged":
+        assert len(np.unique([arrays["key_scales"], arrays["value_scales"]])) == 1
+        assert min(arrays[name].min() for name in ("key", "value")) >= -127
+    else:
+        assert (arrays["weight_scales"] == arrays["weight_scales"][:, :1]).all()
+        levels = (arrays["x"] - arrays["x"].min()) / ((arrays["x"].max() - arrays["x"].min()) / 127)
+        assert (levels == levels.round()).all()
+
+
+def test_a_step_of_a_cache_is_new_where_it_has_to_be():
+    """Each call is the same, also when a step is made anew before all its layers are attended."""
+    work = next(work for work in WORKLOADS if work.kind == "cache")
+    expected, tolerance = runner.float64_answer(work)
+    run, _ = peer_of("cattn").cache(work, work.arrays())
+    for calls in (1, run.most, 3, 2 * run.most + 1):
+        for _ in range(calls):
+            assert worker.max_error(run(), expected) <= tolerance
+        run.prepare()
+        assert (run.layer, run.cache.length(run.sequence)) == (0, work.shape[2])
+
+
 def test_max_error():
     expected = np.zeros((3, 2))
     assert worker.max_error(np.float32([[0, 0], [0, -2], [1, 0]]), expected) == 2
@@ -148,6 +237,29 @@ def test_a_slow_call_among_fast_ones_counts_once(monkeypatch):
     monkeypatch.setattr(worker, "CLOCK", 1)
     monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert worker.time_calls(run, seconds=2.5)["calls"] == 1 + 4
+
+
+def test_what_is_prepared_is_not_timed(monkeypatch):
+    """A group has no more calls than one preparation is good for."""
+    now, said = [0.0], []
+
+    class Run:
+        most = 4
+
+        def prepare(self):
+            now[0] += 100
+            said.append("prepare")
+
+        def __call__(self):
+            now[0] += 1
+            said.append("call")
+
+    monkeypatch.setattr(worker, "CLOCK", 1000)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    times = worker.time_calls(Run(), seconds=350)
+    assert times == {"best": 1.0, "median": 1.0, "calls": 8}
+    groups = "".join(word[0] for word in said).split("p")
+    assert groups == ["c", "c", "cc", "cccc", "cccc"]
 
 
 class FakeProcess:
