@@ -539,8 +539,8 @@ class Step:
         # As attend_step takes them.
         self._layout = np.concatenate([
             [len(lens), any(starts), table.shape[1]], self.cu_seqlens_q, offsets, self.kv_lens,
-            np.array(starts, np.int64), pages + slots * (self._cache.head_dim * item), pages + slots * (self._cache.head_dim_v * item),
-            pages + slots * 4, table.ravel() // _ALIGNMENT])
+            np.array(starts, np.int64), pages + slots * (self._cache.head_dim * item),
+            pages + slots * (self._cache.head_dim_v * item), pages + slots * 4, table.ravel() // _ALIGNMENT])
 
     def _close(self):
         self._is_closed = True

@@ -223,8 +223,8 @@ def attend_step(query, key, value, tuple pages, step, Kind pages_kind, out, Kind
     logsumexp (OUT, flat; or None) of the query (total, num_heads, dim) are what attend makes of them. `pages`: keys and
     values of the first page, (1, num_kv_heads, page_size, dim), of 8 bits the scales of both too. `step`, contiguous
     int64, holds, one after the other, the number of sequences, whether kv_starts count, the pages in a row of the
-    table; cu_seqlens_q (batch + 1), q_offsets, kv_lens, kv_starts (batch each); where keys, values and scales are stored
-    (total each), in bytes from the first page; and the table, in PAGE_UNITs from there."""
+    table; cu_seqlens_q (batch + 1), q_offsets, kv_lens, kv_starts (batch each); where keys, values and scales are
+    stored (total each), in bytes from the first page; and the table, in PAGE_UNITs from there."""
     cdef Problem p
     cdef Tensor new_keys, new_values
     memset(&p, 0, sizeof(p))

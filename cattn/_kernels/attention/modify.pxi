@@ -36,7 +36,6 @@ cdef void scale_keys(const Problem* p, const real* scales, const Tile* t, real* 
             vstore(scaled + j * width + i * LANES, vload(t.scores + j * width + i * LANES) * scale)
 
 
-
 cdef void scale_scores(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
     """In whole vectors, as cap_scores."""
     cdef Py_ssize_t i
