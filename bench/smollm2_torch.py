@@ -1,8 +1,14 @@
-"""The model of bench.chat as PyTorch runs it: `python -m bench.smollm2_torch FOLDER COUNT THREADS [MODEL]`.
+"""The model of bench.chat as PyTorch runs it, in a process of its own, without cattn: two pools of threads slow each
+other down.
 
-In a process of its own, without cattn: two pools of threads slow each other down. Reads FOLDER/prompt.json, a list of
-tokens, saves the logits after each of them in FOLDER/logits.npy and prints, as JSON, the COUNT tokens that follow, each
-the likeliest.
+    python -m bench.smollm2_torch answer FOLDER COUNT THREADS [MODEL]
+
+reads FOLDER/prompt.json, a list of tokens, saves the logits after each of them in FOLDER/logits.npy and prints, as
+JSON, the COUNT tokens that follow, each the likeliest.
+
+    python -m bench.smollm2_torch speed THREADS CONTEXT... [-- MODEL]
+
+prints, as JSON, for each context the tokens a second of prefill and decode.
 """
 
 import json
@@ -14,6 +20,9 @@ import torch
 from torch.nn import functional
 
 from .smollm2 import open_model
+from .speed import measure
+
+CHUNK = 256  # tokens at a time, as in bench.llama
 
 
 class TorchLlama:
@@ -26,10 +35,13 @@ class TorchLlama:
         frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
         angles = torch.outer(torch.arange(config.context_length), frequencies)
         self.turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-        self.past = [None] * config.num_layers  # keys and values
+        self.past = [None] * config.num_layers  # keys and values of each layer
 
-    def __call__(self, tokens):
-        """Logits (len(tokens), vocab_size) of the tokens that come next."""
+    def forget(self):
+        self.past = [None] * self.config.num_layers
+
+    def __call__(self, tokens, rows=slice(None)):
+        """Logits (len(rows), vocab_size) after these of the tokens that come next."""
         weights, config = self.weights, self.config
         start = 0 if self.past[0] is None else self.past[0][0].shape[1]
         turns = self.turns[start : start + len(tokens)]
@@ -40,7 +52,7 @@ class TorchLlama:
             normed = self._rms_norm(f"blk.{layer}.ffn_norm", x)
             gate, up = (self._linear(f"blk.{layer}.ffn_{name}", normed) for name in ("gate", "up"))
             x = x + self._linear(f"blk.{layer}.ffn_down", functional.silu(gate) * up)
-        return self._linear("token_embd", self._rms_norm("output_norm", x))
+        return self._linear("token_embd", self._rms_norm("output_norm", x[rows]))
 
     def _attention(self, layer, x, turns):
         q, k, v = (
@@ -68,21 +80,36 @@ class TorchLlama:
         return functional.rms_norm(x, weight.shape, weight, self.config.epsilon)
 
 
-def main():
-    folder, count = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(int(sys.argv[3]))
+def open_torch(threads, *model):
+    torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     torch.set_grad_enabled(False)
-    config, _, weight = open_model(*sys.argv[4:])
-    model = TorchLlama(config, weight)
+    config, _, weight = open_model(*model)
+    return TorchLlama(config, weight)
+
+
+def answer(folder, count, threads, *model):
+    folder = Path(folder)
+    model = open_torch(int(threads), *model)
     prompt = json.loads((folder / "prompt.json").read_text())
     logits = model(prompt)
     np.save(folder / "logits.npy", logits.numpy())
     tokens = [int(logits[-1].argmax())]
-    while len(tokens) < count:
+    while len(tokens) < int(count):
         tokens.append(int(model(tokens[-1:])[-1].argmax()))
-    print(json.dumps(tokens))
+    return tokens
+
+
+def speeds(threads, *contexts):
+    contexts, file = (contexts[:-2], contexts[-1:]) if "--" in contexts else (contexts, ())
+    model = open_torch(int(threads), *file)
+
+    def feed(tokens):
+        for first in range(0, tokens.shape[1], CHUNK):
+            model(tokens[0, first : first + CHUNK].tolist(), [-1])
+
+    return [tuple(measure(model.forget, feed, model.config.vocab_size, int(context))) for context in contexts]
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps({"answer": answer, "speed": speeds}[sys.argv[1]](*sys.argv[2:])))

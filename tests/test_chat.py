@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cattn
-from bench import chat, llama, smollm2
+from bench import chat, llama, smollm2, speed
 from bench.usage import UsageError
 
 ROOT = Path(chat.__file__).parents[1]
@@ -376,9 +376,42 @@ def test_weights_of_a_layer(model, weights):
 
 
 def test_tokens_a_second(model):
-    for context in (llama.DECODED + 1, CONFIG.context_length):
-        speed = llama.measure(model, "int8", context, seconds=0.01)
-        assert speed.context == context and speed.prefill > 0 and speed.decode > 0 and speed.cache_nbytes > 0
+    for context, sequences in ((speed.DECODED + 1, 1), (CONFIG.context_length, 3)):
+        (prefill, decode), nbytes = llama.measure(model, "int8", context, sequences, seconds=0.01)
+        assert prefill > 0 and decode > 0 and nbytes > 0
+
+
+def test_what_is_timed():
+    """All tokens of each sequence, in order: prompts again and again, then one by one."""
+    calls = []
+    found = speed.measure(lambda: calls.append("begin"), lambda tokens: calls.append(tokens.tolist()), 10, 40, 2, 0)
+    assert found.prefill > 0 and found.decode > 0
+    assert calls[0] == "begin"
+    prompts, *each = (np.array(tokens) for tokens in calls[calls.index("begin") + 1 :] if tokens != "begin")
+    assert prompts.shape == (2, 8)
+    assert [tokens.shape for tokens in each] == [(2, 1)] * 32
+
+
+PEER = """if 1:
+    import json, sys
+    print(json.dumps([[1.5, 2.5] for number in sys.argv[2 : sys.argv.index("--")]]))
+"""
+
+
+def test_peers_are_measured_in_processes_of_their_own(capsys, file, monkeypatch):
+    monkeypatch.setattr(chat, "CONTEXTS", (40,))
+    monkeypatch.setattr(chat, "measure", lambda *arguments: llama.measure(*arguments, seconds=0.01))
+    monkeypatch.setattr(chat, "PEERS", (("absent", "no_such_package", ()), ("broken", "json", ("no_such_module",)),
+                                        ("peer", "json", ("tests.stand_in_peer", "F8"))))
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run(
+        [sys.executable, "-c", PEER, *command[4:]] if "F8" in command else command, stderr=subprocess.DEVNULL,
+        **options))
+    assert chat.main(["--bench", "--peers", "--model", str(file), "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == "absent: not measured, no_such_package is not installed"
+    assert lines[1] == "broken: not measured, it ended with status 1"
+    assert lines[2].split() == ["peer", "40", "1", "1.5", "2.5"]
 
 
 # The command.
@@ -591,12 +624,13 @@ def test_the_attention_of_a_question_is_drawn(capsys, tmp_path, file, monkeypatc
 
 def test_the_benchmark(capsys, file, monkeypatch):
     monkeypatch.setattr(chat, "CONTEXTS", (40, 100, 8192))
+    monkeypatch.setattr(chat, "TOGETHER", (3, 60))
     monkeypatch.setattr(chat, "measure", lambda *arguments: llama.measure(*arguments, seconds=0.01))
     assert chat.main(["--bench", "--model", str(file), "--cache", "int8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("weights float32, ") and lines[0].endswith("one sequence, cache int8")
-    assert [line.split()[0] for line in lines[1:]] == ["context", "40", "100"]  # it has no 8192
-    assert all(float(number) > 0 for line in lines[2:] for number in line.split()[1:3])
+    assert lines[0].startswith("weights float32, ") and lines[0].endswith("; cache int8")
+    assert [line.split()[1:3] for line in lines[2:]] == [["40", "1"], ["100", "1"], ["60", "3"]]  # it has no 8192
+    assert all(float(number) > 0 for line in lines[2:] for number in line.split()[3:])
 
 
 def test_without_memory(capsys, file, monkeypatch):
@@ -721,7 +755,7 @@ def test_as_in_pytorch(real, tmp_path):
     model = llama.Llama(config, weight)
     prompt = tokens.prompt("Explain in a few sentences why the sky is blue, and why it is red at sunset.")
     (tmp_path / "prompt.json").write_text(json.dumps(prompt))
-    process = subprocess.run([sys.executable, "-m", "bench.smollm2_torch", tmp_path, "50", "2"], cwd=ROOT,
+    process = subprocess.run([sys.executable, "-m", "bench.smollm2_torch", "answer", tmp_path, "50", "2"], cwd=ROOT,
                              stdout=subprocess.PIPE, text=True, check=True)
     (found,), _ = answers(model, [prompt], 50)
     assert found == json.loads(process.stdout)
