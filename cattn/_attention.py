@@ -34,12 +34,12 @@ from cattn._checks import (
     check_lengths,
     check_mask,
     check_number,
-    check_out,
     check_result,
     check_seed,
     check_shapes,
     check_vector,
     check_window,
+    out_or_new,
     shown,
     warn_of_0_and_1,
     warn_of_first_keys,
@@ -264,12 +264,9 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         given_mask = as_array("attn_mask", attn_mask)
         attn_mask, mask_kind = check_mask(given_mask, attn_mask, (*rows_shape, seq_len_kv), leading)
-    if out is None:
-        out = target = np.empty((*rows_shape, head_dim_v), query.dtype)
-    else:
-        inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "alibi_slopes": slopes,
-                  "sinks": options["sinks"]}
-        target = check_out(out, (*rows_shape, head_dim_v), query.dtype, inputs)
+    out, target = out_or_new(out, (*rows_shape, head_dim_v), query.dtype, {
+        "query": query, "key": key, "value": value, "attn_mask": attn_mask, "alibi_slopes": slopes,
+        "sinks": options["sinks"]})
     if is_causal and no_offset and 0 < seq_len_q < seq_len_kv:
         warn_of_first_keys(seq_len_q, kv_lens)
     if mask_kind != BOOL:

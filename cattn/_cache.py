@@ -22,7 +22,7 @@ from cattn._checks import (
     check_bool,
     check_int,
     check_kind,
-    check_out,
+    out_or_new,
     shown,
 )
 from cattn._threads import checked
@@ -286,12 +286,8 @@ class KVCache:
                 dropout_p=0.0, seed=None, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=None)
             options = {name: options[name] for name in _PLAIN}
         shape = (total, num_heads, self.head_dim_v)
-        if out is None:
-            out = target = np.empty(shape, query.dtype)
-        else:
-            target = check_out(out, shape, query.dtype, {
-                "query": query, "key": key, "value": value, "alibi_slopes": options["slopes"],
-                "sinks": options["sinks"]})
+        out, target = out_or_new(out, shape, query.dtype, {
+            "query": query, "key": key, "value": value, "alibi_slopes": options["slopes"], "sinks": options["sinks"]})
         logsumexp = np.empty(shape[:2], np.float32) if return_logsumexp else None
         self._attend(layer, step, _kernels.f32.attend_step if total else _nothing_to_attend, query, key, value, target,
                      kind, None if logsumexp is None else logsumexp.reshape(-1), num_threads=num_threads, **options)

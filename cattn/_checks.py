@@ -686,6 +686,14 @@ def check_state_sinks(sinks, shape, dtype):
 # Results.
 
 
+def out_or_new(out, shape, dtype, inputs, itself=None):
+    """What a function returns, a new array where `out` is None; and a view of it that is safe to write."""
+    if out is None:
+        out = np.empty(shape, dtype)
+        return out, out
+    return out, check_out(out, shape, dtype, inputs, itself)
+
+
 def check_out(out, shape, dtype, inputs, itself=None):
     """A view of `out` as a plain array: what a subclass says of its shape and strides need not be true, and another
     thread may set them. `itself`: the input that it may be, element on element."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, _threads
-from cattn._checks import F32, F64, as_array, check_linear, check_out, check_vector
+from cattn._checks import F32, F64, as_array, check_linear, check_vector, out_or_new
 
 __all__ = ["linear"]
 
@@ -72,10 +72,7 @@ def linear(
         bias = check_vector("bias", bias, ((len(weight),),), dtype)
     num_threads = 0 if num_threads is None else _threads.checked(num_threads)
     shape = (*x.shape[:-1], len(weight))
-    if out is None:
-        out = target = np.empty(shape, x.dtype)
-    else:
-        target = check_out(out, shape, x.dtype, {"x": x, "weight": weight, "bias": bias, "weight_scales": scales})
+    out, target = out_or_new(out, shape, x.dtype, {"x": x, "weight": weight, "bias": bias, "weight_scales": scales})
     module = _kernels.f64() if kind == F64 else _kernels.f32
     for rows, result in _three_axes(x, target):
         module.linear(rows, weight, scales, bias, result, kind, weight_kind, real_kind, num_threads)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, _threads
-from cattn._checks import F64, check_out, check_state_sinks, check_states
+from cattn._checks import F64, check_state_sinks, check_states, out_or_new
 
 __all__ = ["merge_states"]
 
@@ -74,12 +74,9 @@ def merge_states(
     first, shape, dtype = outputs[0], logsumexps[0].shape, logsumexps[0].dtype
     if sinks is not None:
         sinks = check_state_sinks(sinks, shape, dtype)
-    if out is None:
-        out = target = np.empty(first.shape, first.dtype)
-    else:
-        inputs = {f"{name}[{i}]": x for name, arrays in (("outputs", outputs), ("logsumexps", logsumexps))
-                  for i, x in enumerate(arrays)}
-        target = check_out(out, first.shape, first.dtype, inputs | {"sinks": sinks})
+    inputs = {f"{name}[{i}]": x for name, arrays in (("outputs", outputs), ("logsumexps", logsumexps))
+              for i, x in enumerate(arrays)}
+    out, target = out_or_new(out, first.shape, first.dtype, inputs | {"sinks": sinks})
     logsumexp = np.empty(shape, dtype)
     module = _kernels.f64() if kind == F64 else _kernels.f32
     module.merge_states(outputs, logsumexps, sinks, target, logsumexp, kind, num_threads)

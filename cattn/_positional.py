@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cattn import _kernels, reference
-from cattn._checks import check_out, check_table, check_table_dtype
+from cattn._checks import check_table, check_table_dtype, out_or_new
 from cattn.reference import relative_shift
 
 __all__ = ["PositionalEncoding", "relative_shift", "sinusoidal_encoding"]
@@ -89,10 +89,7 @@ def sinusoidal_encoding(
     length, dim, base, offset, endpoint, positions = check_table(
         length, dim, base, offset, layout, endpoint, positions)
     dtype, kind = check_table_dtype(dtype, ("float16", "bfloat16", "float32", "float64"))
-    if out is None:
-        out = target = np.empty((length, dim), dtype)
-    else:
-        target = check_out(out, (length, dim), dtype, {})
+    out, target = out_or_new(out, (length, dim), dtype, {})
     if positions is not None:
         with np.errstate(all="ignore"):  # a long double may be too small for a double
             positions = positions.astype(np.float64, copy=False)

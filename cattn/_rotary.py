@@ -13,11 +13,11 @@ from cattn._checks import (
     as_array,
     check_bool,
     check_kind,
-    check_out,
     check_rotary,
     check_rotary_table,
     check_table_dtype,
     check_table_kind,
+    out_or_new,
 )
 
 __all__ = ["rotary_embedding", "rotary_table"]
@@ -180,10 +180,7 @@ def rotary_embedding(
     interleaved = check_bool("interleaved", interleaved)
     positions = check_rotary(x, cos, sin, positions)
     num_threads = 0 if num_threads is None else _threads.checked(num_threads)  # 0: the kernel takes the default
-    if out is None:
-        out = target = np.empty(x.shape, x.dtype)
-    else:
-        target = check_out(out, x.shape, x.dtype, {"x": x, "cos": cos, "sin": sin}, itself="x")
+    out, target = out_or_new(out, x.shape, x.dtype, {"x": x, "cos": cos, "sin": sin}, itself="x")
     module = _kernels.f64() if kind == F64 else _kernels.f32
     if positions is not None:
         positions = positions.reshape((1,) * (4 - x.ndim) + positions.shape)

@@ -22,11 +22,11 @@ from cattn._checks import (
     check_bool,
     check_cu_seqlens,
     check_kinds,
-    check_out,
     check_packed_shapes,
     check_page_kinds,
     check_page_scales,
     check_result,
+    out_or_new,
 )
 
 __all__ = ["paged_attention", "varlen_attention"]
@@ -219,11 +219,8 @@ def _attend(query, key, value, q_kind, kv_kind, cu_seqlens_q, kv_lens, out, inpu
     check_result(shape[:2], shape[2])
     options = check_options(q_kind, num_heads, kv_lens.shape, is_causal=is_causal, **options)
     q_offset, q_offsets = check_offset(q_offset, kv_lens.shape, kv_lens, np.diff(cu_seqlens_q))
-    if out is None:
-        out = target = np.empty(shape, query.dtype)
-    else:
-        target = check_out(out, shape, query.dtype,
-                           inputs | {"alibi_slopes": options["slopes"], "sinks": options["sinks"]})
+    out, target = out_or_new(out, shape, query.dtype,
+                             inputs | {"alibi_slopes": options["slopes"], "sinks": options["sinks"]})
     compute_dtype = np.float64 if q_kind == F64 else np.float32
     logsumexp = np.empty(shape[:2], compute_dtype) if return_logsumexp else None
     if total and num_heads:

@@ -58,6 +58,19 @@ cdef void describe_logsumexp(Problem* p, real* logsumexp):
         t.stride[2], t.stride[1], t.stride[0] = num_heads * sizeof(real), sizeof(real), 0
 
 
+cdef void describe_options(Problem* p, scale, double softcap, Py_ssize_t window_left, Py_ssize_t window_right,
+                           const real[:, ::1] slopes, const real[::1] sinks):
+    """p (OUT): what all kinds of attention take; its mask is described."""
+    if sinks is not None:
+        p.sinks = &sinks[0]
+    if slopes is not None:
+        p.slopes = &slopes[0, 0]
+        p.slopes_stride = slopes.shape[1] if slopes.shape[0] > 1 else 0
+    p.window_left, p.window_right = window_left, window_right
+    p.softcap = <real> softcap
+    choose_units(p, scale)
+
+
 def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow_weights, real[::1] logsumexp,
            Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap, Py_ssize_t window_left,
            Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
@@ -82,11 +95,6 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
         p.weights = &weights[0]
     if narrow_weights is not None:
         p.narrow_weights = &narrow_weights[0]
-    if sinks is not None:
-        p.sinks = &sinks[0]
-    if slopes is not None:
-        p.slopes = &slopes[0, 0]
-        p.slopes_stride = slopes.shape[1] if slopes.shape[0] > 1 else 0
     if q_offsets is not None:
         p.q_offsets = &q_offsets[0]
     if kv_lens is not None:
@@ -106,9 +114,7 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
     if logsumexp is not None:
         describe_logsumexp(&p, &logsumexp[0])
     p.q_offset = q_offset
-    p.window_left, p.window_right = window_left, window_right
-    p.softcap = <real> softcap
-    choose_units(&p, scale)
+    describe_options(&p, scale, softcap, window_left, window_right, slopes, sinks)
     p.dropout = dropout_p > 0
     p.dropout_threshold = <uint32_t> (dropout_p * 4294967296.0)
     p.keep_scale = <real> (1.0 / (1.0 - dropout_p))
@@ -233,14 +239,7 @@ def attend_step(query, key, value, tuple pages, step, Kind pages_kind, out, Kind
     describe(&p.out, out, kind)
     describe(&new_keys, key, kind)
     describe(&new_values, value, kind)
-    if sinks is not None:
-        p.sinks = &sinks[0]
-    if slopes is not None:
-        p.slopes = &slopes[0, 0]
-        p.slopes_stride = slopes.shape[1] if slopes.shape[0] > 1 else 0
-    p.window_left, p.window_right = window_left, window_right
-    p.softcap = <real> softcap
-    choose_units(&p, scale)
+    describe_options(&p, scale, softcap, window_left, window_right, slopes, sinks)
     if logsumexp is not None:   # a place for each query of each head, packed as they are
         p.logsumexp.data, p.logsumexp.kind = <char*> &logsumexp[0], real_kind()
         p.logsumexp.stride[2], p.logsumexp.stride[1] = p.q.length[2] * sizeof(real), sizeof(real)
