@@ -24,6 +24,7 @@ from setuptools.errors import CompileError, LinkError
 KERNELS = Path("cattn/_kernels")
 TABLE = KERNELS / "isa.py"
 ISAS = runpy.run_path(str(TABLE))["compiled_for"](platform.machine())
+DEPENDS = ["setup.py", str(TABLE)]  # the flags; Cython adds the headers
 FEATURES = list(dict.fromkeys(feature for isa in ISAS for feature in isa.features))
 WANTED = [name for name in os.environ.get("CATTN_ISAS", "").split(",") if name] or [isa.name for isa in ISAS]
 if not set(WANTED) <= {isa.name for isa in ISAS}:
@@ -85,18 +86,31 @@ class BuildExt(build_ext):
             if extension.name != "cattn._kernels.cpu":  # imported before OpenMP is told anything: must not load it
                 extension.extra_compile_args += openmp
                 extension.extra_link_args += openmp
+        self._translate()
+        self.parallel = self.parallel or os.cpu_count()
+        self.start, self.built = time.monotonic(), 0
+        super().build_extensions()
+
+    def _translate(self):
+        """To C, each source once: all modules of kernels are the same, but for flags, macros and their names."""
+        sources = dict.fromkeys(extension.sources[0] for extension in self.extensions)
         translated = cythonize(
-            list(self.extensions),
+            [Extension(f"cattn._kernels.{Path(source).stem}", [source], depends=DEPENDS) for source in sources],
             compiler_directives=DIRECTIVES,
             annotate=bool(os.environ.get("CATTN_ANNOTATE")),
             build_dir="build/cython",
             nthreads=TRANSLATORS,
         )
-        for extension, in_c in zip(self.extensions, translated, strict=True):
-            extension.sources, extension.depends = in_c.sources, in_c.depends
-        self.parallel = self.parallel or os.cpu_count()
-        self.start, self.built = time.monotonic(), 0
-        super().build_extensions()
+        in_c = dict(zip(sources, translated, strict=True))
+        for extension in self.extensions:
+            known = in_c[extension.sources[0]]
+            source, name = Path(known.sources[0]), extension.name.rpartition(".")[2]
+            own, text = source.with_stem(name), source.read_text()
+            text = text.replace(f'"cattn._kernels.{source.stem}"', f'"{extension.name}"')
+            text = text.replace(f"PyInit_{source.stem}", f"PyInit_{name}")
+            if not own.exists() or own.read_text() != text:
+                own.write_text(text)
+            extension.sources, extension.depends = [str(own)], known.depends
 
     def build_extension(self, extension):
         super().build_extension(extension)
@@ -133,12 +147,11 @@ class BuildExt(build_ext):
         return True
 
 
-def extension(name, flags, macros=()):
+def extension(name, source, flags, macros=()):
     return Extension(
         f"cattn._kernels.{name}",
-        [str(KERNELS / f"{name}.pyx")],
+        [str(KERNELS / source)],
         include_dirs=[str(KERNELS / "base")],
-        depends=["setup.py", str(TABLE)],  # the flags; Cython adds the headers
         define_macros=[*macros, *LIMITED_API],
         py_limited_api=bool(LIMITED_API),
         extra_compile_args=[*FLAGS, *flags, *SANITIZE],
@@ -148,12 +161,12 @@ def extension(name, flags, macros=()):
 
 def extensions():
     asks = " ".join(f'X("{feature}")' for feature in FEATURES)
-    yield extension("cpu", [], [("CATTN_CPU_FEATURES", asks)])
+    yield extension("cpu", "cpu.pyx", [], [("CATTN_CPU_FEATURES", asks)])
     for isa in ISAS:
         if isa.name in WANTED:
             flags = [*(f"-m{feature}" for feature in isa.features), *isa.flags]
             for precision, name in isa.modules.items():
-                yield extension(name, flags, PRECISIONS[precision])
+                yield extension(name, "any_isa.pyx", flags, PRECISIONS[precision])
 
 
 setup(

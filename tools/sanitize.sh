@@ -33,7 +33,7 @@ build() {
     mkdir "$work/cattn" "$log"
     cd "$work/cattn"
     tar -C "$root" --exclude-vcs --exclude='*.so' --exclude=./build --exclude='./.*' -c . | tar -x
-    echo 'include "planted.pxi"' >> cattn/_kernels/kernels.pxi
+    echo 'include "planted.pxi"' >> cattn/_kernels/any_isa.pyx
     cat > cattn/_kernels/planted.pxi <<'END'
 from cython.parallel cimport prange
 from libc.stdlib cimport malloc
