@@ -24,6 +24,7 @@ from setuptools.errors import CompileError, LinkError
 KERNELS = Path("cattn/_kernels")
 TABLE = KERNELS / "isa.py"
 ISAS = runpy.run_path(str(TABLE))["compiled_for"](platform.machine())
+MEMORYVIEWS = "cattn._kernels.memoryviews"  # Cython writes it: what typed memoryviews need, once for all modules
 DEPENDS = ["setup.py", str(TABLE)]  # the flags; Cython adds the headers
 FEATURES = list(dict.fromkeys(feature for isa in ISAS for feature in isa.features))
 WANTED = [name for name in os.environ.get("CATTN_ISAS", "").split(",") if name] or [isa.name for isa in ISAS]
@@ -83,7 +84,8 @@ class BuildExt(build_ext):
         if not openmp:
             self.warn("the compiler has no OpenMP: cattn will use one thread")
         for extension in self.extensions:
-            if extension.name != "cattn._kernels.cpu":  # imported before OpenMP is told anything: must not load it
+            # cpu is imported before OpenMP is told anything: neither it nor what it needs must load it.
+            if extension.name not in ("cattn._kernels.cpu", MEMORYVIEWS):
                 extension.extra_compile_args += openmp
                 extension.extra_link_args += openmp
         self._translate()
@@ -100,6 +102,7 @@ class BuildExt(build_ext):
             annotate=bool(os.environ.get("CATTN_ANNOTATE")),
             build_dir="build/cython",
             nthreads=TRANSLATORS,
+            shared_utility_qualified_name=MEMORYVIEWS,
         )
         in_c = dict(zip(sources, translated, strict=True))
         for extension in self.extensions:
@@ -162,6 +165,7 @@ def extension(name, source, flags, macros=()):
 def extensions():
     asks = " ".join(f'X("{feature}")' for feature in FEATURES)
     yield extension("cpu", "cpu.pyx", [], [("CATTN_CPU_FEATURES", asks)])
+    yield extension("memoryviews", "memoryviews.c", [])
     for isa in ISAS:
         if isa.name in WANTED:
             flags = [*(f"-m{feature}" for feature in isa.features), *isa.flags]

@@ -64,7 +64,7 @@ def test_modules_are_those_of_the_table():
     built = [path.name for suffix in suffixes for path in folder.glob(f"*{suffix}")
              if "." not in path.name.removesuffix(suffix)]
     named = [name for row in compiled_for(platform.machine()) for name in row.modules.values()]
-    assert sorted(built) == sorted(f"{name}{SUFFIX}" for name in [*named, "cpu"])
+    assert sorted(built) == sorted(f"{name}{SUFFIX}" for name in [*named, "cpu", "memoryviews"])
 
 
 def test_table():
@@ -148,7 +148,7 @@ def test_extensions_are_those_of_the_table(sources):
                   "print(json.dumps([extension.name for extension in made]))", folder=sources(PLANTED), CATTN_ISAS="")
     assert done.returncode == 0, done.stderr
     named = [name for row in (PLANTED, *compiled_for(platform.machine())) for name in row.modules.values()]
-    assert json.loads(done.stdout) == [f"cattn._kernels.{name}" for name in ["cpu", *named]]
+    assert json.loads(done.stdout) == [f"cattn._kernels.{name}" for name in ["cpu", "memoryviews", *named]]
 
 
 def test_a_feature_that_the_compiler_does_not_know(sources):
@@ -178,7 +178,7 @@ def test_isa_from_the_environment(wanted):
     chosen, modules = json.loads(done.stdout)
     assert chosen == (wanted or cattn.available_isas()[0])
     kernels = [_kernels.module_name(chosen, precision) for precision in ("f32", "f64")]
-    assert set(modules) == {f"cattn._kernels.{name}" for name in ("cpu", "isa", *kernels)}
+    assert set(modules) == {f"cattn._kernels.{name}" for name in ("cpu", "isa", "memoryviews", *kernels)}
 
 
 def test_import_is_light():
@@ -269,6 +269,11 @@ def test_an_installation_without_float64(installation):
     assert python(code.format("'f4'"), folder=folder).returncode == 0
     assert last_error(python(code.format("'f8'"), folder=folder)).startswith(
         f"ImportError: cattn: the compiled module cattn._kernels.{double} is missing: `pip")
+
+
+def test_an_installation_without_what_all_modules_import(installation):
+    assert last_error(python("import cattn", folder=installation("memoryviews*"))).startswith(
+        "ImportError: cattn: the compiled module cattn._kernels.memoryviews is missing: `pip")
 
 
 def test_a_frozen_application_without_modules(installation):
@@ -362,7 +367,7 @@ print(json.dumps([hidden, [name for name in sys.modules if name.startswith(("cat
     assert done.returncode == 0, done.stderr
     hidden, modules = json.loads(done.stdout)
     named = [name for row in compiled_for(platform.machine()) for name in row.modules.values()]
-    assert sorted(hidden) == sorted(f"cattn._kernels.{name}" for name in ["cpu", *named])
+    assert sorted(hidden) == sorted(f"cattn._kernels.{name}" for name in ["cpu", "memoryviews", *named])
     assert modules == []
 
 

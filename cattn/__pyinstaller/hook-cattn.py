@@ -8,6 +8,6 @@ import runpy
 # The table alone: to import cattn here would load OpenMP and numpy into PyInstaller.
 _compiled_for = runpy.run_path(os.path.join(os.path.dirname(__file__), os.pardir, "_kernels", "isa.py"))["compiled_for"]
 
-hiddenimports = ["cattn._kernels.cpu"] + [
+hiddenimports = ["cattn._kernels.cpu", "cattn._kernels.memoryviews"] + [
     f"cattn._kernels.{name}" for row in _compiled_for(platform.machine()) for name in row.modules.values()
 ]

@@ -33,9 +33,9 @@ def _load(name: str):
     try:
         return importlib.import_module(full_name)
     except ModuleNotFoundError as error:
-        if error.name != full_name:
+        if error.name not in (full_name, f"{__name__}.memoryviews"):    # which all of them import
             raise
-        raise ImportError(f"cattn: the compiled module {full_name} is missing: {_cure()}", name=full_name) from error
+        raise ImportError(f"cattn: the compiled module {error.name} is missing: {_cure()}", name=error.name) from error
     except ImportError as error:
         cure = _cure_of_openmp(str(error))
         if cure is None:
