@@ -35,16 +35,17 @@ class TorchLlama:
         frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
         angles = torch.outer(torch.arange(config.context_length), frequencies)
         self.turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-        self.past = [None] * config.num_layers  # keys and values of each layer
+        shape = config.num_layers, 2, 1, config.num_kv_heads, config.context_length, config.head_dim
+        self.past = torch.empty(shape)  # keys and values
+        self.length = 0
 
     def forget(self):
-        self.past = [None] * self.config.num_layers
+        self.length = 0
 
     def __call__(self, tokens, rows=slice(None)):
         """Logits (len(rows), vocab_size) after these of the tokens that come next."""
         weights, config = self.weights, self.config
-        start = 0 if self.past[0] is None else self.past[0][0].shape[1]
-        turns = self.turns[start : start + len(tokens)]
+        turns = self.turns[self.length : self.length + len(tokens)]
         x = weights["token_embd.weight"][torch.tensor(tokens)]
         for layer in range(config.num_layers):
             attended = self._attention(layer, self._rms_norm(f"blk.{layer}.attn_norm", x), turns)
@@ -52,6 +53,7 @@ class TorchLlama:
             normed = self._rms_norm(f"blk.{layer}.ffn_norm", x)
             gate, up = (self._linear(f"blk.{layer}.ffn_{name}", normed) for name in ("gate", "up"))
             x = x + self._linear(f"blk.{layer}.ffn_down", functional.silu(gate) * up)
+        self.length += len(tokens)
         return self._linear("token_embd", self._rms_norm("output_norm", x[rows]))
 
     def _attention(self, layer, x, turns):
@@ -60,13 +62,11 @@ class TorchLlama:
             for name in "qkv"
         )
         q, k = self._turn(q, turns), self._turn(k, turns)
-        if self.past[layer] is not None:
-            k, v = (torch.cat(pair, 1) for pair in zip(self.past[layer], (k, v), strict=True))
-        self.past[layer] = k, v
-        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-        repeats = q.shape[0] // k.shape[0]
-        k, v = (heads.repeat_interleave(repeats, 0)[None] for heads in (k, v))
-        heads = functional.scaled_dot_product_attention(q[None], k, v, attn_mask=seen)[0]
+        end = self.length + q.shape[1]
+        self.past[layer, :, 0, :, self.length : end] = torch.stack([k, v])
+        seen = None if q.shape[1] == 1 else torch.ones(q.shape[1], end, dtype=torch.bool).tril(self.length)
+        k, v = self.past[layer, ..., :end, :]
+        heads = functional.scaled_dot_product_attention(q[None], k, v, attn_mask=seen, enable_gqa=True)[0]
         return heads.transpose(0, 1).flatten(1)
 
     def _turn(self, x, turns):
