@@ -7,6 +7,7 @@
 cdef enum:
     # Asked for every EXP_KEYS keys, at least: 1 is 15 % slower where short sequences come from memory
     AHEAD_LINES = 2
+    MOST_ROWS = 2 * MAX_RUNS + 2
     MOST_LINES = 64     # where K is far wider than V; 2 to 16 elsewhere
     # K and V of a call, in bytes: larger ones are asked for although the hardware foresees them. From memory, 12 to 64
     # rows a key head take 0.82 to 0.95 of the time then, 128 and more 0.87 to 0.93; 16 rows on keys in L2, 1.1 times
@@ -18,7 +19,7 @@ cdef struct Rows:
     Py_ssize_t stride, bytes, left
 
 cdef struct Ahead:              # what is asked of memory while tiles are accumulated, a few lines at a time: in a
-    Rows rows[4]                # burst, the queue of misses would fill, and the loops' own loads wait
+    Rows rows[MOST_ROWS]        # burst, the queue of misses would fill, and the loops' own loads wait
     int count, current          # of rows[]
     int lines                   # to be asked for every EXP_KEYS keys
     Py_ssize_t offset           # in the current row
@@ -35,6 +36,16 @@ cdef inline const char* key_row(const Problem* p, const Tensor* t, Py_ssize_t ba
 cdef inline Py_ssize_t until_page_ends(const Problem* p, Py_ssize_t key, Py_ssize_t n) noexcept nogil:
     """How many of n keys lie one after the other."""
     return n if p.block_table == NULL else min(n, p.page_size - key % p.page_size)
+
+
+cdef inline const char* key_of_run(const Block* b, Py_ssize_t key, Py_ssize_t* left) noexcept nogil:
+    """K's row of a key of the block, counted from its first; left (OUT): keys of its run from there on."""
+    cdef const KeyRun* run = b.runs
+    while key >= run.n:
+        key -= run.n
+        run += 1
+    left[0] = run.n - key
+    return run.k + key * b.k_step
 
 
 cdef inline bint blocks_are_whole(const Problem* p) noexcept nogil:
@@ -121,12 +132,11 @@ cdef inline bint next_block(const Problem* p, const Workspace* w, const Task* ta
         place_runs(p, task, high, b)
     if not p.k_in_place:
         copy_rows(w.k_rows, p, &p.k, task, b, p.head_dim, p.k_stride)
+        b.num_runs, b.runs[0].n, b.runs[0].next_n = 1, b.n, 0
         b.runs[0].k, b.k_step = <const char*> w.k_rows, p.k_stride * sizeof(real)
     if not p.v_in_place:
         copy_rows(w.v_rows, p, &p.v, task, b, p.head_dim_v, p.v_stride)
         b.runs[0].v, b.v_step = <const char*> w.v_rows, p.v_stride * sizeof(real)
-    if not (p.k_in_place and p.v_in_place):
-        b.num_runs, b.runs[0].n, b.runs[0].next_n = 1, b.n, 0
     return True
 
 
@@ -138,7 +148,7 @@ cdef inline bint copies_values(const Problem* p) noexcept nogil:
 cdef inline const real* values_of(const Problem* p, const Workspace* w, const Task* task, const Block* b,
                                   Py_ssize_t* stride) noexcept nogil:
     """The block's rows of V as reals, `stride` (OUT) of them apart."""
-    if b.kind == real_kind() and b.num_runs == 1:
+    if not p.v_in_place or (b.kind == real_kind() and b.num_runs == 1):
         stride[0] = b.v_step // <Py_ssize_t> sizeof(real)
         return <const real*> b.runs[0].v
     copy_rows(w.v_rows, p, &p.v, task, b, p.head_dim_v, p.v_stride)
@@ -184,9 +194,13 @@ cdef void ask_for_queries(const Problem* p, Ahead* a, const Tensor* t, Py_ssize_
 
 cdef void ask_for_keys(const Problem* p, Ahead* a, const Tensor* t, Py_ssize_t batch, Py_ssize_t head, Py_ssize_t key,
                        Py_ssize_t n, Py_ssize_t dim) noexcept nogil:
-    """Adds n rows of K or V from `key` on, as far as they lie one after the other."""
-    if n > 0:
-        ask_for(a, t, key_row(p, t, batch, head, key), until_page_ends(p, key, n), dim)
+    """Adds n rows of K or V from `key` on, as many as a.rows has room for where they are of several pages."""
+    cdef Py_ssize_t together
+    while n > 0 and a.count + 2 < MOST_ROWS:
+        together = until_page_ends(p, key, n)
+        ask_for(a, t, key_row(p, t, batch, head, key), together, dim)
+        key += together
+        n -= together
 
 
 cdef void plan_ahead(const Problem* p, const Task* task, Py_ssize_t key_end, Py_ssize_t high,

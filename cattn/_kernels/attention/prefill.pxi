@@ -38,11 +38,15 @@ cdef enum:
     AHEAD_KEYS = 16
 
 
+cdef struct ValueRun:           # rows of V that lie one after the other
+    const real* v
+    Py_ssize_t n
+
 cdef struct Panel:              # of queries, against a block of keys
     Tile tile
     int vectors
     Py_ssize_t first_lane
-    const real* v               # the tile's keys' rows of V
+    ValueRun values[MAX_RUNS]   # of the tile's keys
     Py_ssize_t v_stride
     bint exponentiated          # its scores are probabilities already, and total is their sum
     vf total
@@ -170,23 +174,31 @@ cdef inline void score_and_exponentiate(const int STRIDE, real* probs, vf* tile_
     tile_max[0], total[0] = largest, sum
 
 
-cdef bint score_at_once(const Problem* p, Panel* panel, const real* reference, const real* q, const real* k,
-                        Py_ssize_t k_stride) noexcept nogil:
+cdef bint score_at_once(const Problem* p, Panel* panel, const real* reference, const real* q, const Block* b,
+                        Py_ssize_t first_key) noexcept nogil:
     """The tile's probabilities and their sum (OUT) in one step, for a store and a load less a score; the same bits as
     in two. False: in two, since the reference is to move."""
+    cdef Py_ssize_t j = 0, n, k_stride = b.k_step // <Py_ssize_t> sizeof(real)
+    cdef const real* k
+    cdef real* probs
     cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
     cdef vf old = vload(reference), unit = vset1(p.unit)
     cdef Tile* t = &panel.tile
     if vany(vequal(old, vset1(<real> LOWEST))):
         return False
-    if k_stride == 64:
-        score_and_exponentiate(64, t.scores, &largest, &total, old, unit, q, k, t.n, p.head_dim)
-    elif k_stride == 128:
-        score_and_exponentiate(128, t.scores, &largest, &total, old, unit, q, k, t.n, p.head_dim)
-    elif k_stride == 32:
-        score_and_exponentiate(32, t.scores, &largest, &total, old, unit, q, k, t.n, p.head_dim)
-    else:
-        score_and_exponentiate(256, t.scores, &largest, &total, old, unit, q, k, t.n, p.head_dim)
+    while j < t.n:
+        k = <const real*> key_of_run(b, first_key + j, &n)
+        n = min(n, t.n - j)
+        probs = t.scores + j * LANES
+        if k_stride == 64:
+            score_and_exponentiate(64, probs, &largest, &total, old, unit, q, k, n, p.head_dim)
+        elif k_stride == 128:
+            score_and_exponentiate(128, probs, &largest, &total, old, unit, q, k, n, p.head_dim)
+        elif k_stride == 32:
+            score_and_exponentiate(32, probs, &largest, &total, old, unit, q, k, n, p.head_dim)
+        else:
+            score_and_exponentiate(256, probs, &largest, &total, old, unit, q, k, n, p.head_dim)
+        j += n
     panel.total = total
     return not vany(vless(vset1(<real> SLACK), (largest - old) * unit))
 
@@ -215,47 +227,53 @@ cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
     e.left -= count
 
 
-cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, const real* probs, const real* v_rows,
-                                 Py_ssize_t v_stride, Py_ssize_t n, Softmax* e,
+cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, const real* probs,
+                                 const ValueRun* values, Py_ssize_t d, Py_ssize_t v_stride, Py_ssize_t n, Softmax* e,
                                  Ahead* ahead) noexcept nogil:
-    """acc[ROWS][width] (IN/OUT) += ROWS columns of V, over n keys, times the panel's probabilities. The exponentials
-    of another tile (IN/OUT) move on by a vector every EXP_KEYS keys, where only `tile` is in registers."""
+    """acc[ROWS][width] (IN/OUT) += ROWS columns of V from d on, over n keys, times the panel's probabilities. The
+    exponentials of another tile (IN/OUT) move on by a vector every EXP_KEYS keys, where only `tile` is in registers."""
     cdef vf tile[MAX_TILE]
     cdef int KEYS = AHEAD_KEYS if ATTEND_ROWS == 16 else EXP_KEYS
-    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t j
     cdef int r
     for r in range(ROWS * VECTORS):
         tile[r] = vset1(<real> 0.0)
-    while j < n:
-        multiply(ROWS, VECTORS, tile, v_rows + j * v_stride, 1, v_stride, probs + j * VECTORS * LANES,
-                 min(n - j, <Py_ssize_t> KEYS))
-        if ATTEND_ROWS < 16 and e.left:
-            exponentiate(e, 1)
-        prefetch_ahead(ahead, KEYS // EXP_KEYS * ahead.lines)
-        j += KEYS
+    while n > 0:
+        j = 0
+        while j < values.n:
+            multiply(ROWS, VECTORS, tile, values.v + d + j * v_stride, 1, v_stride, probs + j * VECTORS * LANES,
+                     min(values.n - j, <Py_ssize_t> KEYS))
+            if ATTEND_ROWS < 16 and e.left:
+                exponentiate(e, 1)
+            prefetch_ahead(ahead, KEYS // EXP_KEYS * ahead.lines)
+            j += KEYS
+        n -= values.n
+        probs += values.n * VECTORS * LANES
+        values += 1
     for r in range(ROWS * VECTORS):
         vstore(acc + r * LANES, vload(acc + r * LANES) + tile[r])
 
 
 # acc[head_dim_v][width] (IN/OUT) in tiles of ROWS dimensions. Each tile runs over all n keys, with P in L1 and a column
 # of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2. e: as in accumulate_dims.
-cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const real* v_rows, Py_ssize_t v_stride,
-                            Py_ssize_t n, Py_ssize_t head_dim_v, Softmax* e, Ahead* ahead) noexcept nogil:
+cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const ValueRun* values,
+                            Py_ssize_t v_stride, Py_ssize_t n, Py_ssize_t head_dim_v, Softmax* e,
+                            Ahead* ahead) noexcept nogil:
     cdef int ROWS = 8 if VECTORS == 1 and ATTEND_ROWS < 16 else ATTEND_ROWS
     cdef Py_ssize_t d = 0
     while d + ROWS <= head_dim_v:
         if ROWS == 16:
-            accumulate_dims(16, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
+            accumulate_dims(16, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
         elif ROWS == 8:
-            accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
+            accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
         else:
-            accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
+            accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
         d += ROWS
     while ROWS == 16 and d + 4 <= head_dim_v:
-        accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
+        accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
         d += 4
     while d < head_dim_v:
-        accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, v_rows + d, v_stride, n, e, ahead)
+        accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
         d += 1
 
 
@@ -287,10 +305,28 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, real* referen
             vstore(acc + (d * VECTORS + v) * LANES, vload(acc + (d * VECTORS + v) * LANES) * factor[v])
 
 
+cdef void place_values(const Problem* p, const Workspace* w, Panel* panel, const Block* b, Py_ssize_t skipped,
+                       Py_ssize_t n) noexcept nogil:
+    """panel.values (OUT): the rows of V of n keys of the block, but for the first `skipped` ones."""
+    cdef ValueRun* values = panel.values
+    cdef const KeyRun* run = b.runs
+    panel.v_stride = b.v_step // <Py_ssize_t> sizeof(real)
+    if not p.v_in_place:
+        values.v, values.n = w.v_rows + skipped * panel.v_stride, n
+        return
+    while n > 0:
+        if skipped < run.n:
+            values.v, values.n = <const real*> run.v + skipped * panel.v_stride, min(n, run.n - skipped)
+            n -= values.n
+            values += 1
+        skipped = max(0, skipped - run.n)
+        run += 1
+
+
 cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspace* w, const State* state,
-                             Panel* panel, const real* k, Py_ssize_t k_stride) noexcept nogil:
-    """panel (IN: of which queries, keys of a block, where the scores go; OUT: the keys that it sees): modified scores,
-    and reference is what their softmax refers to. False where it sees none of the keys."""
+                             Panel* panel, const Block* b) noexcept nogil:
+    """panel (IN: of which queries, keys of the block, where the scores go; OUT: the keys that it sees): modified
+    scores, and reference is what their softmax refers to. False where it sees none of the keys."""
     cdef Tile* t = &panel.tile
     cdef Py_ssize_t width = VECTORS * LANES
     cdef Py_ssize_t key_start = t.key_start
@@ -298,7 +334,8 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     cdef vf tile_max[MAX_PANEL]
     cdef Py_ssize_t low = lanes[0].low, high = lanes[0].high      # seen by some lane
     cdef Py_ssize_t all_low = low, all_high = high                # seen by all lanes
-    cdef Py_ssize_t i, j, part, skipped, n
+    cdef Py_ssize_t i, j, part, skipped, n, k_stride = b.k_step // <Py_ssize_t> sizeof(real)
+    cdef const char* k
     # Keys that no lane of this panel sees are not computed at all: for causal attention the tile ends at the panel's
     # own diagonal, not at the block's.
     for i in range(1, 1 if p.same_keys else width):
@@ -311,26 +348,29 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     if n <= 0:
         return False
     key_start += skipped
-    k += skipped * k_stride
-    panel.v += skipped * panel.v_stride
+    place_values(p, w, panel, b, skipped, n)
     t.key_start, t.n = key_start, n
     t.limited = key_start < all_low or key_start + n > all_high
 
     panel.exponentiated = (
-        strides_are_known(p.head_dim) and n % 16 == 0 and not is_modified(p, t) and p.weights == NULL
-        and score_at_once(p, panel, state.reference + panel.first_lane, w.queries + panel.first_lane * p.q_stride, k,
-                          k_stride))
+        strides_are_known(p.head_dim) and n % 16 == 0 and (b.num_runs == 1 or key_start % 16 == 0)
+        and not is_modified(p, t) and p.weights == NULL
+        and score_at_once(p, panel, state.reference + panel.first_lane, w.queries + panel.first_lane * p.q_stride, b,
+                          skipped))
     if panel.exponentiated:
         return True
     for i in range(VECTORS):
         tile_max[i] = vset1(<real> -INFINITY)
     j = 0
-    while j < n:  # a masked tile in parts, so that its mask is asked for a little at a time
-        part = MASK_KEYS if p.mask.data != NULL and n - j >= 2 * MASK_KEYS else n - j
+    while j < n:  # run by run; a masked tile in parts, so that its mask is asked for a little at a time
+        k = key_of_run(b, skipped + j, &part)
+        part = min(part, n - j)
+        if p.mask.data != NULL and part >= 2 * MASK_KEYS:
+            part = MASK_KEYS
         if p.mask.data != NULL:
             prefetch_mask(p, t, VECTORS * LANES, j, j + part)
         score_tile(VECTORS, t.scores + j * width, tile_max, w.queries + panel.first_lane * p.q_stride,
-                   k + j * k_stride, k_stride, part, p.head_dim)
+                   <const real*> k, k_stride, part, p.head_dim)
         j += part
     if modify_tile(p, w, t):
         for i in range(VECTORS):
@@ -375,11 +415,11 @@ cdef void accumulate_panel(const Problem* p, const State* state, Panel* panel, S
     if t.n == 0:
         pass
     elif ATTEND_VECTORS == 3 and panel.vectors == 3:
-        accumulate(3, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+        accumulate(3, acc, t.scores, panel.values, panel.v_stride, t.n, p.head_dim_v, e, ahead)
     elif ATTEND_VECTORS >= 2 and panel.vectors == 2:
-        accumulate(2, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+        accumulate(2, acc, t.scores, panel.values, panel.v_stride, t.n, p.head_dim_v, e, ahead)
     else:
-        accumulate(1, acc, t.scores, panel.v, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+        accumulate(1, acc, t.scores, panel.values, panel.v_stride, t.n, p.head_dim_v, e, ahead)
     panel.tile.n = 0
     if e.left:
         exponentiate(e, e.left)  # what the panel had no room for
@@ -420,60 +460,64 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
                        Py_ssize_t high) noexcept nogil:
     """state (IN/OUT) moves on over keys [low, high)."""
     cdef Py_ssize_t vectors = ceil_div(task.num_rows, LANES)
-    cdef Py_ssize_t first, k_stride, v_stride
+    cdef Py_ssize_t first, skipped, v_stride
     cdef const real* v
     cdef Block b
     cdef Ahead ahead
     cdef int v_is_finite
     cdef bint seen
-    cdef Panel panel, pending   # pending: its probabilities wait for being accumulated; n = 0: none does
+    cdef Panel panels[2]
+    cdef Panel* panel = &panels[0]
+    cdef Panel* pending = &panels[1]    # its probabilities wait for being accumulated; n = 0: none does
     cdef Softmax e, nothing
+    cdef Tile tile
     pending.tile.n = pending.first_lane = nothing.left = 0
     pending.tile.scores = NULL
     ahead.count = ahead.current = ahead.lines = 0
     before_block(&b, low)
     while True:
         if pending.tile.n and not p.v_in_place:  # its rows of V are about to be overwritten
-            accumulate_panel(p, state, &pending, &nothing, &ahead)
+            accumulate_panel(p, state, pending, &nothing, &ahead)
         if not next_block(p, w, task, high, &b):
             break
-        k_stride, v = b.k_step // <Py_ssize_t> sizeof(real), values_of(p, w, task, &b, &v_stride)
         plan_ahead(p, task, b.key_start + b.n, high, &ahead)
         v_is_finite = -1    # not yet known
         first = 0
         while first < vectors:
             panel.vectors, panel.first_lane = panel_vectors(ATTEND_VECTORS, vectors - first), first * LANES
-            panel.v, panel.v_stride = v, v_stride
             panel.tile.width, panel.tile.lanes = panel.vectors * LANES, w.lanes + panel.first_lane
             panel.tile.key_start, panel.tile.n = b.key_start, b.n
             panel.tile.scores = w.scores if pending.tile.scores != w.scores else w.next_scores
             first += panel.vectors
             if pending.tile.n and pending.first_lane == panel.first_lane:  # before reference moves
-                accumulate_panel(p, state, &pending, &nothing, &ahead)
+                accumulate_panel(p, state, pending, &nothing, &ahead)
             if ATTEND_VECTORS == 3 and panel.vectors == 3:
-                seen = score_panel(3, p, w, state, &panel, <const real*> b.runs[0].k, k_stride)
+                seen = score_panel(3, p, w, state, panel, &b)
             elif ATTEND_VECTORS >= 2 and panel.vectors == 2:
-                seen = score_panel(2, p, w, state, &panel, <const real*> b.runs[0].k, k_stride)
+                seen = score_panel(2, p, w, state, panel, &b)
             else:
-                seen = score_panel(1, p, w, state, &panel, <const real*> b.runs[0].k, k_stride)
+                seen = score_panel(1, p, w, state, panel, &b)
             if not seen:
                 continue
-            begin_softmax(&e, &panel, state, p.unit)
-            accumulate_panel(p, state, &pending, &e, &ahead)
-            end_softmax(p, w, &e, &panel, state)
-            pending = panel
+            begin_softmax(&e, panel, state, p.unit)
+            accumulate_panel(p, state, pending, &e, &ahead)
+            end_softmax(p, w, &e, panel, state)
+            pending, panel = panel, pending
             # Only a tile in which some lane does not see some key can leak that key's value; V is looked at once a
             # block.
-            if panel.tile.limited or p.mask.data != NULL:
+            if pending.tile.limited or p.mask.data != NULL:
                 if v_is_finite < 0:
+                    v = values_of(p, w, task, &b, &v_stride)
                     v_is_finite = not make_finite(w.v_finite, p.v_stride, v, v_stride, b.n, p.head_dim_v)
                 if not v_is_finite:
-                    pending.v = w.v_finite + (panel.tile.key_start - b.key_start) * p.v_stride
+                    tile = pending.tile
+                    skipped = tile.key_start - b.key_start
+                    pending.values[0].v, pending.values[0].n = w.v_finite + skipped * p.v_stride, tile.n
                     pending.v_stride = p.v_stride
-                    accumulate_panel(p, state, &pending, &nothing, &ahead)
-                    repair_values(p, w, &panel.tile, state.acc + panel.first_lane * p.v_stride, 1, panel.tile.width,
-                                  panel.v, v_stride)
-    accumulate_panel(p, state, &pending, &nothing, &ahead)
+                    accumulate_panel(p, state, pending, &nothing, &ahead)
+                    repair_values(p, w, &tile, state.acc + pending.first_lane * p.v_stride, 1, tile.width,
+                                  v + skipped * v_stride, v_stride)
+    accumulate_panel(p, state, pending, &nothing, &ahead)
 
 
 cdef bint prefill_reads_in_place(const Tensor* v, Py_ssize_t head_dim_v, Py_ssize_t block_rows) noexcept nogil:

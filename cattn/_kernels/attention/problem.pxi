@@ -14,8 +14,10 @@ cdef enum:
     # Numbers in a block of queries, or of results: fewer rows beyond head_dim 341. At 1024, 64 rows are 12 % slower
     # than 192, 32 are 40 % (Zen 4), and each of the two to four such blocks takes 256 KB instead of 768.
     MAX_BLOCK = 65536
-    # Of a block of 128 keys in pages of SMALL_PAGE; smaller ones are copied
+    # Of a block of 128 keys in pages of SMALL_PAGE; smaller ones are copied, and by prefill those that are no multiple
+    # of the most keys in a tile: a tile is of one page
     SMALL_PAGE = 8
+    MOST_TILE_KEYS = 16
     MAX_RUNS = 17
     SPLIT_KEYS = 1024          # decode: 512 to 4096 measured within 4 %; prefill of 2048 keys: 1 % for the merge
 
@@ -118,7 +120,7 @@ cdef struct KeyRun:                 # keys that lie one after the other
 cdef struct Block:                  # some consecutive keys of a head, see next_block
     Py_ssize_t key_start, n
     KeyRun runs[MAX_RUNS]
-    int num_runs                    # one, but for decode of small pages in place
+    int num_runs                    # several in small pages; one where K is copied
     Py_ssize_t k_step, v_step
     Kind kind                       # of the numbers
 
@@ -275,6 +277,7 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
     cdef Py_ssize_t vectors = ceil_div(longest, LANES)
     cdef Py_ssize_t size = MAX_ROWS // LANES, wide, fewer_blocks     # size, wide: vectors in a block
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
+    cdef bint pages_are_even
     p.decode_width = decode_width
     p.sequences = NULL
     p.same_keys = p.window_left < 0 and p.window_right < 0 and (
@@ -312,9 +315,12 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
             size = wide
         p.block_rows = size * LANES
         p.k_stride = key_stride(p.head_dim)
-        p.k_in_place = blocks_are_whole(p) and rows_are_real(&p.k) and (
+        pages_are_even = blocks_are_whole(p) or p.page_size % MOST_TILE_KEYS == 0
+        p.k_in_place = pages_are_even and rows_are_real(&p.k) and (
             not strides_are_known(p.head_dim) or p.k.stride[2] == p.k_stride * <Py_ssize_t> sizeof(real))
-        p.v_in_place = blocks_are_whole(p) and prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows)
+        # Where K is copied, a block is one run.
+        p.v_in_place = ((blocks_are_whole(p) or (pages_are_even and p.k_in_place))
+                        and prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows))
         p.block_kind = real_kind()
     p.num_tasks = count_tasks(p, p.block_rows)
     p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)
