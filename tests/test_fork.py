@@ -51,6 +51,35 @@ def test_fork(expected):
         np.testing.assert_array_equal(attention(), expected)
 
 
+def test_serving_in_a_child():
+    """A cache that the parent has filled grows on in the child, with the bits that it has in the parent."""
+    rng = np.random.default_rng(0)
+    query, key = rng.standard_normal((150, 4, 64), np.float32), rng.standard_normal((150, 2, 64), np.float32)
+    weight = np.random.default_rng(1).integers(-127, 128, (300, 64), np.int8)
+    cu_seqlens, scales = [0, 100, 150], np.ones((300, 2), np.float32)
+    tables = cattn.rotary_table(150, 64)
+    caches = {dtype: cattn.KVCache(1, 2, 64, dtype=dtype) for dtype in ("float32", "int8")}
+    sequences = {dtype: cache.new() for dtype, cache in caches.items()}
+    for dtype, cache in caches.items():
+        cache.attend(0, cache.extend(sequences[dtype], 150), query, key, key)
+
+    def compute():
+        results = [
+            cattn.varlen_attention(query, key, key, cu_seqlens, num_threads=2),
+            cattn.linear(query, weight, weight_scales=scales, num_threads=2),
+            cattn.rotary_embedding(query, *tables, positions=np.arange(150)[:, None], interleaved=True, num_threads=2),
+            *cattn.merge_states([query, query], [query[..., 0], query[..., 1]], num_threads=2)]
+        for dtype, cache in caches.items():
+            child = cache.fork(sequences[dtype])
+            results.append(cache.attend(0, cache.extend(child, 150), query, key, key, num_threads=2))
+        return np.concatenate([x.ravel() for x in results])
+
+    expected = compute()
+    for _ in range(2):
+        assert exit_status_of_child(compute, expected) == 0
+        np.testing.assert_array_equal(compute(), expected)
+
+
 def test_fork_of_a_fork(expected):
     def grandchild():
         attention()

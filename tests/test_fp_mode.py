@@ -60,7 +60,27 @@ for dtype in (np.float16, np.float32, np.float64):
 turned = {{make: (make(2, 2, 4000, 44), cattn.rotary_table(4000, 40)) for make in (float16, float32, float64)}}
 states = [(make(3, 40, 20), (rng.standard_normal((3, 40)) * 50).astype(np.float64 if make is float64 else np.float32))
           for make in (float16, float32, float64)]
+def served():
+    # Packed, in pages and in caches: of 8 bits with scales that are subnormal, or nearly.
+    query, key = (rng.standard_normal((60, heads, 64)).astype(np.float32) for heads in (4, 2))
+    numbers = rng.integers(-127, 128, (2, 64, 2, 64), np.int8)
+    weight = rng.integers(-127, 128, (40, 64), np.int8)
+    tiny = [x * np.float32(1e-20) for x in (query, key)]
+    scaled = [(key * np.float32(scale), np.full((2, 64, 2), scale, np.float32), np.full((40, 2), scale, np.float32))
+              for scale in (1e-40, 1e-38, 1.0)]
+    def results():
+        yield (cattn.varlen_attention(*tiny, key, [0, 1, 60]),)
+        for rows, scales, weight_scales in scaled:
+            yield (cattn.paged_attention(query, numbers, numbers, [[0, 1], [1, 0]], [128, 70], [0, 1, 60],
+                                         key_scales=scales, value_scales=scales),)
+            yield tuple(cattn.linear(query[:n], weight, weight_scales=weight_scales) for n in (1, 4, 60))
+            for dtype in ("float32", "float16", "bfloat16", "int8"):
+                cache = cattn.KVCache(1, 2, 64, dtype=dtype)
+                yield (cache.attend(0, cache.extend(cache.new(), 60), query, rows, rows),)
+    return results
+served = served()
 def results():
+    yield from served()
     for arrays, options in cases:
         yield cattn.scaled_dot_product_attention(*arrays, return_weights=True, return_logsumexp=True, **options)
     for layer, x in layers:

@@ -56,6 +56,11 @@ LONG_CALLS = {
                "seed=0, num_threads=2)",
     "weights of float16": "cattn.scaled_dot_product_attention(*[np.zeros((1, 4, 20_000, 8), np.float16)] * 3, "
                           "return_weights=True, dropout_p=0.5, seed=0, num_threads=1)",
+    "packed": "cattn.varlen_attention(normal(8192, 8, 64), *[np.broadcast_to(np.float32(0), (32_000_000, 8, 64))] * 2, "
+              "[0, 1, 8192], [0, 1000, 32_000_000], num_threads=2)",
+    "pages of 8 bits": "cattn.paged_attention(normal(64, 8, 64), *[np.broadcast_to(np.int8(1), (2, 16, 8, 64))] * 2, "
+                       "np.zeros((1, 2_000_000), int), [32_000_000], [0, 64], num_threads=2, "
+                       "**dict.fromkeys(('key_scales', 'value_scales'), np.ones((2, 16, 8), np.float32)))",
     "table": "[cattn.sinusoidal_encoding(1_000_000, 64, out=np.empty((1_000_000, 64), np.float32)) "
              "for _ in range(1000)]",
     "rotary": "(lambda x, *tables: [cattn.rotary_embedding(x, *tables, interleaved=True, out=x) "
