@@ -23,6 +23,9 @@ cdef extern from "Python.h":
     const Py_ssize_t PY_SSIZE_T_MAX
 
 cdef enum:
+    # From a row to what is asked for meanwhile, of x and of out: without, x of 32 MB takes 1.25 times as long in
+    # place, and 1.35 times into `out` (Emerald Rapids)
+    AHEAD_BYTES = 4096
     RUN = 8192          # numbers of x; flat from 1024 to 2**18 (Emerald Rapids)
     PIECE = 256         # pairs: two of these, and their cosines and sines, are 4 KB of float32
     TURN_FLOPS = 20     # the time of a number in the caches, in flops of attention
@@ -153,7 +156,9 @@ cdef void turn_run(const Rotary* r, Py_ssize_t number) noexcept nogil:
     cdef Py_ssize_t length = r.x.length[1], block = number // length % r.num_blocks
     cdef Py_ssize_t i = number // length // r.num_blocks, j = number % length, k
     cdef int64_t position
-    cdef Py_ssize_t columns = r.x.length[3]
+    cdef Py_ssize_t columns = r.x.length[3], step = r.x.stride[2], line, lines = 0
+    if step == columns * size_of(r.x.kind) and r.out.stride[2] == step:     # rows one after the other
+        lines = ceil_div(step, 64)
     cdef char* out
     cdef const char* x
     cdef const char* cos
@@ -166,6 +171,10 @@ cdef void turn_run(const Rotary* r, Py_ssize_t number) noexcept nogil:
             memcpy(&position, r.positions + i * r.position_stride[0] + j * r.position_stride[1]
                    + k * r.position_stride[2], sizeof(position))
             cos, sin = row_of(&r.cos, 0, 0, position), row_of(&r.sin, 0, 0, position)
+        for line in range(lines):
+            prefetch(x + AHEAD_BYTES + 64 * line)
+            if not r.in_place:
+                prefetch(out + AHEAD_BYTES + 64 * line)
         turn_row(r, out, x, cos, sin)
         if not r.in_place and 2 * r.pairs < columns:
             copy_rest(r, out, x)
