@@ -15,6 +15,7 @@ Read in this order, in which they are included:
     attention/prefill.pxi   the kernel for many query rows: queries in the SIMD lanes
     attention/decode.pxi    the kernel for few query rows: keys in the SIMD lanes, then dimensions
     attention/attend.pxi    who does which task or split, and who merges them
+    attention/backward.pxi  the gradients
     attention/entry.pxi     the entries from Python
     merge.pxi               partial results over disjoint keys, merged
     linear.pxi              the layer's projections
@@ -34,7 +35,7 @@ from libc.stdint cimport int8_t, int64_t, uint16_t, uint32_t, uint64_t, uintptr_
 from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memcpy, memset
 
-from numpy import dtype, empty, ndarray
+from numpy import dtype, empty, ndarray, zeros
 
 from cattn._kernels.cpu cimport (
     atomic_add, atomic_read, atomic_set, calls_in_flight, child_is_serial, default_threads, dissolve_pool, forks,
@@ -143,6 +144,7 @@ include "attention/finish.pxi"
 include "attention/prefill.pxi"
 include "attention/decode.pxi"
 include "attention/attend.pxi"
+include "attention/backward.pxi"
 include "attention/entry.pxi"
 include "merge.pxi"
 include "linear.pxi"

@@ -313,26 +313,32 @@ cdef double plan_all(Run* run, const Problem* p, Py_ssize_t num_threads, double*
     return work
 
 
+cdef double count_pairs(const Problem* p) noexcept nogil:
+    """Of a query row and a key, of one head. Half of them where causal, unknown here: what they decide is no precise
+    thing."""
+    cdef Py_ssize_t batch
+    cdef double pairs = 0
+    if not lengths_differ(p):
+        return <double> p.batch_size * p.seq_len_q * p.seq_len_kv
+    for batch in range(p.batch_size):
+        pairs += <double> num_queries(p, batch) * num_keys(p, batch)
+    return pairs
+
+
 cdef int run(const Problem* p, Py_ssize_t num_threads) except -1:
     """Plans a described problem and does it."""
     cdef Workspace w
     cdef Call call
     cdef Parts parts
     cdef Run run
-    cdef Py_ssize_t threads, slot, batch, num_tasks = 0
+    cdef Py_ssize_t threads, slot, num_tasks = 0
     cdef size_t scratch_size = 0, lists_size, shared_size
-    cdef double flops, work, longest_task
+    cdef double work, longest_task
     cdef Sequence* sequences
     cdef char* scratch
     cdef int i
-    # Half the flops where causal, unknown here: what they decide is no precise thing.
-    flops = <double> p.batch_size * p.seq_len_q * p.seq_len_kv
-    if lengths_differ(p):
-        flops = 0
-        for batch in range(p.batch_size):
-            flops += <double> num_queries(p, batch) * num_keys(p, batch)
-    flops *= p.num_kv_heads * p.group_size * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS)
-    begin_call(&call, num_threads, flops)
+    begin_call(&call, num_threads, count_pairs(p) * p.num_kv_heads * p.group_size
+               * (2 * (p.head_dim + p.head_dim_v) + EXP_FLOPS))
     threads = call.num_threads
     run.call, run.parts = &call, NULL
     work = plan_all(&run, p, threads, &longest_task)

@@ -345,7 +345,7 @@ cdef void decode_keys(const Problem* p, const Workspace* w, const Task* task, co
             b.runs[0].n, b.runs[0].v, b.runs[0].next_n = b.n, <const char*> w.v_finite, 0
         of_values = add_values(p, state, t.scores, w.scores, &b)
         if not is_finite:
-            repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride)
+            repair_values(p, w, &t, state.acc, p.v_stride, 1, v_rows, v_stride, p.head_dim_v)
         vstore(state.row_sum, vload(state.row_sum) + each_row(sums if are_modified else of_values, width))
 
 

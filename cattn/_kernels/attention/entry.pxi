@@ -8,6 +8,7 @@ cdef object INT64 = dtype("int64")
 cdef object INT32 = dtype("int32")
 cdef object NDARRAY = ndarray
 cdef object EMPTY = empty
+cdef object ZEROS = zeros
 
 cdef enum:
     FEW_BATCH_ROWS = 64  # whose lengths fit a small array; the checks in Python are nothing beside more rows
@@ -46,9 +47,8 @@ cdef void describe_packed(Problem* p, const int64_t* cu_seqlens_q):
         p.seq_len_kv = max(p.seq_len_kv, num_keys(p, batch))
 
 
-cdef void describe_logsumexp(Problem* p, real* logsumexp):
-    """p.logsumexp (OUT), contiguous: (batch, num_heads, seq_len_q), or packed (total, num_heads)."""
-    cdef Tensor* t = &p.logsumexp
+cdef void describe_logsumexp(const Problem* p, Tensor* t, const real* logsumexp):
+    """t (OUT), contiguous: (batch, num_heads, seq_len_q), or packed (total, num_heads)."""
     cdef Py_ssize_t num_heads = p.num_kv_heads * p.group_size
     t.data, t.firsts, t.kind = <char*> logsumexp, p.q.firsts, real_kind()
     if t.firsts == NULL:
@@ -71,6 +71,39 @@ cdef void describe_options(Problem* p, scale, double softcap, Py_ssize_t window_
     choose_units(p, scale)
 
 
+cdef int describe_problem(Problem* p, query, key, value, out, mask, Kind q_kind, Kind kv_kind, Kind mask_kind,
+                          Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
+                          const int64_t[::1] kv_starts, const int64_t[::1] cu_seqlens_q,
+                          const int64_t[::1] cu_seqlens_kv, double dropout_p, uint64_t seed,
+                          Py_ssize_t batch_offset) except -1:
+    """p (OUT), as attend has it, but for its options and what else it writes."""
+    memset(p, 0, sizeof(Problem))
+    describe_inputs(p, query, key, value, q_kind, kv_kind)
+    describe(&p.out, out, q_kind)
+    if mask is not None:
+        describe(&p.mask, mask, mask_kind)
+    p.q_offset = q_offset
+    if q_offsets is not None:
+        p.q_offsets = &q_offsets[0]
+    if kv_lens is not None:
+        p.kv_lens = &kv_lens[0]
+    if kv_starts is not None:
+        p.kv_starts = &kv_starts[0]
+    if cu_seqlens_q is not None:
+        p.batch_size, p.folded = cu_seqlens_q.shape[0] - 1, 1
+        describe_packed(p, &cu_seqlens_q[0])
+    if cu_seqlens_kv is not None:
+        p.folded = 1
+        pack_rows(&p.k, &cu_seqlens_kv[0])
+        pack_rows(&p.v, &cu_seqlens_kv[0])
+    p.dropout = dropout_p > 0
+    p.dropout_threshold = <uint32_t> (dropout_p * 4294967296.0)
+    p.keep_scale = <real> (1.0 / (1.0 - dropout_p))
+    p.seed = seed
+    p.batch_offset = batch_offset
+    return 0
+
+
 def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] narrow_weights, real[::1] logsumexp,
            Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap, Py_ssize_t window_left,
            Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets, const int64_t[::1] kv_lens,
@@ -83,44 +116,65 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
     keys and values; with block_table, these are (pages, heads, page_size, dim). Both come with kv_lens.
     Those of 8 bits have float32 scales, (pages, heads, page_size, 1)."""
     cdef Problem p
-    memset(&p, 0, sizeof(p))
-    describe_inputs(&p, query, key, value, q_kind, kv_kind)
-    describe(&p.out, out, q_kind)
+    describe_problem(&p, query, key, value, out, mask, q_kind, kv_kind, mask_kind, q_offset, q_offsets, kv_lens,
+                     kv_starts, cu_seqlens_q, cu_seqlens_kv, dropout_p, seed, batch_offset)
     if key_scales is not None:
         describe(&p.k_scales, key_scales, F32)
         describe(&p.v_scales, value_scales, F32)
-    if mask is not None:
-        describe(&p.mask, mask, mask_kind)
     if weights is not None:
         p.weights = &weights[0]
     if narrow_weights is not None:
         p.narrow_weights = &narrow_weights[0]
-    if q_offsets is not None:
-        p.q_offsets = &q_offsets[0]
-    if kv_lens is not None:
-        p.kv_lens = &kv_lens[0]
-    if kv_starts is not None:
-        p.kv_starts = &kv_starts[0]
-    if cu_seqlens_q is not None:
-        p.batch_size, p.folded = cu_seqlens_q.shape[0] - 1, 1
-        describe_packed(&p, &cu_seqlens_q[0])
-    if cu_seqlens_kv is not None:
-        pack_rows(&p.k, &cu_seqlens_kv[0])
-        pack_rows(&p.v, &cu_seqlens_kv[0])
     if block_table is not None:
         p.block_table, p.table_stride, p.page_size = &block_table[0, 0], block_table.shape[1], p.k.length[2]
-    if cu_seqlens_kv is not None or block_table is not None:
         p.folded = 1
     if logsumexp is not None:
-        describe_logsumexp(&p, &logsumexp[0])
-    p.q_offset = q_offset
+        describe_logsumexp(&p, &p.logsumexp, &logsumexp[0])
     describe_options(&p, scale, softcap, window_left, window_right, slopes, sinks)
-    p.dropout = dropout_p > 0
-    p.dropout_threshold = <uint32_t> (dropout_p * 4294967296.0)
-    p.keep_scale = <real> (1.0 / (1.0 - dropout_p))
-    p.seed = seed
-    p.batch_offset = batch_offset
     run(&p, num_threads)
+
+
+def attend_backward(*, grad_out, query, key, value, out, mask, const real[::1] logsumexp,
+                    const real[::1] grad_logsumexp, grad_query, grad_key, grad_value, grad_mask, bint slopes_wanted,
+                    bint sinks_wanted, Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap,
+                    Py_ssize_t window_left, Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets,
+                    const int64_t[::1] kv_lens, const real[:, ::1] slopes, const real[::1] sinks, double dropout_p,
+                    uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads, const int64_t[::1] kv_starts=None,
+                    const int64_t[::1] cu_seqlens_q=None, const int64_t[::1] cu_seqlens_kv=None):
+    """The gradients (OUT; 0 before; None: not wanted) of what attend has computed with these arguments: grad_query and
+    grad_mask of reals, these with a stride of 0 where the mask is broadcast, grad_key and grad_value as their inputs.
+    Returns those of slopes and sinks, (splits, batch, num_heads), of which the sums over the first axis are meant."""
+    cdef Backward b
+    cdef double[:, :, ::1] slopes_parts, sinks_parts
+    memset(&b, 0, sizeof(b))
+    describe_problem(&b.p, query, key, value, out, mask, q_kind, kv_kind, mask_kind, q_offset, q_offsets, kv_lens,
+                     kv_starts, cu_seqlens_q, cu_seqlens_kv, dropout_p, seed, batch_offset)
+    describe_logsumexp(&b.p, &b.p.logsumexp, &logsumexp[0])
+    if grad_logsumexp is not None:
+        describe_logsumexp(&b.p, &b.d_logsumexp, &grad_logsumexp[0])
+    describe_options(&b.p, scale, softcap, window_left, window_right, slopes, sinks)
+    describe(&b.d_out, grad_out, q_kind)
+    b.d_out.firsts, b.d_out.stride[0] = b.p.out.firsts, b.d_out.stride[0] if b.p.out.firsts == NULL else 0
+    if grad_query is not None:
+        describe(&b.dq, grad_query, real_kind())
+        b.dq.firsts, b.dq.stride[0] = b.p.q.firsts, b.dq.stride[0] if b.p.q.firsts == NULL else 0
+    if grad_key is not None:
+        describe(&b.dk, grad_key, kv_kind)
+        b.dk.firsts, b.dk.stride[0] = b.p.k.firsts, b.dk.stride[0] if b.p.k.firsts == NULL else 0
+    if grad_value is not None:
+        describe(&b.dv, grad_value, kv_kind)
+        b.dv.firsts, b.dv.stride[0] = b.p.v.firsts, b.dv.stride[0] if b.p.v.firsts == NULL else 0
+    if grad_mask is not None:
+        describe(&b.d_mask, grad_mask, real_kind())
+    plan_backward(&b)
+    shape = (b.p.num_splits, b.p.batch_size, b.p.num_kv_heads * b.p.group_size)
+    of_slopes, of_sinks = ZEROS(shape if slopes_wanted else 0), ZEROS(shape if sinks_wanted else 0)
+    if slopes_wanted:
+        b.d_slopes = <double*> data_of(of_slopes)
+    if sinks_wanted:
+        b.d_sinks = <double*> data_of(of_sinks)
+    run_backward(&b, num_threads)
+    return of_slopes, of_sinks
 
 
 cdef void swap_heads(Tensor* t):
@@ -457,7 +511,7 @@ def attend_short(query, key, value, is_causal, scale, q_offset, window, kv_lens,
         return None
     if return_logsumexp:
         logsumexp = EMPTY((length[0], length[1], length[2]), REAL)
-        describe_logsumexp(&p, <real*> data_of(logsumexp))
+        describe_logsumexp(&p, &p.logsumexp, <real*> data_of(logsumexp))
     p.keep_scale = 1.0
     run(&p, num_threads)
     return (out, logsumexp) if return_logsumexp else out

@@ -320,6 +320,8 @@ cdef bint modify_tile(const Problem* p, const Workspace* w, Tile* t) noexcept no
         scale_scores(p, w, t)
     if p.softcap != 0:
         cap_scores(p, w, t)
+        if w.capped != NULL:
+            memcpy(w.capped, t.scores, t.n * t.width * sizeof(real))
     if p.slopes != NULL:
         add_alibi(p, w, t)
     mask_tile(p, w, t)

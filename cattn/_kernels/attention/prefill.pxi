@@ -323,35 +323,39 @@ cdef void place_values(const Problem* p, const Workspace* w, Panel* panel, const
         run += 1
 
 
+cdef Py_ssize_t clip_tile(const Problem* p, Tile* t) noexcept nogil:
+    """t (IN/OUT): less the keys at its ends that no lane sees, which are not computed at all: for causal attention the
+    tile ends at the panel's own diagonal, not at the block's. n = 0: none is left. Returns how many went before."""
+    cdef const Lane* lanes = t.lanes
+    cdef Py_ssize_t low = lanes[0].low, high = lanes[0].high      # seen by some lane
+    cdef Py_ssize_t all_low = low, all_high = high                # seen by all lanes
+    cdef Py_ssize_t skipped, i
+    for i in range(1, 1 if p.same_keys else t.width):
+        low = min(low, lanes[i].low)
+        high = max(high, lanes[i].high)
+        all_low = max(all_low, lanes[i].low)
+        all_high = min(all_high, lanes[i].high)
+    skipped = max(low - t.key_start, 0)
+    t.n = max(0, min(t.n, high - t.key_start) - skipped)
+    t.key_start += skipped
+    t.limited = t.key_start < all_low or t.key_start + t.n > all_high
+    return skipped
+
+
 cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspace* w, const State* state,
                              Panel* panel, const Block* b) noexcept nogil:
     """panel (IN: of which queries, keys of the block, where the scores go; OUT: the keys that it sees): modified
     scores, and reference is what their softmax refers to. False where it sees none of the keys."""
     cdef Tile* t = &panel.tile
     cdef Py_ssize_t width = VECTORS * LANES
-    cdef Py_ssize_t key_start = t.key_start
-    cdef const Lane* lanes = t.lanes
     cdef vf tile_max[MAX_PANEL]
-    cdef Py_ssize_t low = lanes[0].low, high = lanes[0].high      # seen by some lane
-    cdef Py_ssize_t all_low = low, all_high = high                # seen by all lanes
-    cdef Py_ssize_t i, j, part, skipped, n, k_stride = b.k_step // <Py_ssize_t> sizeof(real)
+    cdef Py_ssize_t i, j, part, skipped, n, key_start, k_stride = b.k_step // <Py_ssize_t> sizeof(real)
     cdef const char* k
-    # Keys that no lane of this panel sees are not computed at all: for causal attention the tile ends at the panel's
-    # own diagonal, not at the block's.
-    for i in range(1, 1 if p.same_keys else width):
-        low = min(low, lanes[i].low)
-        high = max(high, lanes[i].high)
-        all_low = max(all_low, lanes[i].low)
-        all_high = min(all_high, lanes[i].high)
-    skipped = max(low - key_start, 0)
-    n = min(t.n, high - key_start) - skipped
-    if n <= 0:
+    skipped = clip_tile(p, t)
+    n, key_start = t.n, t.key_start
+    if n == 0:
         return False
-    key_start += skipped
     place_values(p, w, panel, b, skipped, n)
-    t.key_start, t.n = key_start, n
-    t.limited = key_start < all_low or key_start + n > all_high
-
     panel.exponentiated = (
         strides_are_known(p.head_dim) and n % 16 == 0 and (b.num_runs == 1 or key_start % 16 == 0)
         and not is_modified(p, t) and p.weights == NULL
@@ -516,7 +520,7 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
                     pending.v_stride = p.v_stride
                     accumulate_panel(p, state, pending, &nothing, &ahead)
                     repair_values(p, w, &tile, state.acc + pending.first_lane * p.v_stride, 1, tile.width,
-                                  v + skipped * v_stride, v_stride)
+                                  v + skipped * v_stride, v_stride, p.head_dim_v)
     accumulate_panel(p, state, pending, &nothing, &ahead)
 
 

@@ -94,6 +94,7 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* k_rows                    # [block_kv][k_stride]; unless K is read in place
     real* v_rows                    # [block_kv][v_stride]; unless V is read in place, and always as reals
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
+    real* capped                    # OUT [block_kv][width]: scores after the softcap; or NULL
     real* v_finite                  # [block_kv][v_stride]; both only where a row may not see a key
     real* key_scales                # [block_kv] of the block's keys, by their place on the grid; where there are any
     real* value_scales              # likewise
@@ -174,6 +175,7 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
                           * sizeof(real))
     w.shrink = <real*> take(base, &size, max(p.block_rows, LANES) * sizeof(real))
     w.lanes = <Lane*> take(base, &size, p.block_rows * sizeof(Lane))
+    w.capped = NULL
     w.visible = <real*> take(base, &size, keys * width * sizeof(real) if p.may_mask else 0)
     w.v_finite = <real*> take(base, &size, keys * p.v_stride * sizeof(real) if p.may_mask else 0)
     return size
@@ -269,6 +271,13 @@ cdef Py_ssize_t list_sequences(Problem* p, Sequence* sequences) noexcept nogil:
     return n
 
 
+cdef inline void note_limits(Problem* p) noexcept nogil:
+    """same_keys and may_mask (OUT)."""
+    p.same_keys = p.window_left < 0 and p.window_right < 0 and (
+        p.folded == 1 or (p.kv_lens == NULL and p.kv_starts == NULL))
+    p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL or p.kv_starts != NULL
+
+
 cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_threads) noexcept nogil:
     """How the work of those batch rows is cut that a kernel for this decode_width does; the longest has so many query
     rows. What decides bits (block_kv, split_kv) follows from head_dim and head_dim_v alone. The query rows of a key
@@ -280,10 +289,8 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
     cdef bint pages_are_even
     p.decode_width = decode_width
     p.sequences = NULL
-    p.same_keys = p.window_left < 0 and p.window_right < 0 and (
-        p.folded == 1 or (p.kv_lens == NULL and p.kv_starts == NULL))
+    note_limits(p)
     p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), SPLIT_KEYS
-    p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL or p.kv_starts != NULL
     if decode_width:
         p.q_stride = round_up(p.head_dim, LANES)
         p.v_stride = round_up(p.head_dim_v, LANES)

@@ -64,12 +64,11 @@ cdef void describe_lane(const Problem* p, Lane* lane) noexcept nogil:
         lane.slope = -limit if slope < -limit else limit if slope > limit else slope
 
 
-cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* lanes) noexcept nogil:
-    """task (OUT), and lanes (OUT)[task.lanes]: which query each lane holds and which keys it sees. Lanes past the last
-    row repeat it."""
+cdef void describe_lanes(const Problem* p, Task* task, Lane* lanes) noexcept nogil:
+    """lanes (OUT)[task.lanes]: which query each lane holds and which keys it sees; and which some lane does (OUT, of
+    the task). Lanes past the last row repeat it."""
     cdef Py_ssize_t i, queries
     cdef Lane lane
-    locate_task(p, number, task)
     task.low, task.high = p.seq_len_kv, 0
     queries = num_queries(p, task.batch)
     locate_row(p, task.batch, task.kv_head, task.first_row, &lane)
@@ -90,6 +89,12 @@ cdef void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* l
                     lane.batch += 1
     if task.high == 0:
         task.low = 0
+
+
+cdef inline void describe_task(const Problem* p, Py_ssize_t number, Task* task, Lane* lanes) noexcept nogil:
+    """task (OUT), and lanes (OUT)[task.lanes]."""
+    locate_task(p, number, task)
+    describe_lanes(p, task, lanes)
 
 
 cdef void reset(const Problem* p, const Task* task, State* s) noexcept nogil:

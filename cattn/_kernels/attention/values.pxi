@@ -30,7 +30,7 @@ cdef bint make_finite(real* finite, Py_ssize_t finite_stride, const real* v_rows
 
 
 cdef void repair_values(const Problem* p, const Workspace* w, const Tile* t, real* acc, Py_ssize_t acc_lane,
-                        Py_ssize_t acc_dim, const real* v_rows, Py_ssize_t v_stride) noexcept nogil:
+                        Py_ssize_t acc_dim, const real* v_rows, Py_ssize_t v_stride, Py_ssize_t dim) noexcept nogil:
     """The other half of make_finite: NaN and infinities of V reach those lanes of acc, acc[lane * acc_lane +
     dim * acc_dim], that see their key."""
     cdef Py_ssize_t j, d, i
@@ -39,7 +39,7 @@ cdef void repair_values(const Problem* p, const Workspace* w, const Tile* t, rea
     for j in range(t.n):
         if stopped_by_signal(p.call):
             return
-        for d in range(p.head_dim_v):
+        for d in range(dim):
             value = v_rows[j * v_stride + d]
             if value * <real> 0.0 == 0.0:
                 continue
