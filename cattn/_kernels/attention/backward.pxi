@@ -37,7 +37,8 @@ cdef struct Backward:
     Problem p                   # out and logsumexp are IN
     Tensor d_out                # IN, as out
     Tensor d_logsumexp          # IN, as logsumexp; or not given
-    Tensor dq, dk, dv, d_mask   # OUT, as q, k, v and mask, those that are wanted; dq and d_mask: reals, 0 before
+    Tensor dq, dk, dv           # OUT, as q, k, v, those that are wanted; dq: of reals
+    Tensor d_mask               # OUT, as mask, of reals, 0 before; or not given
     double* d_slopes            # OUT [split][batch][num_heads], 0 before; or NULL
     double* d_sinks             # likewise
     double scale                # the problem's, with its sign
@@ -489,6 +490,13 @@ cdef void add_queries(const Backward* b, const BackwardScratch* s, bint first_of
                     row[d] += scale * rows[i * stride + d]
 
 
+cdef void clear_queries(const Backward* b, const BackwardScratch* s, const Task* task) noexcept nogil:
+    """dq (OUT) of a block of rows that see no key."""
+    cdef Py_ssize_t i
+    for i in range(task.num_rows if b.dq.data != NULL else 0):
+        memset(lane_row(&b.dq, s.w.lanes + i), 0, b.p.head_dim * sizeof(real))
+
+
 cdef bint await_turn(const Backward* b, Py_ssize_t* turn, Py_ssize_t splits_before) noexcept nogil:
     """False: the call is to end."""
     while atomic_read(turn) != splits_before:
@@ -536,15 +544,18 @@ cdef void do_block(const Backward* b, BackwardScratch* s, const Task* task, Py_s
         atomic_set(turn, splits_before + 1)
 
 
-cdef void store_keys(const Backward* b, const Tensor* t, const Task* task, Py_ssize_t low, Py_ssize_t high, real* rows,
-                     Py_ssize_t dim, Py_ssize_t stride, real scale) noexcept nogil:
-    """Keys [low, high) of dk or dv (OUT) = scale * rows."""
+cdef void store_keys(const Tensor* t, const Task* task, Py_ssize_t start, Py_ssize_t end, Py_ssize_t low,
+                     Py_ssize_t high, real* rows, Py_ssize_t dim, Py_ssize_t stride, real scale) noexcept nogil:
+    """Keys [start, end) of dk or dv (OUT) = scale * rows for those in [low, high), else 0."""
     cdef Py_ssize_t key, d
     if t.data == NULL:
         return
-    for key in range(low, high):
-        for d in range(stride // LANES):
-            vstore(rows + d * LANES, vload(rows + d * LANES) * scale)
+    for key in range(start, end):
+        if low <= key < high:
+            for d in range(stride // LANES):
+                vstore(rows + d * LANES, vload(rows + d * LANES) * scale)
+        else:
+            memset(rows, 0, stride * sizeof(real))
         store_row(row_of(t, task.batch, task.kv_head, key), t.stride[3], rows, dim, t.kind)
         rows += stride
 
@@ -562,15 +573,14 @@ cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ss
                   Py_ssize_t kv_head) noexcept nogil:
     """A split of a key head against all its query rows."""
     cdef const Problem* p = &b.p
-    cdef Py_ssize_t rows = num_rows(p, batch), start = split * p.split_kv, low, high
+    cdef Py_ssize_t rows = num_rows(p, batch), start = split * p.split_kv, end, low, high
     cdef Py_ssize_t* turn = b.turns + first_turn(b, batch, kv_head)
     cdef Task task
     cdef Block keys
     task.batch, task.kv_head, task.first_row = batch, kv_head, 0
     find_keys(p, batch, &low, &high)
-    low, high = max(low, start), min(high, start + p.split_kv)
-    if low >= high:
-        return
+    low = max(low, start)
+    high = max(low, min(high, start + p.split_kv))
     keys.key_start, keys.n = low, high - low
     copy_rows(s.k_rows + (low - start) * b.k_stride, p, &p.k, &task, &keys, p.head_dim, b.k_stride)
     copy_rows(s.v_rows + (low - start) * b.v_stride, p, &p.v, &task, &keys, p.head_dim_v, b.v_stride)
@@ -585,11 +595,14 @@ cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ss
             do_block(b, s, &task, split, turn)
             if stopped_by_signal(p.call):
                 return
+        elif split == 0 and task.low == task.high:
+            clear_queries(b, s, &task)
         task.first_row += p.block_rows
         turn += 1
-    store_keys(b, &b.dk, &task, low, high, s.dk + (low - start) * b.dk_stride, p.head_dim, b.dk_stride,
-               <real> fabs(b.scale))
-    store_keys(b, &b.dv, &task, low, high, s.dv + (low - start) * b.dv_stride, p.head_dim_v, b.dv_stride, 1.0)
+    # Packed keys are as many as there are; of others, those that do not exist get 0.
+    end = min(start + p.split_kv, num_keys(p, batch) if p.k.firsts != NULL else p.seq_len_kv)
+    store_keys(&b.dk, &task, start, end, low, high, s.dk, p.head_dim, b.dk_stride, <real> fabs(b.scale))
+    store_keys(&b.dv, &task, start, end, low, high, s.dv, p.head_dim_v, b.dv_stride, 1.0)
 
 
 cdef void do_backward_task(const Backward* b, BackwardScratch* s, Py_ssize_t number) noexcept nogil:

@@ -141,8 +141,8 @@ def attend_backward(*, grad_out, query, key, value, out, mask, const real[::1] l
                     const int64_t[::1] kv_lens, const real[:, ::1] slopes, const real[::1] sinks, double dropout_p,
                     uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads, const int64_t[::1] kv_starts=None,
                     const int64_t[::1] cu_seqlens_q=None, const int64_t[::1] cu_seqlens_kv=None):
-    """The gradients (OUT; 0 before; None: not wanted) of what attend has computed with these arguments: grad_query and
-    grad_mask of reals, these with a stride of 0 where the mask is broadcast, grad_key and grad_value as their inputs.
+    """The gradients (OUT; None: not wanted) of what attend has computed with these arguments: grad_query of reals,
+    grad_key and grad_value as their inputs, grad_mask of reals, 0 before, with a stride of 0 where it is broadcast.
     Returns those of slopes and sinks, (splits, batch, num_heads), of which the sums over the first axis are meant."""
     cdef Backward b
     cdef double[:, :, ::1] slopes_parts, sinks_parts
