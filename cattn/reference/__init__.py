@@ -8,6 +8,7 @@ layers here are also the base of the fast ones, which do the costly steps in the
 """
 
 from cattn.reference._attention import scaled_dot_product_attention
+from cattn.reference._backward import Gradients, scaled_dot_product_attention_backward, varlen_attention_backward
 from cattn.reference._cache import KVCache
 from cattn.reference._dropout import dropout_keep, philox4x32
 from cattn.reference._linear import linear, quantize_rows
@@ -18,6 +19,7 @@ from cattn.reference._rotary import rotary_embedding, rotary_table
 from cattn.reference._serving import paged_attention, varlen_attention
 
 __all__ = [
+    "Gradients",
     "KVCache",
     "MultiHeadAttention",
     "PositionalEncoding",
@@ -31,6 +33,8 @@ __all__ = [
     "rotary_embedding",
     "rotary_table",
     "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
     "sinusoidal_encoding",
     "varlen_attention",
+    "varlen_attention_backward",
 ]
