@@ -13,7 +13,7 @@ from cattn.reference._cache import KVCache
 from cattn.reference._dropout import dropout_keep, philox4x32
 from cattn.reference._linear import linear, quantize_rows
 from cattn.reference._merge import merge_states
-from cattn.reference._multihead import MultiHeadAttention
+from cattn.reference._multihead import LayerGradients, MultiHeadAttention
 from cattn.reference._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn.reference._rotary import rotary_embedding, rotary_table
 from cattn.reference._serving import paged_attention, varlen_attention
@@ -21,6 +21,7 @@ from cattn.reference._serving import paged_attention, varlen_attention
 __all__ = [
     "Gradients",
     "KVCache",
+    "LayerGradients",
     "MultiHeadAttention",
     "PositionalEncoding",
     "dropout_keep",

@@ -123,6 +123,7 @@ def scaled_dot_product_attention_backward(
     return Gradients(**gradients)
 
 
+@np.errstate(all="ignore")
 def varlen_attention_backward(
     grad_out: ArrayLike, query: ArrayLike, key: ArrayLike, value: ArrayLike, out: ArrayLike, logsumexp: ArrayLike,
     cu_seqlens_q: ArrayLike, cu_seqlens_kv: ArrayLike | None = None, *, is_causal: bool = False,
