@@ -10,16 +10,14 @@ import itertools
 import math
 import typing
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, _threads
 from cattn._checks import (
-    BF16,
     BOOL,
-    F16,
     F32_RANGE,
     F64,
     F64_RANGE,
@@ -235,65 +233,32 @@ def scaled_dot_product_attention(
             0 if num_threads is None else _threads.checked(num_threads), KINDS)
         if result is not None:
             return result
-    given = query, key, value
-    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
-    is_causal = check_bool("is_causal", is_causal)
-    check_bool("enable_gqa", enable_gqa)
     return_weights = check_bool("return_weights", return_weights)
     return_logsumexp = check_bool("return_logsumexp", return_logsumexp)
-    q_kind, kv_kind = check_kinds(query, key, value, given)
-    leading = check_shapes(query, key, value)
-    one_head = query.ndim < 4
-    num_heads, seq_len_q = (1, query.shape[-2]) if one_head else query.shape[-3:-1]
-    seq_len_kv, head_dim_v = value.shape[-2:]
-    rows_shape = (*leading, seq_len_q) if one_head else (*leading, num_heads, seq_len_q)
+    problem = check_problem(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_offset=q_offset, window=window,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, kv_starts=kv_starts,
+        num_threads=num_threads, seed=seed)
+    query, key, value = problem.query, problem.key, problem.value
+    rows_shape, (seq_len_kv, head_dim_v) = problem.rows_shape, value.shape[-2:]
     check_result(rows_shape, max(head_dim_v, seq_len_kv if return_weights else 1))
-
-    options = check_options(
-        q_kind, num_heads, leading, is_causal=is_causal, scale=scale, window=window, softcap=softcap,
-        dropout_p=dropout_p, seed=seed, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
-    slopes = options.pop("slopes")
-    no_offset = q_offset is None
-    if kv_lens is not None:
-        kv_lens = check_kv_lens(kv_lens, leading, seq_len_kv)
-    if kv_starts is not None:
-        kv_starts = check_kv_lens(kv_starts, leading, seq_len_kv, "kv_starts")
-    q_offset, q_offsets = check_offset(q_offset, leading, seq_len_kv if kv_lens is None else kv_lens, seq_len_q)
-    compute_dtype = np.float64 if q_kind == F64 else np.float32
-    mask_kind = BOOL
-    if attn_mask is not None:
-        given_mask = as_array("attn_mask", attn_mask)
-        attn_mask, mask_kind = check_mask(given_mask, attn_mask, (*rows_shape, seq_len_kv), leading)
     out, target = out_or_new(out, (*rows_shape, head_dim_v), query.dtype, {
-        "query": query, "key": key, "value": value, "attn_mask": attn_mask, "alibi_slopes": slopes,
-        "sinks": options["sinks"]})
-    if is_causal and no_offset and 0 < seq_len_q < seq_len_kv:
-        warn_of_first_keys(seq_len_q, kv_lens)
-    if mask_kind != BOOL:
-        warn_of_0_and_1(given_mask, mask_kind)
-    weights = np.empty((*rows_shape, seq_len_kv), compute_dtype) if return_weights else None
-    narrow_weights = np.empty(weights.shape, query.dtype) if return_weights and q_kind in (F16, BF16) else None
-    logsumexp = np.empty(rows_shape, compute_dtype) if return_logsumexp else None
-
-    module = _kernels.f64() if q_kind == F64 else _kernels.f32
-    views = [_four_axes(array, leading, one_head) for array in (query, key, value, attn_mask, target)]
-    batches = _batches(views, leading)
-    for batch_offset, (q, k, v, mask, result) in batches if target.size else ():
-        batch = slice(batch_offset, batch_offset + q.shape[0])
-        rows = slice(batch_offset * num_heads * seq_len_q, batch.stop * num_heads * seq_len_q)
+        "query": query, "key": key, "value": value, "attn_mask": problem.attn_mask,
+        "alibi_slopes": problem.of_batches["slopes"], "sinks": problem.options["sinks"]})
+    if q_offset is None and problem.is_causal and 0 < rows_shape[-1] < seq_len_kv:
+        warn_of_first_keys(rows_shape[-1], problem.of_batches["kv_lens"])
+    if problem.options["mask_kind"] != BOOL:
+        warn_of_0_and_1(problem.given_mask, problem.options["mask_kind"])
+    weights = np.empty((*rows_shape, seq_len_kv), problem.dtype) if return_weights else None
+    narrow = query.dtype != problem.dtype
+    narrow_weights = np.empty(weights.shape, query.dtype) if return_weights and narrow else None
+    logsumexp = np.empty(rows_shape, problem.dtype) if return_logsumexp else None
+    for rows, (result,), arguments in problem.calls(target):
         of_weights = slice(rows.start * seq_len_kv, rows.stop * seq_len_kv)
-        module.attend(
-            query=q, key=k, value=v, mask=mask, out=result,
-            weights=None if weights is None else weights.reshape(-1)[of_weights],
+        problem.module.attend(
+            out=result, weights=None if weights is None else weights.reshape(-1)[of_weights],
             narrow_weights=None if narrow_weights is None else narrow_weights.view(np.uint16).reshape(-1)[of_weights],
-            logsumexp=None if logsumexp is None else logsumexp.reshape(-1)[rows],
-            q_kind=q_kind, kv_kind=kv_kind, mask_kind=mask_kind, q_offset=q_offset,
-            q_offsets=None if q_offsets is None else q_offsets[batch],
-            kv_lens=None if kv_lens is None else kv_lens[batch],
-            kv_starts=None if kv_starts is None else kv_starts[batch],
-            slopes=slopes if slopes is None or len(slopes) == 1 else slopes[batch], batch_offset=batch_offset,
-            **options,
-        )
+            logsumexp=None if logsumexp is None else logsumexp.reshape(-1)[rows], **arguments)
     if not (return_weights or return_logsumexp):
         return out
     results = [out]
@@ -302,6 +267,76 @@ def scaled_dot_product_attention(
     if return_logsumexp:
         results.append(logsumexp)
     return tuple(results)
+
+
+class Problem(NamedTuple):
+    """The arguments of a dense problem, checked. Its queries have rows_shape, (..., heads, rows), without heads for
+    one_head; `dtype` is computed in."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    attn_mask: np.ndarray | None    # broadcast
+    given_mask: np.ndarray | None
+    is_causal: bool
+    leading: tuple[int, ...]
+    one_head: bool
+    rows_shape: tuple[int, ...]
+    dtype: type
+    options: dict                   # of the kernel's entries
+    of_batches: dict                # likewise, arrays of one for each batch row; or None
+
+    @property
+    def module(self):
+        return _kernels.f64() if self.dtype == np.float64 else _kernels.f32
+
+    def calls(self, *arrays):
+        """(which rows of all, views of `arrays` with 4 axes, the other arguments) of each call of the kernel; None
+        where there is no row."""
+        num_rows = self.rows_shape[-1] * (1 if self.one_head else self.rows_shape[-2])
+        if 0 in self.rows_shape:
+            return
+        given = self.query, self.key, self.value, self.attn_mask, *arrays
+        views = [_four_axes(array, self.leading, self.one_head) for array in given]
+        for first, (query, key, value, mask, *others) in _batches(views, self.leading):
+            batch = slice(first, first + len(query))
+            of_batch = {name: array if array is None or (name == "slopes" and len(array) == 1) else array[batch]
+                        for name, array in self.of_batches.items()}
+            yield (slice(first * num_rows, batch.stop * num_rows), others,
+                   dict(self.options, query=query, key=key, value=value, mask=mask, batch_offset=first, **of_batch))
+
+
+def check_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *, q_offset, window, softcap,
+                  alibi_slopes, sinks, kv_lens, kv_starts, num_threads, seed):
+    """The Problem of these arguments, which are described in `scaled_dot_product_attention`."""
+    given = query, key, value
+    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
+    is_causal = check_bool("is_causal", is_causal)
+    check_bool("enable_gqa", enable_gqa)
+    q_kind, kv_kind = check_kinds(query, key, value, given)
+    leading = check_shapes(query, key, value)
+    one_head = query.ndim < 4
+    num_heads, seq_len_q = (1, query.shape[-2]) if one_head else query.shape[-3:-1]
+    seq_len_kv = value.shape[-2]
+    rows_shape = (*leading, seq_len_q) if one_head else (*leading, num_heads, seq_len_q)
+    options = check_options(
+        q_kind, num_heads, leading, is_causal=is_causal, scale=scale, window=window, softcap=softcap,
+        dropout_p=dropout_p, seed=seed, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
+    slopes = options.pop("slopes")
+    if kv_lens is not None:
+        kv_lens = check_kv_lens(kv_lens, leading, seq_len_kv)
+    if kv_starts is not None:
+        kv_starts = check_kv_lens(kv_starts, leading, seq_len_kv, "kv_starts")
+    q_offset, q_offsets = check_offset(q_offset, leading, seq_len_kv if kv_lens is None else kv_lens, seq_len_q)
+    given_mask, mask_kind = None, BOOL
+    if attn_mask is not None:
+        given_mask = as_array("attn_mask", attn_mask)
+        attn_mask, mask_kind = check_mask(given_mask, attn_mask, (*rows_shape, seq_len_kv), leading)
+    return Problem(
+        query, key, value, attn_mask, given_mask, is_causal, leading, one_head, rows_shape,
+        np.float64 if q_kind == F64 else np.float32,
+        dict(options, q_kind=q_kind, kv_kind=kv_kind, mask_kind=mask_kind, q_offset=q_offset),
+        {"q_offsets": q_offsets, "kv_lens": kv_lens, "kv_starts": kv_starts, "slopes": slopes})
 
 
 def check_options(q_kind, num_heads, leading, *, is_causal, scale, window, softcap, dropout_p, seed, alibi_slopes,

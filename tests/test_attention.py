@@ -953,17 +953,17 @@ def has_fma():
 
 @pytest.mark.parametrize(("numbers", "scale"), EXACT_PRODUCTS.values(), ids=EXACT_PRODUCTS)
 def test_as_exact_where_plain_numpy_is_at_its_best(isa, numbers, scale):
-    """The scale and log2(e) may not round what the formula does not. 40 rows of 3 heads: enough for no luck."""
+    """The scale and log2(e) may not round what the formula does not. 40 rows of 24 heads, all in one bound: of 3 heads
+    alone, plain NumPy is now and then, by luck, three times as exact."""
     if numbers is EXACT_PRODUCTS["20"][0] and not has_fma():
         pytest.skip("without FMA every product is rounded, which plain NumPy on this CPU does not do")
-    for seed in range(8):
-        rng = np.random.default_rng(seed)
-        query, key = (numbers(rng, (1, 3, n, 64)).astype(np.float32) for n in (40, 200))
-        value = rng.standard_normal(key.shape, np.float32)
-        for options in ({}, {"alibi_slopes": [0.5, 0.25, 0.125]}, {"attn_mask": rng.integers(-9, 9, (40, 200)) * 0.5},
-                        {"softcap": 64.0}):
-            arrays, options = (query, key, value), {"scale": scale, **options}
-            assert_within(everything(*arrays, **options), *arrays, **options)
+    rng = np.random.default_rng(0)
+    query, key = (numbers(rng, (8, 3, n, 64)).astype(np.float32) for n in (40, 200))
+    value = rng.standard_normal(key.shape, np.float32)
+    for options in ({}, {"alibi_slopes": [0.5, 0.25, 0.125]}, {"attn_mask": rng.integers(-9, 9, (40, 200)) * 0.5},
+                    {"softcap": 64.0}):
+        arrays, options = (query, key, value), {"scale": scale, **options}
+        assert_within(everything(*arrays, **options), *arrays, **options)
 
 
 @pytest.mark.parametrize("rows", [3, 40])
