@@ -2,6 +2,7 @@
 
     scaled_dot_product_attention    softmax(Q K^T) V with masks, windows, GQA, dropout: PyTorch's names and order
     varlen_attention, paged_attention  of sequences of different lengths: packed, or with keys in pages
+    scaled_dot_product_attention_backward, varlen_attention_backward  their gradients
     KVCache                         keys and values of sequences that grow, in pages
     merge_states                    results over parts of the keys, merged: shared prefixes, keys on several machines
     MultiHeadAttention              the same between learned projections; loads the usual state dicts
@@ -11,15 +12,16 @@
     reference                       all of it in plain NumPy: the specification
     preload                         modules and threads that a first call would ask for, before rights are dropped
 
-How a call goes:  _attention.py, _serving.py, _linear.py, _multihead.py, _positional.py, _rotary.py (checks by
-_checks.py, allocation)  ->  _kernels (one module per instruction set, chosen at import: isa, available_isas)  ->
-tiles.  _threads.py says how many threads.
+How a call goes:  _attention.py, _serving.py, _gradients.py, _linear.py, _multihead.py, _positional.py, _rotary.py
+(checks by _checks.py, allocation)  ->  _kernels (one module per instruction set, chosen at import: isa,
+available_isas)  ->  tiles.  _threads.py says how many threads.
 """
 
 from cattn import reference
 from cattn._attention import scaled_dot_product_attention
 from cattn._cache import KVCache
 from cattn._config import show_config
+from cattn._gradients import Gradients, scaled_dot_product_attention_backward, varlen_attention_backward
 from cattn._kernels import available_isas, isa
 from cattn._linear import linear
 from cattn._merge import merge_states
@@ -33,6 +35,7 @@ from cattn._threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
+    "Gradients",
     "KVCache",
     "MultiHeadAttention",
     "PositionalEncoding",
@@ -48,8 +51,10 @@ __all__ = [
     "rotary_embedding",
     "rotary_table",
     "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
     "set_num_threads",
     "show_config",
     "sinusoidal_encoding",
     "varlen_attention",
+    "varlen_attention_backward",
 ]

@@ -523,6 +523,56 @@ def warn_of_first_keys(seq_len_q, kv_lens):
 # Sequences of different lengths.
 
 
+def check_wanted(wanted, given, masks=True):
+    """Names of gradients, as a set; `given` are the inputs that may be missing, by their names."""
+    names = {"query", "key", "value", "alibi_slopes", "sinks"} | ({"attn_mask"} if masks else set())
+    try:
+        if isinstance(wanted, str):
+            raise TypeError
+        wanted = set(wanted)
+    except TypeError:
+        cure = f"; wanted=({wanted!r},) wants one" if isinstance(wanted, str) and wanted in names else ""
+        raise TypeError(f"wanted: expected a collection of names, got {shown(wanted)}{cure}") from None
+    if not wanted <= names:
+        unknown = min(wanted - names, key=str)
+        raise ValueError(f"wanted: expected names out of {', '.join(sorted(names))}, got {shown(unknown)}")
+    for name in sorted(wanted & given.keys()):
+        if given[name] is None:
+            raise ValueError(f"wanted: expected no {name} where it is not given")
+    return wanted
+
+
+def check_seed_of_forward(seed, dropout_p):
+    if seed is None and check_dropout("dropout_p", dropout_p):
+        raise ValueError(f"seed: expected the seed that the forward call had, with dropout_p = {shown(dropout_p)}, got "
+                         "None; draw one for both")
+    return seed
+
+
+def check_of_forward(grad_out, out, logsumexp, grad_logsumexp, rows_shape, head_dim_v, dtype, compute_dtype):
+    """The four as arrays, of the forward's result for rows_shape; the last two flat, and None for None."""
+    arrays = []
+    for name, given, shape, expected in (
+            ("grad_out", grad_out, (*rows_shape, head_dim_v), dtype), ("out", out, (*rows_shape, head_dim_v), dtype),
+            ("logsumexp", logsumexp, rows_shape, np.dtype(compute_dtype)),
+            ("grad_logsumexp", grad_logsumexp, rows_shape, np.dtype(compute_dtype))):
+        if given is None and name == "grad_logsumexp":
+            arrays.append(None)
+            continue
+        array = as_array(name, given)
+        if array.dtype != expected:
+            what = "dtype of query" if name in ("grad_out", "out") else "dtype computed in"
+            cure = f"; {cast_cure(name, given, expected)} casts" if is_number(array.dtype) else ""
+            raise TypeError(f"{name}: expected the {what}, {expected}, got {array.dtype}{cure}")
+        if array.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
+        if shape is rows_shape:
+            array = np.ascontiguousarray(array).reshape(-1)
+            array = array if array.flags.aligned else array.copy()
+        arrays.append(array)
+    return arrays
+
+
 def check_packed_shapes(query, key, value, names=("query", "key", "value")):
     """Of query (total_q, num_heads, head_dim), key and value (..., num_kv_heads, head_dim or head_dim_v); pages have an
     axis more."""

@@ -92,13 +92,8 @@ def varlen_attention(
     >>> bool((out[3] == x[3]).all())        # the one token sees itself alone
     True
     """
-    given = query, key, value
-    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
-    q_kind, kv_kind = check_kinds(query, key, value, given)
-    check_packed_shapes(query, key, value)
-    cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, len(query))
-    name, cu_seqlens_kv = ("cu_seqlens_q", cu_seqlens_q) if cu_seqlens_kv is None else ("cu_seqlens_kv", cu_seqlens_kv)
-    cu_seqlens_kv = check_cu_seqlens(name, cu_seqlens_kv, len(key), len(cu_seqlens_q) - 1)
+    query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(
+        query, key, value, cu_seqlens_q, cu_seqlens_kv)
     return _attend(
         query, key.swapaxes(0, 1)[None], value.swapaxes(0, 1)[None], q_kind, kv_kind, cu_seqlens_q,
         np.diff(cu_seqlens_kv), out, {"query": query, "key": key, "value": value}, is_causal=is_causal,
@@ -207,6 +202,18 @@ def paged_attention(
          "value_scales": value_scales}, is_causal=is_causal, q_offset=q_offset, scale=scale, window=window,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
         return_logsumexp=return_logsumexp, num_threads=num_threads, seed=seed, keys=keys | {"block_table": block_table})
+
+
+def check_packed(query, key, value, cu_seqlens_q, cu_seqlens_kv):
+    """Arrays, and the kinds of queries and keys, of a packed problem."""
+    given = query, key, value
+    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
+    q_kind, kv_kind = check_kinds(query, key, value, given)
+    check_packed_shapes(query, key, value)
+    cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, len(query))
+    name, cu_seqlens_kv = ("cu_seqlens_q", cu_seqlens_q) if cu_seqlens_kv is None else ("cu_seqlens_kv", cu_seqlens_kv)
+    cu_seqlens_kv = check_cu_seqlens(name, cu_seqlens_kv, len(key), len(cu_seqlens_q) - 1)
+    return query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv
 
 
 def _attend(query, key, value, q_kind, kv_kind, cu_seqlens_q, kv_lens, out, inputs, *, is_causal, q_offset,

@@ -126,9 +126,9 @@ cdef void plan_backward(Backward* b) noexcept nogil:
     b.task_splits = b.task_batches = b.task_heads = 1
     if b.d_mask.data != NULL:
         b.task_splits = p.num_splits if b.d_mask.stride[3] == 0 else 1
-        b.task_batches = p.batch_size // p.folded if b.d_mask.stride[0] == 0 else 1
+        b.task_batches = p.batch_size if b.d_mask.stride[0] == 0 else 1
         b.task_heads = p.num_kv_heads if b.d_mask.stride[1] == 0 else 1
-    p.num_tasks = (p.num_splits // b.task_splits * (p.batch_size // p.folded // b.task_batches)
+    p.num_tasks = (p.num_splits // b.task_splits * (p.batch_size // b.task_batches)
                    * (p.num_kv_heads // b.task_heads))
 
 
@@ -560,15 +560,6 @@ cdef void store_keys(const Tensor* t, const Task* task, Py_ssize_t start, Py_ssi
         rows += stride
 
 
-cdef void find_keys(const Problem* p, Py_ssize_t batch, Py_ssize_t* low, Py_ssize_t* high) noexcept nogil:
-    """Keys [low, high) (OUT): what exists of a batch row, or of any of those that are folded into it."""
-    cdef Py_ssize_t i
-    low[0], high[0] = p.seq_len_kv, 0
-    for i in range(batch, batch + p.folded):
-        low[0] = min(low[0], 0 if p.kv_starts == NULL else p.kv_starts[i])
-        high[0] = max(high[0], num_keys(p, i))
-
-
 cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ssize_t batch,
                   Py_ssize_t kv_head) noexcept nogil:
     """A split of a key head against all its query rows."""
@@ -578,9 +569,8 @@ cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ss
     cdef Task task
     cdef Block keys
     task.batch, task.kv_head, task.first_row = batch, kv_head, 0
-    find_keys(p, batch, &low, &high)
-    low = max(low, start)
-    high = max(low, min(high, start + p.split_kv))
+    low = start if p.kv_starts == NULL else max(start, p.kv_starts[batch])
+    high = max(low, min(num_keys(p, batch), start + p.split_kv))
     keys.key_start, keys.n = low, high - low
     copy_rows(s.k_rows + (low - start) * b.k_stride, p, &p.k, &task, &keys, p.head_dim, b.k_stride)
     copy_rows(s.v_rows + (low - start) * b.v_stride, p, &p.v, &task, &keys, p.head_dim_v, b.v_stride)
@@ -609,7 +599,7 @@ cdef void do_backward_task(const Backward* b, BackwardScratch* s, Py_ssize_t num
     """Tasks are numbered by split, batch and key head: heads apart are at work together, and no task waits for one that
     comes after it."""
     cdef Py_ssize_t heads = b.p.num_kv_heads // b.task_heads
-    cdef Py_ssize_t batches = b.p.batch_size // b.p.folded // b.task_batches
+    cdef Py_ssize_t batches = b.p.batch_size // b.task_batches
     cdef Py_ssize_t first_head = number % heads * b.task_heads
     cdef Py_ssize_t first_batch = number // heads % batches * b.task_batches
     cdef Py_ssize_t first_split = number // heads // batches * b.task_splits

@@ -35,6 +35,11 @@ cdef void pack_rows(Tensor* t, const int64_t* firsts):
     t.firsts, t.stride[0] = firsts, 0
 
 
+cdef void pack_like(Tensor* t, const Tensor* other):
+    if other.firsts != NULL:
+        pack_rows(t, other.firsts)
+
+
 cdef void describe_packed(Problem* p, const int64_t* cu_seqlens_q):
     """p (IN/OUT): where the queries of batch_size batch rows begin, and the longest of them."""
     cdef Py_ssize_t batch
@@ -135,35 +140,37 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
 
 
 def attend_backward(*, grad_out, query, key, value, out, mask, const real[::1] logsumexp,
-                    const real[::1] grad_logsumexp, grad_query, grad_key, grad_value, grad_mask, bint slopes_wanted,
-                    bint sinks_wanted, Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap,
+                    const real[::1] grad_logsumexp, grad_query, grad_key, grad_value, grad_mask, bint wide,
+                    bint slopes_wanted, bint sinks_wanted, Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap,
                     Py_ssize_t window_left, Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets,
                     const int64_t[::1] kv_lens, const real[:, ::1] slopes, const real[::1] sinks, double dropout_p,
                     uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads, const int64_t[::1] kv_starts=None,
                     const int64_t[::1] cu_seqlens_q=None, const int64_t[::1] cu_seqlens_kv=None):
     """The gradients (OUT; None: not wanted) of what attend has computed with these arguments: grad_query of reals,
-    grad_key and grad_value as their inputs, grad_mask of reals, 0 before, with a stride of 0 where it is broadcast.
+    grad_key and grad_value of kv_kind, or (wide) of reals, grad_mask of reals, 0 before, with a stride of 0 where it is
+    broadcast.
     Returns those of slopes and sinks, (splits, batch, num_heads), of which the sums over the first axis are meant."""
     cdef Backward b
     cdef double[:, :, ::1] slopes_parts, sinks_parts
     memset(&b, 0, sizeof(b))
     describe_problem(&b.p, query, key, value, out, mask, q_kind, kv_kind, mask_kind, q_offset, q_offsets, kv_lens,
                      kv_starts, cu_seqlens_q, cu_seqlens_kv, dropout_p, seed, batch_offset)
+    b.p.folded = 1      # each batch row has gradients of its own, which whoever has broadcast it adds up
     describe_logsumexp(&b.p, &b.p.logsumexp, &logsumexp[0])
     if grad_logsumexp is not None:
         describe_logsumexp(&b.p, &b.d_logsumexp, &grad_logsumexp[0])
     describe_options(&b.p, scale, softcap, window_left, window_right, slopes, sinks)
     describe(&b.d_out, grad_out, q_kind)
-    b.d_out.firsts, b.d_out.stride[0] = b.p.out.firsts, b.d_out.stride[0] if b.p.out.firsts == NULL else 0
+    pack_like(&b.d_out, &b.p.out)
     if grad_query is not None:
         describe(&b.dq, grad_query, real_kind())
-        b.dq.firsts, b.dq.stride[0] = b.p.q.firsts, b.dq.stride[0] if b.p.q.firsts == NULL else 0
+        pack_like(&b.dq, &b.p.q)
     if grad_key is not None:
-        describe(&b.dk, grad_key, kv_kind)
-        b.dk.firsts, b.dk.stride[0] = b.p.k.firsts, b.dk.stride[0] if b.p.k.firsts == NULL else 0
+        describe(&b.dk, grad_key, real_kind() if wide else kv_kind)
+        pack_like(&b.dk, &b.p.k)
     if grad_value is not None:
-        describe(&b.dv, grad_value, kv_kind)
-        b.dv.firsts, b.dv.stride[0] = b.p.v.firsts, b.dv.stride[0] if b.p.v.firsts == NULL else 0
+        describe(&b.dv, grad_value, real_kind() if wide else kv_kind)
+        pack_like(&b.dv, &b.p.v)
     if grad_mask is not None:
         describe(&b.d_mask, grad_mask, real_kind())
     plan_backward(&b)

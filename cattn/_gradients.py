@@ -1,0 +1,252 @@
+"""The doors to the kernel of attention's gradients: the forward's checks, what belongs to it, then one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cattn import _kernels
+from cattn._attention import check_offset, check_options, check_problem
+from cattn._checks import (
+    BOOL,
+    F32,
+    F64,
+    cast,
+    check_of_forward,
+    check_result,
+    check_seed_of_forward,
+    check_wanted,
+)
+from cattn._serving import check_packed
+from cattn.reference import Gradients
+
+__all__ = ["Gradients", "scaled_dot_product_attention_backward", "varlen_attention_backward"]
+
+
+def scaled_dot_product_attention_backward(
+    grad_out: ArrayLike, query: ArrayLike, key: ArrayLike, value: ArrayLike, out: ArrayLike, logsumexp: ArrayLike,
+    attn_mask: ArrayLike | None = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False, *, q_offset: ArrayLike | str | None = None,
+    window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, kv_lens: ArrayLike | None = None,
+    kv_starts: ArrayLike | None = None, seed: int | None = None, grad_logsumexp: ArrayLike | None = None,
+    wanted: Collection[str] = ("query", "key", "value"), num_threads: int | None = None,
+) -> Gradients:
+    """The gradients of `scaled_dot_product_attention`: of sum(grad_out * out) by its inputs.
+
+    With C = scale * query @ key^T, bent by the softcap; P = exp(scores - logsumexp), the weights but for sinks and
+    dropout; w = 1 / (1 + exp(sink - logsumexp)), what a sink leaves of them, 1 without sinks; D = keep / (1 -
+    dropout_p); and delta = sum(grad_out * out) for each row::
+
+        grad_value    = (w P D)^T @ grad_out
+        grad_scores   = w P (D (grad_out @ value^T) - delta) + P grad_logsumexp
+        grad_products = scale * grad_scores * (1 - (C / softcap)^2)
+        grad_query    = grad_products @ key
+        grad_key      = grad_products^T @ query
+
+    The scores are computed again, from logsumexp: nothing of size seq_len_q x seq_len_kv is stored.
+
+    Parameters
+    ----------
+    grad_out : array of the shape and dtype of out
+        The gradient of what is minimised by out.
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        As they were given to `scaled_dot_product_attention`, and likewise
+    q_offset, window, softcap, alibi_slopes, sinks, kv_lens, kv_starts
+        these.
+    out : array (..., num_heads, seq_len_q, head_dim_v), dtype of the query
+        What it returned.
+    logsumexp : array (..., num_heads, seq_len_q), dtype computed in
+        Likewise, with return_logsumexp.
+    seed : int in [0, 2**64)
+        Of the forward; needed where dropout_p is not 0.
+    grad_logsumexp : array of the shape and dtype of logsumexp, optional
+        The gradient of what is minimised by logsumexp; 0 when None.
+    wanted : collection of str
+        Whose gradients are computed, out of "query", "key", "value", "attn_mask", "alibi_slopes" and "sinks".
+    num_threads : int, optional
+        Threads of this call; as `set_num_threads` says when None.
+
+    Returns
+    -------
+    gradients : Gradients
+        A named tuple with a field for each of these names, None where it is not wanted. Shape and dtype are those of
+        the input, but that slopes and sinks have the dtype computed in. An input that was broadcast has the sum over
+        its copies, a key head that of all query heads that share it.
+        Rows that see no key, and keys that no row sees, have gradient 0; NaN behind a mask changes nothing. A bias that
+        was clipped is differentiated as if it were not.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Notes
+    -----
+    The bits depend on no number of threads and on no other batch row. Memory beyond the result grows with seq_len_q
+    + seq_len_kv, but for the gradient of a mask. That is added up by one thread where all of its copies are computed:
+    for a mask without batch and head axes, only parts of 512 keys are work for different threads.
+
+    Dao 2023, FlashAttention-2, arXiv:2307.08691, algorithm 2.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value, grad_out = rng.standard_normal((4, 1, 2, 5, 8))
+    >>> out, logsumexp = scaled_dot_product_attention(query, key, value, is_causal=True, return_logsumexp=True)
+    >>> gradients = scaled_dot_product_attention_backward(
+    ...     grad_out, query, key, value, out, logsumexp, is_causal=True)
+    >>> nudge = 1e-6 * rng.standard_normal(value.shape)     # what changes out by the derivative, about
+    >>> change = (grad_out * (scaled_dot_product_attention(query, key, value + nudge, is_causal=True) - out)).sum()
+    >>> bool(abs(change - (gradients.value * nudge).sum()) < 1e-12)
+    True
+    """
+    wanted = check_wanted(wanted, {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks})
+    seed = check_seed_of_forward(seed, dropout_p)
+    slopes_shape = np.shape(alibi_slopes)
+    problem = check_problem(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_offset=q_offset, window=window,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, kv_starts=kv_starts,
+        num_threads=num_threads, seed=seed)
+    query, key, value, mask = problem.query, problem.key, problem.value, problem.given_mask
+    rows_shape, dtype = problem.rows_shape, problem.dtype
+    if "attn_mask" in wanted and mask.dtype == bool:
+        raise ValueError("wanted: expected no attn_mask where that is bool, which has no gradient")
+    check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
+    grad_out, out, logsumexp, grad_logsumexp = check_of_forward(
+        grad_out, out, logsumexp, grad_logsumexp, rows_shape, value.shape[-1], query.dtype, dtype)
+
+    new = np.zeros if 0 in (*rows_shape, key.shape[-2]) else np.empty
+    full = [problem.leading + x.shape[-(2 if problem.one_head else 3):] for x in (query, key, value)]
+    # What is summed afterwards is not rounded before.
+    kv_dtype = key.dtype if (key.shape, value.shape) == tuple(full[1:]) else dtype
+    grad_query = new(full[0], dtype) if "query" in wanted else None
+    grad_key, grad_value = (new(shape, kv_dtype) if name in wanted else None
+                            for name, shape in (("key", full[1]), ("value", full[2])))
+    grad_mask = np.zeros(mask.shape, dtype) if "attn_mask" in wanted else None
+    of_mask = None if grad_mask is None else np.broadcast_to(grad_mask, problem.attn_mask.shape)
+    num_heads = 1 if problem.one_head else rows_shape[-2]
+    of_heads = {name: np.zeros((math.prod(problem.leading), num_heads))
+                for name in ("alibi_slopes", "sinks") if name in wanted}
+    for rows, arrays, arguments in problem.calls(grad_out, out, grad_query, grad_key, grad_value, of_mask):
+        names = "grad_out", "out", "grad_query", "grad_key", "grad_value", "grad_mask"
+        parts = problem.module.attend_backward(
+            **dict(zip(names, arrays, strict=True)), logsumexp=logsumexp[rows],
+            grad_logsumexp=None if grad_logsumexp is None else grad_logsumexp[rows], wide=kv_dtype == dtype,
+            slopes_wanted="alibi_slopes" in wanted, sinks_wanted="sinks" in wanted, **arguments)
+        first = arguments["batch_offset"]
+        for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True):
+            if name in wanted:
+                of_heads[name][first : first + of_splits.shape[1]] = of_splits.sum(axis=0)
+    gradients = {name: _summed(array, given) for name, array, given in (
+        ("query", grad_query, query), ("key", grad_key, key), ("value", grad_value, value)) if array is not None}
+    if grad_mask is not None:
+        gradients["attn_mask"] = cast(grad_mask, mask.dtype)
+    return Gradients(**gradients, **_of_heads(of_heads, slopes_shape, dtype))
+
+
+def varlen_attention_backward(
+    grad_out: ArrayLike, query: ArrayLike, key: ArrayLike, value: ArrayLike, out: ArrayLike, logsumexp: ArrayLike,
+    cu_seqlens_q: ArrayLike, cu_seqlens_kv: ArrayLike | None = None, *, is_causal: bool = False,
+    q_offset: ArrayLike | str = "end", scale: float | None = None,
+    window: Sequence[int | None] | ArrayLike | None = None, softcap: float | None = 0.0,
+    alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None, dropout_p: float = 0.0,
+    seed: int | None = None, grad_logsumexp: ArrayLike | None = None,
+    wanted: Collection[str] = ("query", "key", "value"), num_threads: int | None = None,
+) -> Gradients:
+    """The gradients of `varlen_attention`: of sum(grad_out * out) by its inputs, for sequences that are packed.
+
+    The formulas are those of `scaled_dot_product_attention_backward`; each sequence gets the bits that this gives it
+    alone.
+
+    Parameters
+    ----------
+    grad_out : array of the shape and dtype of out
+    query, key, value, cu_seqlens_q, cu_seqlens_kv
+        As they were given to `varlen_attention`, and likewise
+    is_causal, q_offset, scale, window, softcap, alibi_slopes, sinks, dropout_p
+        these.
+    out : array (total_q, num_heads, head_dim_v), dtype of the query
+        What it returned.
+    logsumexp : array (total_q, num_heads), dtype computed in
+        Likewise, with return_logsumexp.
+    seed, grad_logsumexp, num_threads
+        As in `scaled_dot_product_attention_backward`.
+    wanted : collection of str
+        Whose gradients are computed, out of "query", "key", "value", "alibi_slopes" and "sinks".
+
+    Returns
+    -------
+    gradients : Gradients
+        A named tuple with a field for each of these names, None where it is not wanted.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, the rule and what came.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((3 + 1 + 4, 2, 8), np.float32)      # sequences of 3, 1 and 4 tokens
+    >>> out, logsumexp = varlen_attention(x, x, x, [0, 3, 4, 8], return_logsumexp=True)
+    >>> gradients = varlen_attention_backward(np.ones_like(out), x, x, x, out, logsumexp, [0, 3, 4, 8])
+    >>> gradients.value[:4, 0, 0]       # of the one token that sees itself alone, 1
+    array([0.8861103, 1.2203927, 0.8934971, 1.       ], dtype=float32)
+    """
+    wanted = check_wanted(wanted, {"alibi_slopes": alibi_slopes, "sinks": sinks}, masks=False)
+    seed = check_seed_of_forward(seed, dropout_p)
+    slopes_shape = np.shape(alibi_slopes)
+    query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(
+        query, key, value, cu_seqlens_q, cu_seqlens_kv)
+    rows_shape, kv_lens = query.shape[:2], np.diff(cu_seqlens_kv)
+    check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
+    options = check_options(
+        q_kind, rows_shape[1], kv_lens.shape, is_causal=is_causal, scale=scale, window=window, softcap=softcap,
+        dropout_p=dropout_p, seed=seed, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
+    q_offset, q_offsets = check_offset(q_offset, kv_lens.shape, kv_lens, np.diff(cu_seqlens_q))
+    dtype = np.float64 if q_kind == F64 else np.float32
+    grad_out, out, logsumexp, grad_logsumexp = check_of_forward(
+        grad_out, out, logsumexp, grad_logsumexp, rows_shape, value.shape[-1], query.dtype, dtype)
+
+    new = np.zeros if 0 in (*rows_shape, len(key)) else np.empty
+    grad_query = new(query.shape, dtype) if "query" in wanted else None
+    grad_key, grad_value = (new(x.shape, x.dtype) if name in wanted else None
+                            for name, x in (("key", key), ("value", value)))
+    of_heads = {}
+    if 0 not in rows_shape:
+        module = _kernels.f64() if q_kind == F64 else _kernels.f32
+        names = "grad_out", "query", "key", "value", "out", "grad_query", "grad_key", "grad_value"
+        arrays = grad_out, query, key, value, out, grad_query, grad_key, grad_value
+        parts = module.attend_backward(
+            **{name: None if x is None else x.swapaxes(0, 1)[None] for name, x in zip(names, arrays, strict=True)},
+            mask=None, grad_mask=None, logsumexp=logsumexp, grad_logsumexp=grad_logsumexp,
+            wide=kv_kind in (F32, F64), slopes_wanted="alibi_slopes" in wanted, sinks_wanted="sinks" in wanted,
+            q_kind=q_kind, kv_kind=kv_kind, mask_kind=BOOL, q_offset=q_offset, q_offsets=q_offsets, kv_lens=kv_lens,
+            batch_offset=0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, **options)
+        of_heads = {name: of_splits.sum(axis=0)
+                    for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True) if name in wanted}
+    else:
+        of_heads = {name: np.zeros((len(kv_lens), rows_shape[1]))
+                    for name in ("alibi_slopes", "sinks") if name in wanted}
+    return Gradients(query=None if grad_query is None else cast(grad_query, query.dtype), key=grad_key,
+                     value=grad_value, **_of_heads(of_heads, slopes_shape, dtype))
+
+
+def _summed(array, given):
+    """A gradient in the shape and dtype of the input, summed over the axes that it was broadcast along."""
+    missing = array.ndim - given.ndim
+    axes = tuple(axis for axis in range(array.ndim)
+                 if axis < missing or given.shape[axis - missing] != array.shape[axis])
+    if axes:
+        array = array.sum(axis=axes, keepdims=True).reshape(given.shape)
+    return cast(array, given.dtype)
+
+
+def _of_heads(gradients, slopes_shape, dtype):
+    """The gradients of slopes and sinks, of (batch, num_heads) each."""
+    return {name: (array.sum(axis=0) if name == "sinks" or len(slopes_shape) == 1
+                   else array.reshape(slopes_shape)).astype(dtype) for name, array in gradients.items()}
