@@ -44,6 +44,7 @@ cdef struct Backward:
     double scale                # the problem's, with its sign
     # Splits and batches and key heads that one task does: one, or all of those that share numbers of d_mask
     Py_ssize_t task_splits, task_batches, task_heads
+    Py_ssize_t tile_keys        # rows of a panel of probs: block_kv, and what add_mask writes in whole vectors behind
     Py_ssize_t k_stride, v_stride       # reals from one copied row to the next
     Py_ssize_t dk_stride, dv_stride     # of dK and dV, and of rows while they are packed: whole vectors
     Py_ssize_t* turns           # [batch][key head][block of rows]: how many splits have added their dQ
@@ -63,8 +64,8 @@ cdef struct BackwardScratch:
     real* q_dims                # [panel of dimensions][row][width]
     real* d_out_dims            # likewise
     real* dq                    # [panel][head_dim][width]
-    real* probs                 # [panel][block_kv][width]: S, then P
-    real* d_scores              # [panel][block_kv][width]: dP, then dS
+    real* probs                 # [panel][tile_keys][width]: S, then P
+    real* d_scores              # [panel][tile_keys][width]: dP, then dS
     real* keep                  # [block_kv][width]: 0 where dropped, else 1
     real* offset                # [block_rows]: -L log2(e)
     real* factor                # [block_rows]: w / (1 - dropout_p)
@@ -80,7 +81,7 @@ cdef size_t carve_backward(BackwardScratch* s, char* base, const Backward* b) no
     """Lays the scratch out from `base` on; returns its size in bytes."""
     cdef const Problem* p = &b.p
     cdef Py_ssize_t width = ATTEND_VECTORS * LANES, keys = p.block_kv, rows = p.block_rows
-    cdef Py_ssize_t split = round_up(min(p.split_kv, p.seq_len_kv), TILE_ROWS)
+    cdef Py_ssize_t split = min(p.split_kv, p.seq_len_kv) + TILE_ROWS   # the last tile of keys may reach behind
     cdef size_t size = 0
     memset(s, 0, sizeof(BackwardScratch))
     s.k_rows = <real*> take(base, &size, split * b.k_stride * sizeof(real))
@@ -92,8 +93,8 @@ cdef size_t carve_backward(BackwardScratch* s, char* base, const Backward* b) no
     s.q_dims = <real*> take(base, &size, rows * b.dk_stride * sizeof(real))
     s.d_out_dims = <real*> take(base, &size, rows * b.dv_stride * sizeof(real))
     s.dq = <real*> take(base, &size, rows * p.head_dim * sizeof(real))
-    s.probs = <real*> take(base, &size, rows * keys * sizeof(real))
-    s.d_scores = <real*> take(base, &size, rows * keys * sizeof(real))
+    s.probs = <real*> take(base, &size, rows * b.tile_keys * sizeof(real))
+    s.d_scores = <real*> take(base, &size, rows * b.tile_keys * sizeof(real))
     s.w.rows = <real*> take(base, &size, max(2 * LANES * max(b.dk_stride, b.dv_stride), max(width * b.dk_stride,
                                              LANES * keys)) * sizeof(real))
     s.offset = <real*> take(base, &size, rows * sizeof(real))
@@ -120,6 +121,7 @@ cdef void plan_backward(Backward* b) noexcept nogil:
     if p.block_rows * widest > MAX_BLOCK:
         p.block_rows = max(1, MAX_BLOCK // (widest * panel)) * panel
     p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)
+    b.tile_keys = p.block_kv + LANES
     b.k_stride, b.v_stride = key_stride(p.head_dim), key_stride(p.head_dim_v)
     b.dk_stride, b.dv_stride = round_up(p.head_dim, LANES), round_up(p.head_dim_v, LANES)
     b.scale = p.sign * p.natural * p.scale
@@ -379,8 +381,8 @@ cdef inline void differentiate_panel(const int VECTORS, const Backward* b, const
     mask and the slopes."""
     cdef const Problem* p = &b.p
     cdef Py_ssize_t width = VECTORS * LANES, key, skipped
-    cdef real* probs = s.probs + panel.first * p.block_kv
-    cdef real* d_scores = s.d_scores + panel.first * p.block_kv
+    cdef real* probs = s.probs + panel.first * b.tile_keys
+    cdef real* d_scores = s.d_scores + panel.first * b.tile_keys
     cdef vf ignored[MAX_PANEL]
     cdef Tile t, d
     cdef int v
@@ -423,7 +425,7 @@ cdef inline void differentiate_panel(const int VECTORS, const Backward* b, const
         repair_tile(b, s, panel, &t, &d, key)
 
 
-cdef inline void add_key_tile(const int VECTORS, const BackwardScratch* s, Py_ssize_t block_kv, const real* tiles,
+cdef inline void add_key_tile(const int VECTORS, const BackwardScratch* s, Py_ssize_t tile_keys, const real* tiles,
                               Py_ssize_t key, const real* dims, real* acc, Py_ssize_t stride) noexcept nogil:
     """acc (IN/OUT)[TILE_ROWS][VECTORS] += the keys' rows of P or dS, `tiles`, times a panel of dimensions of the block's
     rows: one chain over all of them."""
@@ -437,7 +439,7 @@ cdef inline void add_key_tile(const int VECTORS, const BackwardScratch* s, Py_ss
         panel = &s.panels[number]
         if not panel.low <= key < panel.high:
             continue
-        a = tiles + panel.first * block_kv + key * panel.width
+        a = tiles + panel.first * tile_keys + key * panel.width
         if panel.width == ATTEND_VECTORS * LANES:
             multiply(TILE_ROWS, VECTORS, sums, a, ATTEND_VECTORS * LANES, 1, dims + panel.first * VECTORS * LANES,
                      panel.rows)
@@ -451,7 +453,7 @@ cdef inline void add_key_tile(const int VECTORS, const BackwardScratch* s, Py_ss
 cdef void add_key_products(const Backward* b, const BackwardScratch* s, const real* tiles, Py_ssize_t n,
                            const real* dims, real* acc, Py_ssize_t stride) noexcept nogil:
     """acc (IN/OUT)[n][stride] += P or dS of all panels, `tiles`, times the block's rows of dO or Q."""
-    cdef Py_ssize_t block_kv = b.p.block_kv, vectors = stride // LANES, first = 0, key
+    cdef Py_ssize_t tile_keys = b.tile_keys, vectors = stride // LANES, first = 0, key
     cdef const real* panel
     cdef int width
     while first < vectors:
@@ -460,11 +462,11 @@ cdef void add_key_products(const Backward* b, const BackwardScratch* s, const re
         key = 0
         while key < n:
             if PANEL_VECTORS == 3 and width == 3:
-                add_key_tile(3, s, block_kv, tiles, key, panel, acc + key * stride + first * LANES, stride)
+                add_key_tile(3, s, tile_keys, tiles, key, panel, acc + key * stride + first * LANES, stride)
             elif width == 2:
-                add_key_tile(2, s, block_kv, tiles, key, panel, acc + key * stride + first * LANES, stride)
+                add_key_tile(2, s, tile_keys, tiles, key, panel, acc + key * stride + first * LANES, stride)
             else:
-                add_key_tile(1, s, block_kv, tiles, key, panel, acc + key * stride + first * LANES, stride)
+                add_key_tile(1, s, tile_keys, tiles, key, panel, acc + key * stride + first * LANES, stride)
             key += TILE_ROWS
         first += width
 
@@ -511,7 +513,7 @@ cdef void do_block(const Backward* b, BackwardScratch* s, const Task* task, Py_s
     """A block of rows against a split: s.dk and s.dv (IN/OUT), dq, d_mask, d_slopes, d_sinks (IN/OUT)."""
     cdef const Problem* p = &b.p
     cdef Py_ssize_t split_start = split * p.split_kv, splits_before = split - task.low // p.split_kv, n
-    cdef Py_ssize_t key_start = max(task.low, split_start) // p.block_kv * p.block_kv
+    cdef Py_ssize_t key_start = max(task.low, split_start)      # what lies before may not exist
     cdef Py_ssize_t key_end = min(task.high, split_start + p.split_kv)
     cdef RowPanel* panel
     cdef int number
@@ -523,7 +525,7 @@ cdef void do_block(const Backward* b, BackwardScratch* s, const Task* task, Py_s
     while key_start < key_end:
         if stopped_by_signal(p.call):
             return
-        n = min(p.block_kv, key_end - key_start)
+        n = min(p.block_kv - key_start % p.block_kv, key_end - key_start)
         for number in range(s.num_panels):
             panel = &s.panels[number]
             if ATTEND_VECTORS == 3 and panel.width == 3 * LANES:
@@ -575,8 +577,8 @@ cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ss
     copy_rows(s.k_rows + (low - start) * b.k_stride, p, &p.k, &task, &keys, p.head_dim, b.k_stride)
     copy_rows(s.v_rows + (low - start) * b.v_stride, p, &p.v, &task, &keys, p.head_dim_v, b.v_stride)
     s.k_finite_split = not p.may_mask or all_finite(s.k_rows + (low - start) * b.k_stride, keys.n * b.k_stride)
-    memset(s.dk, 0, round_up(high - start, TILE_ROWS) * b.dk_stride * sizeof(real))
-    memset(s.dv, 0, round_up(high - start, TILE_ROWS) * b.dv_stride * sizeof(real))
+    memset(s.dk, 0, (high - start) * b.dk_stride * sizeof(real))
+    memset(s.dv, 0, (high - start) * b.dv_stride * sizeof(real))
     while task.first_row < rows:
         task.num_rows = min(p.block_rows, rows - task.first_row)
         task.lanes = round_up(task.num_rows, LANES)
