@@ -48,7 +48,7 @@ def main():
     model = TorchModel(start)
     del start["positions"]
     model.load_state_dict({block_name(name): torch.from_numpy(array) for name, array in start.items()})
-    adam = torch.optim.Adam(model.parameters())
+    adam = torch.optim.Adam(model.parameters(), fused=True)
     losses, began = [], time.perf_counter()
     for digits, rate in zip(torch.from_numpy(steps["digits"]).long(), tqdm(steps["rates"], "torch", unit=" steps"),
                             strict=True):
