@@ -1070,6 +1070,17 @@ def check_layer_mask(layer, attn_mask, query, key):
     return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
 
 
+def check_grad_out(grad_out, shape, dtype, dtype_text):
+    """A view of the gradient of what a layer returned, of this shape and dtype."""
+    given, grad_out = grad_out, as_array("grad_out", grad_out)
+    if grad_out.dtype != dtype:
+        cure = f"; {cast_cure('grad_out', given, dtype_text)} casts" if is_number(grad_out.dtype) else ""
+        raise TypeError(f"grad_out: expected the dtype of the layer, {dtype}, got {grad_out.dtype}{cure}")
+    if grad_out.shape != shape:
+        raise ValueError(f"grad_out: expected the shape of out, {shape}, got shape {grad_out.shape}")
+    return grad_out
+
+
 def raise_layer_dtype(name, array, given, dtype, dtype_text, dim):
     """The TypeError of an input that has not the layer's dtype; `dim` is the length that its last axis should have."""
     cure = ""

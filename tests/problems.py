@@ -17,6 +17,65 @@ FLOATS = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLO
 DTYPES = [(dtype, dtype) for dtype in FLOATS] + [(FLOATS[0], FLOATS[2]), (FLOATS[0], BFLOAT16)]
 
 
+def random_problem(rng, *, dtype=np.float64, kv_dtype=None, most_rows=5, most_keys=6, most_dims=4):
+    """((query, key, value), options): any combination of what attention takes but threads, small, by a
+    numpy.random.Generator. Float masks are of the query's dtype; the rest is of float64."""
+    def maybe():
+        return rng.random() < 1 / 3
+
+    def one_of(*choices):
+        return choices[rng.integers(len(choices))]
+
+    num_kv_heads, group_size = one_of((1, 1), (2, 1), (1, 3), (2, 2))
+    num_heads = num_kv_heads * group_size
+    leading = one_of((), (1,), (2,), (3,), (2, 2))
+    one_head = num_heads == 1 and len(leading) < 2
+    leading = leading if leading or one_head else (1,)
+    heads, kv_heads = ((), ()) if one_head else ((num_heads,), (num_kv_heads,))
+    head_dim, head_dim_v = rng.integers(1, most_dims + 1, 2)
+    seq_len_q, seq_len_kv = (int(rng.integers(0 if rng.random() < 0.05 else 1, most + 1))
+                             for most in (most_rows, most_keys))
+    whole, arrays = rng.integers(3), []  # this array has all leading axes, from the others some may be missing
+    for number, (core, array_dtype) in enumerate((((*heads, seq_len_q, head_dim), dtype),
+                                                  ((*kv_heads, seq_len_kv, head_dim), kv_dtype or dtype),
+                                                  ((*kv_heads, seq_len_kv, head_dim_v), kv_dtype or dtype))):
+        own = [1 if number != whole and maybe() else n for n in leading]
+        if number != whole and not one_head and maybe():
+            own = own[1:]
+        arrays.append(rng.standard_normal((*own, *core)).astype(array_dtype))
+
+    options = {}
+    if maybe():
+        options["is_causal"] = True
+    if maybe():
+        options["q_offset"] = one_of(int(rng.integers(-2, seq_len_kv + 2)), "end",
+                                     rng.integers(-2, seq_len_kv + 2, leading))
+    elif options.get("is_causal") and seq_len_q < seq_len_kv:
+        options["q_offset"] = 0  # else it is warned of
+    if maybe():
+        options["window"] = one_of((None, 1), (2, None), (1, 0), (-1, 2), (0, 3))
+    if maybe():
+        options["softcap"] = one_of(0.5, 2, 30.0)
+    if maybe():
+        options["scale"] = one_of(0, 0.25, -1.5)
+    if maybe():
+        options["alibi_slopes"] = rng.random((*leading, num_heads) if maybe() else num_heads)
+    if maybe():
+        options["sinks"] = rng.standard_normal(num_heads)
+    for name in "kv_lens", "kv_starts":
+        if maybe():
+            options[name] = one_of(int(rng.integers(seq_len_kv + 1)), rng.integers(0, seq_len_kv + 1, leading))
+    if maybe() or maybe():
+        weights_shape = (*leading, *heads, seq_len_q, seq_len_kv)
+        shape = [1 if maybe() else n for n in weights_shape][rng.integers(len(weights_shape) + 1):]
+        seen = rng.random(shape) < one_of(0.3, 0.7, 1)
+        options["attn_mask"] = (seen if maybe() else
+                                np.where(seen, rng.standard_normal(shape), -INF).astype(dtype))
+    if maybe():
+        options |= {"dropout_p": one_of(0.1, 0.5, 0.9), "seed": int(rng.integers(2**63))}
+    return tuple(arrays), options
+
+
 def _edges():
     """{what: its sizes in all modules that this CPU runs}."""
     modules = [_kernels._load(_kernels.module_name(isa, precision))

@@ -8,17 +8,20 @@ layers here are also the base of the fast ones, which do the costly steps in the
 """
 
 from cattn.reference._attention import scaled_dot_product_attention
+from cattn.reference._backward import Gradients, scaled_dot_product_attention_backward, varlen_attention_backward
 from cattn.reference._cache import KVCache
 from cattn.reference._dropout import dropout_keep, philox4x32
 from cattn.reference._linear import linear, quantize_rows
 from cattn.reference._merge import merge_states
-from cattn.reference._multihead import MultiHeadAttention
+from cattn.reference._multihead import LayerGradients, MultiHeadAttention
 from cattn.reference._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn.reference._rotary import rotary_embedding, rotary_table
 from cattn.reference._serving import paged_attention, varlen_attention
 
 __all__ = [
+    "Gradients",
     "KVCache",
+    "LayerGradients",
     "MultiHeadAttention",
     "PositionalEncoding",
     "dropout_keep",
@@ -31,6 +34,8 @@ __all__ = [
     "rotary_embedding",
     "rotary_table",
     "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
     "sinusoidal_encoding",
     "varlen_attention",
+    "varlen_attention_backward",
 ]

@@ -36,22 +36,10 @@ def scaled_dot_product_attention(
     The arguments are described there. This checks nothing and warns of nothing.
     """
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
-    result_dtype = query.dtype
-    dtype = compute_dtype(query)
-    one_head = query.ndim < 4
-    if one_head:
-        query, key, value = (np.expand_dims(x, -3) for x in (query, key, value))
-    query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
+    result_dtype, one_head = query.dtype, query.ndim < 4
+    query, key, value, attn_mask = aligned(query, key, value, attn_mask)
+    dtype = query.dtype
 
-    leading = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    num_heads, seq_len_q, head_dim = query.shape[-3:]
-    num_kv_heads, seq_len_kv = key.shape[-3:-1]
-    query = np.broadcast_to(query, (*leading, num_heads, seq_len_q, head_dim))
-    if num_kv_heads != num_heads:
-        key, value = (np.repeat(x, num_heads // num_kv_heads, axis=-3) for x in (key, value))
-
-    if one_head and attn_mask is not None and np.ndim(attn_mask) > 2:
-        attn_mask = np.expand_dims(attn_mask, -3)
     scores, visible = _scores(
         query, key, attn_mask, is_causal, scale, q_offset=q_offset, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, kv_lens=kv_lens, kv_starts=kv_starts)
@@ -63,12 +51,8 @@ def scaled_dot_product_attention(
     logsumexp = (row_max + np.log(row_sum))[..., 0]
     if sinks is not None:
         row_sum = row_sum + np.exp(np.asarray(sinks).astype(dtype)[:, None, None] - row_max)
-    weights = np.where(scores != -np.inf, exps / row_sum, dtype.type(0))
-    if dropout_p:
-        keep = dropout_keep(seed, dropout_p, math.prod(leading), num_heads, seq_len_q, seq_len_kv)
-        weights = weights * keep.reshape(weights.shape) / dtype.type(1 - dropout_p)
-
-    out = _weighted_sum(weights, value, visible)
+    weights = dropped(np.where(scores != -np.inf, exps / row_sum, dtype.type(0)), dropout_p, seed)
+    out = weighted_sum(weights, value, visible)
     if one_head:
         out, weights, logsumexp = out.squeeze(-3), weights.squeeze(-3), logsumexp.squeeze(-2)
     results = [out.astype(result_dtype)]
@@ -79,23 +63,56 @@ def scaled_dot_product_attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def aligned(query, key, value, attn_mask):
+    """All with an axis of heads where they have a leading axis; but for the mask, which may be None, in the dtype
+    computed in, the query with all leading axes, and keys and values of as many heads as the query."""
+    dtype = compute_dtype(query)
+    if query.ndim < 4:
+        query, key, value = (np.expand_dims(x, -3) for x in (query, key, value))
+        if attn_mask is not None and np.ndim(attn_mask) > 2:
+            attn_mask = np.expand_dims(attn_mask, -3)
+    query, key, value = (x.astype(dtype, copy=False) for x in (query, key, value))
+    leading = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    query = np.broadcast_to(query, (*leading, *query.shape[-3:]))
+    num_heads, num_kv_heads = query.shape[-3], key.shape[-3]
+    if num_kv_heads != num_heads:
+        key, value = (np.repeat(x, num_heads // num_kv_heads, axis=-3) for x in (key, value))
+    return query, key, value, attn_mask
+
+
 def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset=None, window=None, softcap=0.0,
             alibi_slopes=None, kv_lens=None, kv_starts=None):
     """What the softmax is of, with -inf for masked keys; and which keys are not masked. For as many key heads as query
     heads."""
-    dtype = query.dtype
-    seq_len_q, head_dim = query.shape[-2:]
-    scores = query @ key.swapaxes(-1, -2) * dtype.type(1 / math.sqrt(head_dim) if scale is None else scale)
-    if softcap:
-        scores = dtype.type(softcap) * np.tanh(scores / dtype.type(softcap))
+    distance = distances(query.shape[-2], key.shape[-2], q_offset, kv_lens)
+    return biased(products(query, key, scale, softcap), distance, attn_mask, is_causal, window=window,
+                  alibi_slopes=alibi_slopes, kv_lens=kv_lens, kv_starts=kv_starts)
 
-    largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
-    key_index = np.arange(key.shape[-2])
+
+def products(query, key, scale, softcap):
+    """The scores before ALiBi and mask, capped."""
+    dtype = query.dtype
+    scores = query @ key.swapaxes(-1, -2) * dtype.type(scale_of(query, scale))
+    return dtype.type(softcap) * np.tanh(scores / dtype.type(softcap)) if softcap else scores
+
+
+def scale_of(query, scale):
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+def distances(seq_len_q, seq_len_kv, q_offset, kv_lens):
+    """How far behind its query each key is, (batch, 1, seq_len_q, seq_len_kv)."""
     if isinstance(q_offset, str):  # "end"
-        q_offset = np.asarray(key.shape[-2] if kv_lens is None else kv_lens) - seq_len_q
+        q_offset = np.asarray(seq_len_kv if kv_lens is None else kv_lens) - seq_len_q
     q_offset = np.asarray(0 if q_offset is None else q_offset, np.int64)
     position = np.arange(seq_len_q)[:, None] + q_offset[..., None, None, None]
-    distance = key_index - position  # (batch, 1, seq_len_q, seq_len_kv)
+    return np.arange(seq_len_kv) - position
+
+
+def biased(scores, distance, attn_mask, is_causal, *, window, alibi_slopes, kv_lens, kv_starts):
+    """The scores with ALiBi and mask, -inf for masked keys; and which keys are not masked."""
+    dtype = scores.dtype
+    largest = np.finfo(dtype).max / 4  # so that a score can be added, in any unit
     if alibi_slopes is not None:
         slopes = np.clip(np.asarray(alibi_slopes).astype(dtype), -largest, largest)[..., None, None]
         scores = scores - slopes * np.abs(distance).astype(dtype)
@@ -108,6 +125,7 @@ def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset
         visible = visible & (distance >= -left)
     if right not in (None, -1):
         visible = visible & (distance <= right)
+    key_index = np.arange(scores.shape[-1])
     if kv_lens is not None:
         visible = visible & (key_index < np.asarray(kv_lens)[..., None, None, None])
     if kv_starts is not None:
@@ -125,7 +143,15 @@ def _scores(query, key, attn_mask=None, is_causal=False, scale=None, *, q_offset
     return scores, np.broadcast_to(visible, scores.shape)
 
 
-def _weighted_sum(weights, value, visible):
+def dropped(weights, dropout_p, seed):
+    """(..., num_heads, seq_len_q, seq_len_kv), what is kept of them made larger."""
+    if not dropout_p:
+        return weights
+    keep = dropout_keep(seed, dropout_p, math.prod(weights.shape[:-3]), *weights.shape[-3:])
+    return weights * keep.reshape(weights.shape) / weights.dtype.type(1 - dropout_p)
+
+
+def weighted_sum(weights, value, visible):
     """weights @ value, where NaN and inf of a value row reach the queries that see it and no other."""
     finite = np.isfinite(value)
     out = weights @ np.where(finite, value, value.dtype.type(0))

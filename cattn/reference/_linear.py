@@ -36,6 +36,26 @@ def linear(
     return out.astype(x.dtype, copy=False)
 
 
+@np.errstate(all="ignore")
+def linear_backward(grad_out, x, weight, has_bias):
+    """The gradients of sum(grad_out * (x @ weight^T + bias)) by x, weight and bias, in the dtype of x; None for a bias
+    that is not there.
+
+    grad_out : array (..., out_features); x : array (..., in_features); weight : array (out_features, in_features)
+
+    Rows of x whose grad_out is 0 everywhere add nothing to the weight's gradient, whatever stands in them: padding.
+    """
+    dtype = compute_dtype(x)
+    grad_out, wide_x = grad_out.astype(dtype, copy=False), x.astype(dtype, copy=False)
+    grad_x = grad_out @ weight.astype(dtype, copy=False)
+    rows = grad_out.reshape(-1, len(weight))
+    used = rows.any(axis=1)
+    grad_weight = rows[used].T @ wide_x.reshape(-1, x.shape[-1])[used]
+    grad_bias = rows.sum(axis=0, dtype=np.result_type(dtype, np.float64)) if has_bias else None
+    return tuple(None if gradient is None else gradient.astype(x.dtype, copy=False)
+                 for gradient in (grad_x, grad_weight, grad_bias))
+
+
 def dequantized(weight, scales):
     """The float32 array that int8 numbers and their scales stand for."""
     return weight * np.repeat(scales, SCALE_DIMS, axis=1)[:, : weight.shape[1]]

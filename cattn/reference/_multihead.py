@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -17,11 +17,13 @@ from cattn._checks import (
     check_bool,
     check_dropout,
     check_dtype,
+    check_grad_out,
     check_int,
     check_key_mask,
     check_layer_inputs,
     check_layer_mask,
     check_parameter,
+    check_seed,
     check_weight_dtype,
     copy,
     is_float,
@@ -31,9 +33,19 @@ from cattn._checks import (
     warn_of_0_and_1,
 )
 from cattn.reference._attention import scaled_dot_product_attention
-from cattn.reference._linear import StoredWeight, linear
+from cattn.reference._backward import scaled_dot_product_attention_backward
+from cattn.reference._linear import StoredWeight, linear, linear_backward
 
-__all__ = ["MultiHeadAttention"]
+__all__ = ["LayerGradients", "MultiHeadAttention"]
+
+
+class LayerGradients(NamedTuple):
+    """By the inputs of a layer, None for those that it was not given, and by its parameters, {name: gradient}."""
+
+    query: np.ndarray
+    key: np.ndarray | None
+    value: np.ndarray | None
+    parameters: dict[str, np.ndarray]
 
 
 class _Parameter:
@@ -155,27 +167,110 @@ class MultiHeadAttention:
             kv_lens=kv_lens, seed=seed,
         )
 
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The parameters by name, those that are not None: the arrays themselves, so that `p -= step` trains the layer.
+
+        Raises
+        ------
+        ValueError
+            If the layer has a weight_dtype.
+        """
+        self._check_trains()
+        parameters = {name: getattr(self, name) for name in self._shapes()}
+        return {name: array for name, array in parameters.items() if array is not None}
+
+    def vjp(
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        attn_mask: ArrayLike | None = None, key_mask: ArrayLike | None = None, is_causal: bool = False,
+        q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+        softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        kv_lens: ArrayLike | None = None, training: bool = False, seed: int | None = None,
+    ) -> tuple[np.ndarray, Callable[[ArrayLike], LayerGradients]]:
+        """The result, and the function that takes its gradient back to inputs and parameters: see
+        `cattn.MultiHeadAttention`, which has num_threads besides.
+
+        out : array (batch, seq_len_q, embed_dim) or (seq_len_q, embed_dim), as of a call
+        pullback : pullback(grad_out), with grad_out of the shape and the dtype of out, is LayerGradients, those of
+        sum(grad_out * out)
+
+        What was not given has its gradient in that of what was taken for it: key None in the query's, value None in the
+        key's. pullback may be called more than once. It has copies of all that it needs: neither parameters nor inputs
+        that change meanwhile matter to it.
+        """
+        return self._vjp(
+            query, key, value, attn_mask, key_mask, is_causal, training, q_offset=q_offset, window=window,
+            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, seed=seed,
+        )
+
     def _forward(self, query, key, value, attn_mask, key_mask, is_causal, return_weights, training, *, kv_lens,
                  num_threads=None, **options):
+        query, key, value, attn_mask, checked = self._arguments(
+            query, key, value, attn_mask, key_mask, is_causal, training, kv_lens)
+        return_weights = check_bool("return_weights", return_weights)
+        own = self._own_parameters()
+
+        q, k, v = self._project(query, key, value, own, num_threads)
+        heads, weights = self._attend(q, k, v, attn_mask, return_weights, num_threads, **checked, **options)
+        out = self._linear(heads, own["out_proj_weight"], own["out_proj_bias"], num_threads)
+        if query.ndim == 2:
+            out, weights = out[0], weights[0] if return_weights else None
+        return (out, weights) if return_weights else out
+
+    def _vjp(self, query, key, value, attn_mask, key_mask, is_causal, training, *, kv_lens, seed, num_threads=None,
+             **options):
+        self._check_trains()
+        # Which of q, k and v each input becomes.
+        parts = {"query": "qkv" if key is None and value is None else "qk" if key is None else "q",
+                 "key": "" if key is None else "kv" if value is None else "k",
+                 "value": "" if value is None else "v"}
+        query, key, value, attn_mask, checked = self._arguments(
+            query, key, value, attn_mask, key_mask, is_causal, training, kv_lens)
+        if checked["dropout_p"]:
+            seed = check_seed(seed)
+        copies = {id(x): copy(x, x.dtype) for x in (query, key, value)}
+        query, key, value = (copies[id(x)] for x in (query, key, value))
+        own = {name: None if x is None else copy(x, x.dtype) for name, x in self._own_parameters().items()}
+        options = {name: x.copy() if isinstance(x, np.ndarray) else x
+                   for name, x in (options | checked | {"attn_mask": attn_mask, "seed": seed}).items()}
+
+        q, k, v = self._project(query, key, value, own, num_threads)
+        heads, logsumexp = self._attend_with_lse(q, k, v, num_threads, **options)
+        out = self._linear(heads, own["out_proj_weight"], own["out_proj_bias"], num_threads)
+        batched = query.ndim == 3
+        out = out if batched else out[0]
+        shape = out.shape
+
+        def pullback(grad_out: ArrayLike) -> LayerGradients:
+            grad_out = check_grad_out(grad_out, shape, self.dtype, "layer.dtype")
+            grad_heads, *of_out_proj = self._linear_backward(
+                grad_out if batched else grad_out[None], heads, own["out_proj_weight"], num_threads,
+                own["out_proj_bias"] is not None)
+            of_projected = self._attend_backward(grad_heads, q, k, v, heads, logsumexp, num_threads, **options)
+            inputs, gradients = self._project_backward(
+                of_projected, {"query": query, "key": key, "value": value}, parts, own, num_threads)
+            gradients["out_proj_weight"], gradients["out_proj_bias"] = of_out_proj
+            return LayerGradients(**inputs, parameters={
+                name: gradients[name] for name, x in own.items() if x is not None})
+
+        return out, pullback
+
+    def _arguments(self, query, key, value, attn_mask, key_mask, is_causal, training, kv_lens):
+        """Checked: the inputs, the masks as one, and what else attention takes."""
         query, key, value = check_layer_inputs(self, query, key, value)
         if attn_mask is not None:
             attn_mask = check_layer_mask(self, attn_mask, query, key)
         if key_mask is not None:
             attn_mask = _with_key_mask(attn_mask, check_key_mask(key_mask, key))
-        is_causal, return_weights = check_bool("is_causal", is_causal), check_bool("return_weights", return_weights)
+        is_causal = check_bool("is_causal", is_causal)
         dropout_p = check_dropout("dropout", self.dropout) if check_bool("training", training) else 0.0
-        batched = query.ndim == 3
         if kv_lens is not None:
             kv_lens = kv_lens if type(kv_lens) is int else as_array("kv_lens", kv_lens)
-        own = self._own_parameters()
+        return query, key, value, attn_mask, {"is_causal": is_causal, "kv_lens": kv_lens, "dropout_p": dropout_p}
 
-        q, k, v = self._project(query, key, value, own, num_threads)
-        heads, weights = self._attend(q, k, v, attn_mask, return_weights, num_threads, is_causal=is_causal,
-                                      kv_lens=kv_lens, dropout_p=dropout_p, **options)
-        out = self._linear(heads, own["out_proj_weight"], own["out_proj_bias"], num_threads)
-        if not batched:
-            out, weights = out[0], weights[0] if return_weights else None
-        return (out, weights) if return_weights else out
+    def _check_trains(self):
+        if self.weight_dtype is not None:
+            raise ValueError(f"weight_dtype: expected None in a layer that is trained, got {self.weight_dtype}, where "
+                             "small steps are rounded away; a layer without weight_dtype takes this one's state_dict()")
 
     # The steps that cattn.MultiHeadAttention does in its own way.
 
@@ -190,11 +285,26 @@ class MultiHeadAttention:
     def _attend(self, q, k, v, attn_mask, return_weights, num_threads, **options):
         """(batch, heads, seq, head_dim) each to (batch, seq_len_q, num_heads * head_dim), and the weights if wanted."""
         out, weights = scaled_dot_product_attention(q, k, v, attn_mask, return_weights=True, **options)
-        return out.swapaxes(1, 2).reshape(len(q), q.shape[2], q.shape[1] * q.shape[3]), weights
+        return self._join_heads(out), weights
+
+    def _attend_with_lse(self, q, k, v, num_threads, **options):
+        """(batch, heads, seq, head_dim) each to (batch, seq_len_q, num_heads * head_dim), and the logsumexp."""
+        out, logsumexp = scaled_dot_product_attention(q, k, v, return_logsumexp=True, **options)
+        return self._join_heads(out), logsumexp
+
+    def _attend_backward(self, grad_heads, q, k, v, heads, logsumexp, num_threads, **options):
+        """The gradients of q, k and v, (batch, heads, seq, head_dim) each; heads and theirs as _attend_with_lse has
+        them."""
+        return scaled_dot_product_attention_backward(
+            self._split_heads(grad_heads), q, k, v, self._split_heads(heads), logsumexp, **options)[:3]
 
     def _linear(self, x, weight, bias, num_threads):
         """x @ weight^T + bias, rounded once to the dtype of x; the weight may be a StoredWeight."""
         return linear(x, weight.widened() if isinstance(weight, StoredWeight) else weight, bias)
+
+    def _linear_backward(self, grad_out, x, weight, num_threads, has_bias):
+        """The gradients of x, weight and bias, the last None where there is none, in the dtype of x."""
+        return linear_backward(grad_out, x, weight, has_bias)
 
     # The steps that both share.
 
@@ -235,6 +345,44 @@ class MultiHeadAttention:
                     array = check_parameter(name, array, shape, dtype)
             own[name] = array
         return own
+
+    def _project_backward(self, of_projected, inputs, parts, own, num_threads):
+        """From the gradients of q, k and v to those of the inputs, {name: array or None}, and of in_proj and the like.
+
+        parts : {name: which of q, k and v this input becomes, such as "kv"}; those of one are taken in one go, so that
+        their sum is rounded once
+        """
+        of_projected = dict(zip("qkv", map(self._join_heads, of_projected), strict=True))
+        rows, has_bias = dict(zip("qkv", self._rows(), strict=True)), own["in_proj_bias"] is not None
+        of_inputs, of_weights, of_biases = dict.fromkeys(inputs), {}, []
+        for name, part in parts.items():
+            if not part:
+                continue
+            first = rows[part[0]].start
+            if "in_proj_weight" in own:
+                weight = own["in_proj_weight"][first : rows[part[-1]].stop]
+            else:
+                weight = np.concatenate([own[f"{letter}_proj_weight"] for letter in part])
+            x = inputs[name]
+            of_x, of_weight, of_bias = self._linear_backward(
+                np.concatenate([of_projected[letter] for letter in part], axis=-1), x if x.ndim == 3 else x[None],
+                weight, num_threads, has_bias)
+            of_inputs[name] = of_x.reshape(x.shape)
+            for letter in part:
+                of_weights[letter] = of_weight[rows[letter].start - first : rows[letter].stop - first]
+            of_biases.append(of_bias)
+        if "in_proj_weight" in own:
+            gradients = {"in_proj_weight": np.concatenate(list(of_weights.values()))}
+        else:
+            gradients = {f"{letter}_proj_weight": of_weight for letter, of_weight in of_weights.items()}
+        if has_bias:
+            gradients["in_proj_bias"] = np.concatenate(of_biases)
+        return of_inputs, gradients
+
+    def _join_heads(self, x):
+        """(batch, heads, seq, head_dim) to (batch, seq, heads * head_dim)."""
+        batch, num_heads, seq_len, head_dim = x.shape
+        return x.swapaxes(1, 2).reshape(batch, seq_len, num_heads * head_dim)
 
     def _split_heads(self, x):
         """(batch, seq, heads * head_dim), batch optional, to a view (batch, heads, seq, head_dim)."""

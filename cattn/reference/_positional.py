@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -12,6 +13,7 @@ from cattn._checks import (
     check_bool,
     check_dropout,
     check_dtype,
+    check_grad_out,
     check_int,
     check_rows,
     check_seed,
@@ -146,7 +148,6 @@ class PositionalEncoding:
             "dim": ..., "dropout": 0.0, "max_len": 1000, "base": 10000.0, "layout": "interleaved", "endpoint": False,
             "dtype": np.dtype(np.float32)})
 
-    @np.errstate(all="ignore")
     def __call__(
         self, x: ArrayLike, *, training: bool = False, seed: int | None = None, offset: int = 0,
         positions: ArrayLike | None = None,
@@ -177,32 +178,84 @@ class PositionalEncoding:
         ValueError, TypeError
             Naming the argument, the rule and what came.
         """
+        return self._forward(x, training, seed, offset, positions)[0]
+
+    def vjp(
+        self, x: ArrayLike, *, training: bool = False, seed: int | None = None, offset: int = 0,
+        positions: ArrayLike | None = None,
+    ) -> tuple[np.ndarray, Callable[[ArrayLike], np.ndarray]]:
+        """The result, and the function that takes its gradient back to x, through the same dropout.
+
+        Parameters
+        ----------
+        x, training, seed, offset, positions
+            As in a call.
+
+        Returns
+        -------
+        out : array (..., seq, dim)
+        pullback : function
+            pullback(grad_out), of the shape and the dtype of out, is the gradient of sum(grad_out * out) by x: an array
+            of the same shape. P is no parameter.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, the rule and what came; pullback too.
+        """
+        out, dropout = self._forward(x, training, seed, offset, positions)
+        shape, dtype = out.shape, out.dtype
+
+        @np.errstate(all="ignore")
+        def pullback(grad_out: ArrayLike) -> np.ndarray:
+            grad_out = check_grad_out(grad_out, shape, dtype, "layer.P.dtype")
+            grad_x = np.empty(shape, dtype)
+            for piece in pieces(shape):
+                grad_x[piece] = dropout.applied(grad_out[piece], piece)
+            return grad_x
+
+        return out, pullback
+
+    @np.errstate(all="ignore")
+    def _forward(self, x, training, seed, offset, positions):
+        """The result, and the dropout in it."""
         given, x = x, as_array("x", x)
         if x.dtype != self.P.dtype:
             raise_layer_dtype("x", x, given, self.P.dtype, "layer.P.dtype", self.dim)
         if x.ndim < 2 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected (..., seq, {self.dim}), got shape {x.shape}")
-        leading = x.shape[:-2]
         offset, positions, end = check_rows(offset, positions, x.shape[:-1])
         table = self.P  # another thread may replace it meanwhile
         if np.ndim(table) != 3 or table.shape[::2] != (1, self.dim):
             raise ValueError(f"P: expected (1, rows, {self.dim}), got shape {np.shape(table)}")
         if end > table.shape[1]:
             table = self.P = self._table(max(end, 2 * table.shape[1]), self.dim, **self._options)[None]
-        dropout = check_dropout("dropout", self.dropout) if check_bool("training", training) else 0.0
-        seed = check_seed(seed) if dropout else 0
-        batch_index = np.arange(math.prod(leading)).reshape(leading)
+        p = check_dropout("dropout", self.dropout) if check_bool("training", training) else 0.0
+        dropout = _Dropout(p, check_seed(seed) if p else 0, offset, x.shape[:-2])
         out = np.empty(x.shape, x.dtype)
         for piece in pieces(x.shape):
-            *batch, rows, columns = piece
+            *_, rows, columns = piece
             shifted = slice(offset + rows.start, offset + rows.stop)
-            part = x[piece] + table[0, shifted if positions is None else positions[piece[:-1]], columns]
-            if dropout:
-                keep = keep_of(seed, dropout, batch_index[tuple(batch)].ravel(), np.array([2**32 - 1]), shifted,
-                               columns)
-                part = np.where(keep.reshape(part.shape), part / part.dtype.type(1 - dropout), part.dtype.type(0))
-            out[piece] = part
-        return out
+            out[piece] = dropout.applied(
+                x[piece] + table[0, shifted if positions is None else positions[piece[:-1]], columns], piece)
+        return out, dropout
+
+
+class _Dropout:
+    """That of one call, whose first row has this position."""
+
+    def __init__(self, p, seed, offset, leading):
+        self.p, self.seed, self.offset = p, seed, offset
+        self.batch_index = np.arange(math.prod(leading)).reshape(leading)
+
+    def applied(self, part, piece):
+        """`part`, which are the elements of this piece, dropped or made larger."""
+        if not self.p:
+            return part
+        *batch, rows, columns = piece
+        keep = keep_of(self.seed, self.p, self.batch_index[tuple(batch)].ravel(), np.array([2**32 - 1]),
+                       slice(self.offset + rows.start, self.offset + rows.stop), columns)
+        return np.where(keep.reshape(part.shape), part / part.dtype.type(1 - self.p), part.dtype.type(0))
 
 
 def periods(dim, base, endpoint, wide):
