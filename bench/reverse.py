@@ -203,7 +203,7 @@ def argument_parser():
     add("--seed", type=integer(0, 2**64 - 1), default=0, metavar="N", help="of weights and sequences (%(default)s)")
     add("--threads", type=integer(1, MOST_THREADS), metavar="N", help=f"default: {cattn.get_num_threads()}")
     add("--plot", type=picture, metavar="FILE", help="draw what attention looks at, as a.png, a.svg or a.pdf")
-    add("--torch", action="store_true", help="train the same model in PyTorch: do the losses agree, and how fast are both")
+    add("--torch", action="store_true", help="train the same model in PyTorch: do the losses agree, how fast are both")
     return parser
 
 
