@@ -40,7 +40,7 @@ def random_problem(rng, *, dtype=np.float64, kv_dtype=None, most_rows=5, most_ke
                                                   ((*kv_heads, seq_len_kv, head_dim), kv_dtype or dtype),
                                                   ((*kv_heads, seq_len_kv, head_dim_v), kv_dtype or dtype))):
         own = [1 if number != whole and maybe() else n for n in leading]
-        if number != whole and not one_head and maybe():
+        if number != whole and len(own) == 2 and maybe():
             own = own[1:]
         arrays.append(rng.standard_normal((*own, *core)).astype(array_dtype))
 

@@ -1,11 +1,13 @@
-"""The judges of tolerance.py let right results pass, and each notices an error in out, weights or logsumexp alone."""
+"""The judges of tolerance.py let right results pass, and each notices an error in out, weights or logsumexp alone, or
+in one of the gradients."""
 
 import numpy as np
 import pytest
 from problems import FLOATS, NAN, assert_same_bits, normal, problem
-from tolerance import assert_close, assert_possible, assert_within, check, everything
+from tolerance import assert_close, assert_gradients_close, assert_possible, assert_within, check, everything
 
 import cattn
+from cattn import reference
 
 NAMES = "out", "weights", "logsumexp"
 NUM_KEYS = 40
@@ -31,7 +33,7 @@ OF_WEIGHTS = {"sinks", "dropout_p"}  # they leave logsumexp as it is
 
 def nan_in_a_row(x):
     x = x.copy()
-    x[-1, -1, -1] = NAN
+    x[(-1,) * min(3, x.ndim)] = NAN
     return x
 
 
@@ -119,3 +121,41 @@ def test_check_judges_what_attention_gives(number, monkeypatch):
     monkeypatch.setitem(everything.__kwdefaults__, "attention", wrong)
     with pytest.raises(AssertionError, match=f"^{NAMES[number]}"):
         check(*problem())
+
+
+def gradients(dtype, **others):
+    """All of them, and what they are judged by; as if `others` had been taken for the options."""
+    arrays = problem(20, NUM_KEYS, dtype=dtype)
+    options = {"attn_mask": normal(2, 1, 20, NUM_KEYS, dtype=dtype), "alibi_slopes": np.array([0.1, 0.5]),
+               "sinks": np.array([1.0, 2.0]), "softcap": 2.0, "dropout_p": 0.2, "seed": 3, "kv_lens": NUM_KEYS - 1}
+    out, logsumexp = cattn.scaled_dot_product_attention(*arrays, **options, return_logsumexp=True)
+    grad_out, grad_logsumexp = normal(*out.shape, dtype=dtype, seed=5), normal(*logsumexp.shape).astype(logsumexp.dtype)
+    given = grad_out, *arrays, out, logsumexp
+    options["grad_logsumexp"] = grad_logsumexp
+    found = reference.scaled_dot_product_attention_backward(
+        *given, **options | others, wanted=reference.Gradients._fields)
+    return found, given, options
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("others", [
+    {"kv_lens": NUM_KEYS}, {"alibi_slopes": np.array([0.1, 0.4])}, {"softcap": 2.1}, {"scale": 0.3}, {"seed": 4},
+    {"sinks": np.array([1.0, 2.1])}, {"grad_logsumexp": None}, {"dropout_p": 0.1},
+], ids=str)
+def test_gradients_of_other_calls_are_found(others, dtype):
+    wrong, given, options = gradients(dtype, **others)
+    right, _, _ = gradients(dtype)
+    assert_gradients_close(right, *given, **options)
+    for name in "query", "key", "attn_mask", "alibi_slopes":
+        with pytest.raises(AssertionError, match=f"^{name}"):
+            assert_gradients_close(right._replace(**{name: getattr(wrong, name)}), *given, **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", reference.Gradients._fields)
+def test_wrong_gradients_are_found(name, dtype):
+    right, given, options = gradients(dtype)
+    for spoil in (*WRONG_NUMBERS.values(), *WRONG_ARRAYS.values()):
+        with pytest.raises(AssertionError, match=f"^{name}"):
+            assert_gradients_close(right._replace(**{name: spoil(getattr(right, name))}), *given, **options)
+    assert_gradients_close(right._replace(**{name: None}), *given, **options)

@@ -39,7 +39,8 @@ import numpy as np
 
 import cattn
 from cattn import reference
-from cattn.reference._attention import _scores
+from cattn.reference._attention import _scores, aligned, biased, distances, products, scale_of
+from cattn.reference._backward import _as_input, _summed_to
 
 ROUNDINGS = 32
 WIDER_THAN_DOUBLE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
@@ -99,6 +100,96 @@ def assert_close(results, query, key, value, **options):
         worst = np.unravel_index(error.argmax(), error.shape) if error.size else ()
         assert (error <= bound).all(), (
             f"{name}{[int(i) for i in worst]} = {result[worst]}, exactly {right[worst]}: more than {bound:.3g} apart")
+
+
+@np.errstate(all="ignore")
+def assert_gradients_close(gradients, grad_out, query, key, value, out, logsumexp, attn_mask=None, **options):
+    """err(kernel) <= 2 * err(plain) + 4 * eps * scale for each of the Gradients that is there, of a backward function
+    that was given all of this, and the wanted left away.
+
+    The plain and the exact ones are the reference on these very numbers, out and logsumexp among them, whose own errors
+    are not those of the gradients. `scale` is the largest number that the last sum of a gradient may have come to: that
+    of the magnitudes of all products, sums instead of differences (_sizes). err(plain) is the largest over ROUNDINGS
+    problems, as in assert_close: c * query, key / c, value / c, out / c and c * grad_out have the same scores and the
+    same gradients of them.
+    """
+    compute = np.result_type(query.dtype, np.float32)
+    wide = np.dtype(np.float64 if compute == np.float32 else np.longdouble)
+    inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    attn_mask = _clipped(attn_mask, compute)
+    for name in "alibi_slopes", "sinks":
+        if options.get(name) is not None:
+            options[name] = np.asarray(options[name]).astype(compute)
+    wanted = [name for name, gradient in gradients._asdict().items() if gradient is not None]
+    arrays = [x.astype(compute) for x in (grad_out, query, key, value, out)]
+    sizes = _sizes(*(x.astype(wide) for x in arrays), logsumexp.astype(wide), attn_mask, **options)
+
+    def plain_and_exact(c):
+        """As they are for c = 1."""
+        scaled = [x * factor for x, factor in zip(arrays, (c, c, 1 / c, 1 / c, 1 / c), strict=True)]
+        results = []
+        for dtype in (compute, wide):
+            mask = attn_mask if attn_mask is None or attn_mask.dtype == bool else attn_mask.astype(dtype)
+            results.append(reference.scaled_dot_product_attention_backward(
+                *(x.astype(dtype) for x in scaled), logsumexp.astype(dtype), mask, **options, wanted=wanted))
+        return results
+
+    problems = [(1.0, plain_and_exact(compute.type(1)))]
+    for name in wanted:
+        result, right = getattr(gradients, name), getattr(problems[0][1][1], name)
+        dtype = inputs[name].dtype if name in inputs else compute
+        assert (result.dtype, result.shape) == (dtype, right.shape), name
+        error = errors(result, right, dtype)
+        rounding = float(np.finfo(compute).eps) * max(float(sizes[name].max(initial=0)),
+                                                      float(np.finfo(compute).smallest_normal))
+        bound = 4 * rounding
+        if compute == np.float64 and not WIDER_THAN_DOUBLE:
+            bound = 8 * rounding
+        for number in range(1 + ROUNDINGS):
+            if number == len(problems):
+                c = compute.type(np.random.default_rng(number).uniform(1, 2))
+                problems.append((float(c), plain_and_exact(c)))
+            c, (plain, exact) = problems[number]
+            worst = errors(getattr(plain, name), getattr(exact, name)).max(initial=0)
+            bound = max(bound, 2 * worst * {"query": c, "key": 1 / c, "value": 1 / c}.get(name, 1) + 4 * rounding)
+            if (error <= bound).all():
+                break
+        assert np.isfinite(bound), f"{name}: plain NumPy overflows, so it sets no bound"
+        worst = np.unravel_index(error.argmax(), error.shape) if error.size else ()
+        assert (error <= bound).all(), (
+            f"{name}{[int(i) for i in worst]} = {result[worst]}, exactly {right[worst]}: more than {bound:.3g} apart")
+
+
+def _sizes(grad_out, query, key, value, out, logsumexp, attn_mask, dropout_p=0.0, is_causal=False, scale=None,
+           enable_gqa=False, *, q_offset=None, window=None, softcap=0.0, alibi_slopes=None, sinks=None, kv_lens=None,
+           kv_starts=None, seed=None, grad_logsumexp=None):
+    """{name: what its gradient would be at most if no two numbers in its sums had different signs}: without what sinks,
+    softcap and dropout make smaller."""
+    inputs, one_head = (query, key, value), query.ndim < 4
+    query, key, value, mask = aligned(*inputs, attn_mask)
+    grad_logsumexp = np.zeros_like(logsumexp) if grad_logsumexp is None else grad_logsumexp
+    if one_head:
+        grad_out, out = grad_out[..., None, :, :], out[..., None, :, :]
+        logsumexp, grad_logsumexp = logsumexp[..., None, :], grad_logsumexp[..., None, :]
+    distance = distances(query.shape[-2], key.shape[-2], q_offset, kv_lens)
+    scores, visible = biased(products(query, key, scale, softcap), distance, mask, is_causal, window=window,
+                             alibi_slopes=alibi_slopes, kv_lens=kv_lens, kv_starts=kv_starts)
+    seeing = logsumexp != -np.inf
+    probs = np.where(visible & seeing[..., None], np.exp(scores - logsumexp[..., None]), 0)
+    probs, grad_out, query, key, value, out, grad_logsumexp = (
+        np.where(np.isfinite(x), np.abs(x), 0) for x in (probs, grad_out, query, key, value, out, grad_logsumexp))
+    enlarged, delta = 1 / (1 - dropout_p), (grad_out * out).sum(axis=-1)
+    of_scores = probs * (enlarged * (grad_out @ value.swapaxes(-1, -2)) + (delta + grad_logsumexp)[..., None])
+    of_products = abs(scale_of(query, scale)) * of_scores
+    sizes = {"query": of_products @ key, "key": of_products.swapaxes(-1, -2) @ query,
+             "value": enlarged * probs.swapaxes(-1, -2) @ grad_out}
+    sizes = {name: _as_input(size, given, one_head)
+             for (name, size), given in zip(sizes.items(), inputs, strict=True)}
+    sizes["attn_mask"] = of_scores if mask is None else _summed_to(np.shape(mask), of_scores)
+    for name, vector, of_heads in (("alibi_slopes", alibi_slopes, (of_scores * np.abs(distance)).sum(axis=(-1, -2))),
+                                   ("sinks", sinks, np.where(seeing, delta, 0).sum(axis=-1))):
+        sizes[name] = of_heads if vector is None else _summed_to(np.shape(vector), of_heads)
+    return sizes
 
 
 @np.errstate(all="ignore")
