@@ -523,9 +523,9 @@ def warn_of_first_keys(seq_len_q, kv_lens):
 # Sequences of different lengths.
 
 
-def check_wanted(wanted, given, masks=True):
-    """Names of gradients, as a set; `given` are the inputs that may be missing, by their names."""
-    names = {"query", "key", "value", "alibi_slopes", "sinks"} | ({"attn_mask"} if masks else set())
+def check_wanted(wanted, given):
+    """Whose gradients are wanted, and exist, as a set of names: `given` are the inputs that may be None."""
+    names = "query", "key", "value", *given
     try:
         if isinstance(wanted, str):
             raise TypeError
@@ -533,13 +533,11 @@ def check_wanted(wanted, given, masks=True):
     except TypeError:
         cure = f"; wanted=({wanted!r},) wants one" if isinstance(wanted, str) and wanted in names else ""
         raise TypeError(f"wanted: expected a collection of names, got {shown(wanted)}{cure}") from None
-    if not wanted <= names:
-        unknown = min(wanted - names, key=str)
-        raise ValueError(f"wanted: expected names out of {', '.join(sorted(names))}, got {shown(unknown)}")
-    for name in sorted(wanted & given.keys()):
-        if given[name] is None:
-            raise ValueError(f"wanted: expected no {name} where it is not given")
-    return wanted
+    unknown = wanted.difference(names)
+    if unknown:
+        unknown = min(unknown, key=str)
+        raise ValueError(f"wanted: expected names out of {', '.join(names)}, got {shown(unknown)}")
+    return {name for name in wanted if name not in given or given[name] is not None}
 
 
 def check_seed_of_forward(seed, dropout_p):

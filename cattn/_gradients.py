@@ -73,11 +73,11 @@ def scaled_dot_product_attention_backward(
     Returns
     -------
     gradients : Gradients
-        A named tuple with a field for each of these names, None where it is not wanted. Shape and dtype are those of
-        the input, but that slopes and sinks have the dtype computed in. An input that was broadcast has the sum over
-        its copies, a key head that of all query heads that share it.
-        Rows that see no key, and keys that no row sees, have gradient 0; NaN behind a mask changes nothing. A bias that
-        was clipped is differentiated as if it were not.
+        A named tuple with a field for each of these names, None where it is not wanted, or there is none: of a bool
+        mask, and of what was not given. Shape and dtype are those of the input, but that slopes and sinks have the
+        dtype computed in. An input that was broadcast has the sum over its copies, a key head that of all query heads
+        that share it. Rows that see no key, and keys that no row sees, have gradient 0; NaN behind a mask changes
+        nothing. A bias that was clipped is differentiated as if it were not.
 
     Raises
     ------
@@ -113,8 +113,8 @@ def scaled_dot_product_attention_backward(
         num_threads=num_threads, seed=seed)
     query, key, value, mask = problem.query, problem.key, problem.value, problem.given_mask
     rows_shape, dtype = problem.rows_shape, problem.dtype
-    if "attn_mask" in wanted and mask.dtype == bool:
-        raise ValueError("wanted: expected no attn_mask where that is bool, which has no gradient")
+    if mask is not None and mask.dtype == bool:
+        wanted.discard("attn_mask")
     check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
     grad_out, out, logsumexp, grad_logsumexp = check_of_forward(
         grad_out, out, logsumexp, grad_logsumexp, rows_shape, value.shape[-1], query.dtype, dtype)
@@ -176,12 +176,12 @@ def varlen_attention_backward(
     seed, grad_logsumexp, num_threads
         As in `scaled_dot_product_attention_backward`.
     wanted : collection of str
-        Whose gradients are computed, out of "query", "key", "value", "alibi_slopes" and "sinks".
+        Whose gradients are computed, as there.
 
     Returns
     -------
     gradients : Gradients
-        A named tuple with a field for each of these names, None where it is not wanted.
+        A named tuple with a field for each of these names, None where it is not wanted, or was not given.
 
     Raises
     ------
@@ -197,7 +197,7 @@ def varlen_attention_backward(
     >>> gradients.value[:4, 0, 0]       # of the one token that sees itself alone, 1
     array([0.8861103, 1.2203927, 0.8934971, 1.       ], dtype=float32)
     """
-    wanted = check_wanted(wanted, {"alibi_slopes": alibi_slopes, "sinks": sinks}, masks=False)
+    wanted = check_wanted(wanted, {"attn_mask": None, "alibi_slopes": alibi_slopes, "sinks": sinks})
     seed = check_seed_of_forward(seed, dropout_p)
     slopes_shape = np.shape(alibi_slopes)
     query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(
