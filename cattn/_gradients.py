@@ -155,7 +155,7 @@ def differentiate(problem, grad_out, out, logsumexp, grad_logsumexp=None, grad_q
         first = arguments["batch_offset"]
         for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True):
             if name in of_heads:
-                of_heads[name][first : first + of_splits.shape[1]] = of_splits.sum(axis=0)
+                of_heads[name][first : first + of_splits.shape[1]] = _of_all_splits(of_splits)
 
 
 def varlen_attention_backward(
@@ -237,7 +237,7 @@ def varlen_attention_backward(
             wide=kv_kind in (F32, F64), slopes_wanted="alibi_slopes" in wanted, sinks_wanted="sinks" in wanted,
             q_kind=q_kind, kv_kind=kv_kind, mask_kind=BOOL, q_offset=q_offset, q_offsets=q_offsets, kv_lens=kv_lens,
             batch_offset=0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, **options)
-        of_heads = {name: of_splits.sum(axis=0)
+        of_heads = {name: _of_all_splits(of_splits)
                     for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True) if name in wanted}
     else:
         of_heads = {name: np.zeros((len(kv_lens), rows_shape[1]))
@@ -254,6 +254,15 @@ def _summed(array, given):
     if axes:
         array = array.sum(axis=axes, keepdims=True).reshape(given.shape)
     return cast(array, given.dtype)
+
+
+def _of_all_splits(parts):
+    """(splits, batch, num_heads), summed over the splits one after the other. NumPy's sum does so for several numbers,
+    and adds the parts of one in pairs: its bits would depend on how many others there are."""
+    total = np.zeros(parts.shape[1:])
+    for part in parts:
+        total += part
+    return total
 
 
 def _of_heads(gradients, slopes_shape, dtype):
