@@ -243,7 +243,7 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         ...     losses.append(((out - target) ** 2).mean())
         ...     gradients = pullback(2 * (out - target) / out.size).parameters
         ...     for name, parameter in layer.parameters().items():
-        ...         parameter -= 3 * gradients[name]
+        ...         parameter -= 0.5 * gradients[name]
         >>> bool(losses[-1] < losses[0] / 4)
         True
         """
