@@ -32,18 +32,27 @@ def as_int8(array):
 
 
 @dataclass(frozen=True)
-class Attention:
-    """scaled_dot_product_attention of normal random arrays."""
+class Workload:
+    """What all of them have, and the values that most have."""
 
     name: str
     reason: str
-    shape: tuple  # batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim
+    shape: tuple
     dtype: str = "float32"
+    limit: str = "fma"  # what bounds it: "fma", "read" or "" (neither)
+    default: bool = True  # False: measured with --all only
+
+    flops = nbytes = 0  # where it is not counted
+
+
+@dataclass(frozen=True)
+class Attention(Workload):
+    """scaled_dot_product_attention of normal random arrays."""
+
+    shape: tuple  # batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim
     is_causal: bool = False
     mask: str = ""  # "bool" (one key in eight hidden) or "float": dense, (seq_len_q, seq_len_kv)
     strided: bool = False  # (batch, seq, heads, dim) arrays seen as (batch, heads, seq, dim)
-    limit: str = "fma"  # what bounds it: "fma", "read" or "" (neither)
-    default: bool = True  # False: measured with --all only
 
     kind = "attention"
 
@@ -97,18 +106,12 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(Workload):
     """Self-attention of a whole MultiHeadAttention layer, projections and biases included."""
 
-    name: str
-    reason: str
     shape: tuple  # batch, seq_len, width; heads of 64
-    dtype: str = "float32"
-    limit: str = "fma"
-    default: bool = True
 
     kind = "layer"
-    nbytes = 0
 
     @property
     def num_heads(self):
@@ -142,18 +145,13 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Workload):
     """A sinusoidal table."""
 
-    name: str
-    reason: str
     shape: tuple  # length, dim
-    dtype: str = "float32"
     limit: str = ""
-    default: bool = True
 
     kind = "table"
-    flops = 0
 
     def arrays(self):
         return {}
@@ -170,17 +168,12 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Workload):
     """varlen_attention of sequences of different lengths, packed one after the other."""
 
-    name: str
-    reason: str
     shape: tuple  # batch, num_heads, num_kv_heads, shortest, longest, head_dim
-    dtype: str = "float32"
     is_causal: bool = False
     each: bool = False  # True: a dense call for each sequence, on arrays of its own
-    limit: str = "fma"
-    default: bool = True
 
     kind = "packed"
 
@@ -226,19 +219,15 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Paged:
+class Paged(Workload):
     """paged_attention of a new token of each sequence, whose keys and values lie in pages in any order.
 
     dtype is that of the pages and of the queries; int8 has queries of float32. All int8 rows have the same scale, so
     that implementations with a scale for each token, each channel or each tensor have the same answer.
     """
 
-    name: str
-    reason: str
     shape: tuple  # batch, num_heads, num_kv_heads, shortest, longest, head_dim
-    dtype: str = "float32"
     limit: str = "read"
-    default: bool = True
 
     kind = "paged"
     lengths = Packed.lengths
@@ -304,16 +293,12 @@ class Paged:
 
 
 @dataclass(frozen=True)
-class Cache:
+class Cache(Workload):
     """KVCache.attend of one token of one sequence, which stores its key and value. `extend`, once for all layers of a
     model, is not timed."""
 
-    name: str
-    reason: str
     shape: tuple  # num_heads, num_kv_heads, seq_len_kv, head_dim
-    dtype: str = "float32"
     limit: str = ""
-    default: bool = True
 
     kind = "cache"
 
@@ -346,15 +331,11 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Workload):
     """merge_states of results over parts of the keys."""
 
-    name: str
-    reason: str
     shape: tuple  # states, batch, num_heads, seq_len_q, head_dim
-    dtype: str = "float32"
     limit: str = "read"
-    default: bool = True
 
     kind = "merge"
 
@@ -388,16 +369,12 @@ def beside(result):
 
 
 @dataclass(frozen=True)
-class Rotary:
+class Rotary(Workload):
     """rotary_embedding of the first half of the columns with the second (interleaved=False)."""
 
-    name: str
-    reason: str
     shape: tuple  # batch, num_heads, seq_len, head_dim
-    dtype: str = "float32"
     in_place: bool = False  # the result is written over x; else into an array that is there
     limit: str = "read"
-    default: bool = True
 
     kind = "rotary"
 
@@ -423,19 +400,14 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Workload):
     """linear: x @ weight^T. dtype is the weight's; x and the result are float32.
 
     x has 128 values, -4 to 63/16, and the groups of an int8 row the same scale: so implementations that round x to 7
     bits as well (PyTorch's dynamic int8), or have a scale for each row of the weight, have the same answer.
     """
 
-    name: str
-    reason: str
     shape: tuple  # rows, in_features, out_features
-    dtype: str = "float32"
-    limit: str = "fma"
-    default: bool = True
 
     kind = "linear"
 
