@@ -523,9 +523,9 @@ def warn_of_first_keys(seq_len_q, kv_lens):
 # Sequences of different lengths.
 
 
-def check_wanted(wanted, given, masks=True):
-    """Names of gradients, as a set; `given` are the inputs that may be missing, by their names."""
-    names = {"query", "key", "value", "alibi_slopes", "sinks"} | ({"attn_mask"} if masks else set())
+def check_wanted(wanted, given):
+    """Whose gradients are wanted, and exist, as a set of names: `given` are the inputs that may be None."""
+    names = "query", "key", "value", *given
     try:
         if isinstance(wanted, str):
             raise TypeError
@@ -533,13 +533,11 @@ def check_wanted(wanted, given, masks=True):
     except TypeError:
         cure = f"; wanted=({wanted!r},) wants one" if isinstance(wanted, str) and wanted in names else ""
         raise TypeError(f"wanted: expected a collection of names, got {shown(wanted)}{cure}") from None
-    if not wanted <= names:
-        unknown = min(wanted - names, key=str)
-        raise ValueError(f"wanted: expected names out of {', '.join(sorted(names))}, got {shown(unknown)}")
-    for name in sorted(wanted & given.keys()):
-        if given[name] is None:
-            raise ValueError(f"wanted: expected no {name} where it is not given")
-    return wanted
+    unknown = wanted.difference(names)
+    if unknown:
+        unknown = min(unknown, key=str)
+        raise ValueError(f"wanted: expected names out of {', '.join(names)}, got {shown(unknown)}")
+    return {name for name in wanted if name not in given or given[name] is not None}
 
 
 def check_seed_of_forward(seed, dropout_p):
@@ -612,12 +610,16 @@ def check_page_kinds(query, pages, scales, given):
 def check_page_scales(name, scales, pages_name, pages, given):
     if scales is None:
         raise TypeError(f"{name}: expected a float32 array, as {pages_name} is int8, got None")
+    check_scales(name, scales, pages.shape[:-1], f"row of {pages_name}", given)
+
+
+def check_scales(name, scales, shape, each, given):
+    """Scales of int8 numbers; `given` is what they were made of."""
     if scales.dtype != np.float32:
         cure = f"; {cast_cure(name, given, 'np.float32')} casts" if is_number(scales.dtype) else ""
         raise TypeError(f"{name}: expected float32, got dtype {scales.dtype}{cure}")
-    if scales.shape != pages.shape[:-1]:
-        raise ValueError(f"{name}: expected shape {pages.shape[:-1]}, one for each row of {pages_name}, got shape "
-                         f"{scales.shape}")
+    if scales.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, one for each {each}, got shape {scales.shape}")
 
 
 def check_ints(name, array, shape_text, num_axes):
@@ -1018,13 +1020,8 @@ def check_linear(x, weight, scales, given):
         return x_kind, kind
     if kind != I8:
         raise ValueError(f"weight_scales: expected None, as weight is {weight.dtype}, got an array; they scale int8")
-    if scales.dtype != np.float32:
-        cure = f"; {cast_cure('weight_scales', given[2], 'np.float32')} casts" if is_number(scales.dtype) else ""
-        raise TypeError(f"weight_scales: expected float32, got dtype {scales.dtype}{cure}")
-    expected = len(weight), -(-in_features // SCALE_DIMS)
-    if scales.shape != expected:
-        raise ValueError(f"weight_scales: expected shape {expected}, one for each {SCALE_DIMS} numbers of a row of "
-                         f"weight, got shape {scales.shape}")
+    check_scales("weight_scales", scales, (len(weight), -(-in_features // SCALE_DIMS)),
+                 f"{SCALE_DIMS} numbers of a row of weight", given[2])
     return x_kind, kind
 
 

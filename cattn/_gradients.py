@@ -73,11 +73,11 @@ def scaled_dot_product_attention_backward(
     Returns
     -------
     gradients : Gradients
-        A named tuple with a field for each of these names, None where it is not wanted. Shape and dtype are those of
-        the input, but that slopes and sinks have the dtype computed in. An input that was broadcast has the sum over
-        its copies, a key head that of all query heads that share it.
-        Rows that see no key, and keys that no row sees, have gradient 0; NaN behind a mask changes nothing. A bias that
-        was clipped is differentiated as if it were not.
+        A named tuple with a field for each of these names, None where it is not wanted, or there is none: of a bool
+        mask, and of what was not given. Shape and dtype are those of the input, but that slopes and sinks have the
+        dtype computed in. An input that was broadcast has the sum over its copies, a key head that of all query heads
+        that share it. Rows that see no key, and keys that no row sees, have gradient 0; NaN behind a mask changes
+        nothing. A bias that was clipped is differentiated as if it were not.
 
     Raises
     ------
@@ -113,39 +113,49 @@ def scaled_dot_product_attention_backward(
         num_threads=num_threads, seed=seed)
     query, key, value, mask = problem.query, problem.key, problem.value, problem.given_mask
     rows_shape, dtype = problem.rows_shape, problem.dtype
-    if "attn_mask" in wanted and mask.dtype == bool:
-        raise ValueError("wanted: expected no attn_mask where that is bool, which has no gradient")
+    if mask is not None and mask.dtype == bool:
+        wanted.discard("attn_mask")
     check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
     grad_out, out, logsumexp, grad_logsumexp = check_of_forward(
         grad_out, out, logsumexp, grad_logsumexp, rows_shape, value.shape[-1], query.dtype, dtype)
 
-    new = np.zeros if 0 in (*rows_shape, key.shape[-2]) else np.empty
     full = [problem.leading + x.shape[-(2 if problem.one_head else 3):] for x in (query, key, value)]
     # What is summed afterwards is not rounded before.
     kv_dtype = key.dtype if (key.shape, value.shape) == tuple(full[1:]) else dtype
-    grad_query = new(full[0], dtype) if "query" in wanted else None
-    grad_key, grad_value = (new(shape, kv_dtype) if name in wanted else None
-                            for name, shape in (("key", full[1]), ("value", full[2])))
+    grad_query, grad_key, grad_value = (
+        problem.new_gradient(shape, own_dtype) if name in wanted else None
+        for name, shape, own_dtype in zip(Gradients._fields, full, (dtype, kv_dtype, kv_dtype), strict=False))
     grad_mask = np.zeros(mask.shape, dtype) if "attn_mask" in wanted else None
     of_mask = None if grad_mask is None else np.broadcast_to(grad_mask, problem.attn_mask.shape)
     num_heads = 1 if problem.one_head else rows_shape[-2]
     of_heads = {name: np.zeros((math.prod(problem.leading), num_heads))
                 for name in ("alibi_slopes", "sinks") if name in wanted}
-    for rows, arrays, arguments in problem.calls(grad_out, out, grad_query, grad_key, grad_value, of_mask):
-        names = "grad_out", "out", "grad_query", "grad_key", "grad_value", "grad_mask"
-        parts = problem.module.attend_backward(
-            **dict(zip(names, arrays, strict=True)), logsumexp=logsumexp[rows],
-            grad_logsumexp=None if grad_logsumexp is None else grad_logsumexp[rows], wide=kv_dtype == dtype,
-            slopes_wanted="alibi_slopes" in wanted, sinks_wanted="sinks" in wanted, **arguments)
-        first = arguments["batch_offset"]
-        for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True):
-            if name in wanted:
-                of_heads[name][first : first + of_splits.shape[1]] = of_splits.sum(axis=0)
+    differentiate(
+        problem, grad_out, out, logsumexp, grad_logsumexp, grad_query, grad_key, grad_value, of_mask, of_heads)
     gradients = {name: _summed(array, given) for name, array, given in (
         ("query", grad_query, query), ("key", grad_key, key), ("value", grad_value, value)) if array is not None}
     if grad_mask is not None:
         gradients["attn_mask"] = cast(grad_mask, mask.dtype)
     return Gradients(**gradients, **_of_heads(of_heads, slopes_shape, dtype))
+
+
+def differentiate(problem, grad_out, out, logsumexp, grad_logsumexp=None, grad_query=None, grad_key=None,
+                  grad_value=None, grad_mask=None, of_heads=None):
+    """The gradients (OUT) of a Problem, those that are not None: with all leading axes, of any strides between rows;
+    the query's and the mask's of the dtype computed in, the others of that or of the keys'; the mask's 0 before, and
+    broadcast as it is. `of_heads`: {"alibi_slopes" or "sinks": array (batch, num_heads)}. Both logsumexps are flat."""
+    of_heads = of_heads or {}
+    names = "grad_out", "out", "grad_query", "grad_key", "grad_value", "grad_mask"
+    wide = all(x is None or x.dtype == problem.dtype for x in (grad_key, grad_value))
+    for rows, arrays, arguments in problem.calls(grad_out, out, grad_query, grad_key, grad_value, grad_mask):
+        parts = problem.module.attend_backward(
+            **dict(zip(names, arrays, strict=True)), logsumexp=logsumexp[rows],
+            grad_logsumexp=None if grad_logsumexp is None else grad_logsumexp[rows], wide=wide,
+            slopes_wanted="alibi_slopes" in of_heads, sinks_wanted="sinks" in of_heads, **arguments)
+        first = arguments["batch_offset"]
+        for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True):
+            if name in of_heads:
+                of_heads[name][first : first + of_splits.shape[1]] = of_splits.sum(axis=0)
 
 
 def varlen_attention_backward(
@@ -176,12 +186,12 @@ def varlen_attention_backward(
     seed, grad_logsumexp, num_threads
         As in `scaled_dot_product_attention_backward`.
     wanted : collection of str
-        Whose gradients are computed, out of "query", "key", "value", "alibi_slopes" and "sinks".
+        Whose gradients are computed, as there.
 
     Returns
     -------
     gradients : Gradients
-        A named tuple with a field for each of these names, None where it is not wanted.
+        A named tuple with a field for each of these names, None where it is not wanted, or was not given.
 
     Raises
     ------
@@ -197,7 +207,7 @@ def varlen_attention_backward(
     >>> gradients.value[:4, 0, 0]       # of the one token that sees itself alone, 1
     array([0.8861103, 1.2203927, 0.8934971, 1.       ], dtype=float32)
     """
-    wanted = check_wanted(wanted, {"alibi_slopes": alibi_slopes, "sinks": sinks}, masks=False)
+    wanted = check_wanted(wanted, {"attn_mask": None, "alibi_slopes": alibi_slopes, "sinks": sinks})
     seed = check_seed_of_forward(seed, dropout_p)
     slopes_shape = np.shape(alibi_slopes)
     query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(

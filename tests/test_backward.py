@@ -13,7 +13,7 @@ from cattn import reference
 from cattn.reference import Gradients
 
 # Whose gradients are tested: modules that have scaled_dot_product_attention, varlen_attention and both backward.
-IMPLEMENTATIONS = [cattn.reference]
+IMPLEMENTATIONS = [cattn, cattn.reference]
 LIBRARIES = [cattn, cattn.reference]  # of the layers
 
 every = pytest.mark.parametrize("library", IMPLEMENTATIONS, ids=lambda module: module.__name__)
@@ -96,8 +96,9 @@ def options_alone():
     seen = rng.random((2, 4, 3, 5)) < 0.7
     bias = np.where(seen, normal(rng, 2, 4, 3, 5), -INF)
     return {
-        "nothing": {}, "scale": {"scale": -0.7}, "scale of 0": {"scale": 0.0}, "causal": {"is_causal": True},
-        "causal at the end": {"is_causal": True, "q_offset": "end"}, "window": {"window": (1, 2)},
+        "nothing": {}, "scale": {"scale": -0.7}, "scale of 0": {"scale": 0.0},
+        "causal": {"is_causal": True, "q_offset": 0}, "causal at the end": {"is_causal": True, "q_offset": "end"},
+        "window": {"window": (1, 2)},
         "softcap": {"softcap": 0.8}, "softcap and scale": {"softcap": 0.8, "scale": 1.3},
         "softcap, ALiBi and mask": {"softcap": 0.8, "alibi_slopes": rng.random(4), "attn_mask": bias},
         "ALiBi": {"alibi_slopes": rng.random(4)},
@@ -172,8 +173,8 @@ MASKED = {
     "float mask": {"attn_mask": np.array([0.0, 0.5, 1.0, -INF, -INF])},
     "kv_lens": {"kv_lens": np.array([3, 3])},
     "window": {"window": (None, 0)},
-    "causal, all options": {"is_causal": True, "alibi_slopes": np.ones(4), "softcap": 3.0, "sinks": np.ones(4),
-                            "dropout_p": 0.5, "seed": 1},
+    "causal, all options": {"is_causal": True, "q_offset": 0, "alibi_slopes": np.ones(4), "softcap": 3.0,
+                            "sinks": np.ones(4), "dropout_p": 0.5, "seed": 1},
 }
 
 

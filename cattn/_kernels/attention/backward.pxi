@@ -27,11 +27,14 @@
 # the pairs that are seen (repair_values, repair_keys).
 
 cdef enum:
-    # Rows in a block; fewer beyond head_dim 341. TODO measured
-    BACKWARD_ROWS = 192
-    BACKWARD_KEYS = 128
+    # Rows in a block: 96 to 384 are equal at head_dim 64 to 256, with AVX-512 and AVX2 (Zen 5, 1 MB of L2); the fewer,
+    # the less scratch, and the less a task waits for another of its head. Fewer beyond head_dim 682
+    BACKWARD_ROWS = 96
+    BACKWARD_KEYS = 128         # in a block; 64 are equal
+    # Keys in a split, for which Q and dO are packed anew: 256 are 4 to 5 % slower, 1024 2 % faster (3 to 4 % at head_dim
+    # 128), with half as many tasks for the threads: one causal head of 1024 rows is two
     BACKWARD_SPLIT = 512
-    MAX_PANELS = 64             # of BACKWARD_ROWS rows
+    MAX_PANELS = 24             # of BACKWARD_ROWS rows: of 6 lanes at least, but the last two
 
 cdef struct Backward:
     Problem p                   # out and logsumexp are IN
@@ -67,7 +70,7 @@ cdef struct BackwardScratch:
     real* probs                 # [panel][tile_keys][width]: S, then P
     real* d_scores              # [panel][tile_keys][width]: dP, then dS
     real* keep                  # [block_kv][width]: 0 where dropped, else 1
-    real* offset                # [block_rows]: -L log2(e)
+    real* reference             # [block_rows]: L, in the unit of what leaves the modifiers
     real* factor                # [block_rows]: w / (1 - dropout_p)
     real* delta                 # [block_rows]
     real* sign                  # [block_rows]: the scale's
@@ -97,18 +100,17 @@ cdef size_t carve_backward(BackwardScratch* s, char* base, const Backward* b) no
     s.d_scores = <real*> take(base, &size, rows * b.tile_keys * sizeof(real))
     s.w.rows = <real*> take(base, &size, max(2 * LANES * max(b.dk_stride, b.dv_stride), max(width * b.dk_stride,
                                              LANES * keys)) * sizeof(real))
-    s.offset = <real*> take(base, &size, rows * sizeof(real))
+    s.reference = <real*> take(base, &size, rows * sizeof(real))
     s.factor = <real*> take(base, &size, rows * sizeof(real))
     s.delta = <real*> take(base, &size, rows * sizeof(real))
     s.sign = <real*> take(base, &size, rows * sizeof(real))
+    s.w.visible = <real*> take(base, &size, keys * width * sizeof(real))
+    s.k_finite = <real*> take(base, &size, keys * b.k_stride * sizeof(real))
     s.w.lanes = <Lane*> take(base, &size, rows * sizeof(Lane))
     if p.dropout:
         s.keep = <real*> take(base, &size, keys * width * sizeof(real))
     if p.softcap != 0:
         s.w.capped = <real*> take(base, &size, keys * width * sizeof(real))
-    if p.may_mask:
-        s.w.visible = <real*> take(base, &size, keys * width * sizeof(real))
-        s.k_finite = <real*> take(base, &size, keys * b.k_stride * sizeof(real))
     return size
 
 
@@ -116,7 +118,8 @@ cdef void plan_backward(Backward* b) noexcept nogil:
     """Of a described problem, and what is wanted of it."""
     cdef Problem* p = &b.p
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v), panel = ATTEND_VECTORS * LANES
-    note_limits(p)
+    # Rows may see nothing also where nothing is masked, see weigh_rows.
+    p.same_keys, p.may_mask = False, True
     p.block_rows, p.block_kv, p.split_kv = BACKWARD_ROWS, BACKWARD_KEYS, BACKWARD_SPLIT
     if p.block_rows * widest > MAX_BLOCK:
         p.block_rows = max(1, MAX_BLOCK // (widest * panel)) * panel
@@ -193,15 +196,14 @@ cdef bint pack_both(const Backward* b, const BackwardScratch* s, const Tensor* t
                 for d in range(stride // LANES):
                     vstore(rows + i * stride + d * LANES, vload(rows + i * stride + d * LANES) * times)
             transpose(lanes + panel.first * dim + v * LANES, panel.width, rows, stride, LANES, dim)
-            if b.p.may_mask:
-                finite = not make_finite(rows, stride, rows, stride, LANES, dim) and finite
+            finite = not make_finite(rows, stride, rows, stride, LANES, dim) and finite
             pack_dimensions(dims, b.p.block_rows, row, rows, dim, stride)
     return finite
 
 
 cdef void weigh_rows(const Backward* b, const BackwardScratch* s, const Task* task, bint first_of_block,
                         Py_ssize_t split) noexcept nogil:
-    """offset, factor, delta and sign (OUT) of the block's rows; d_sinks, where it is wanted (IN/OUT), gets their parts
+    """reference, factor, delta and sign (OUT) of the block's rows; d_sinks, where it is wanted (IN/OUT), gets their parts
     from the first split that they see."""
     cdef const Problem* p = &b.p
     cdef Py_ssize_t row = 0, i, d, stride = b.dv_stride
@@ -232,15 +234,16 @@ cdef void weigh_rows(const Backward* b, const BackwardScratch* s, const Task* ta
             logsumexp = (<real*> lane_row(&p.logsumexp, lane))[0]
             delta, weight = products[i], 1.0
             s.sign[row + i] = p.sign
-            if logsumexp == -INFINITY:      # it sees no key
-                s.offset[row + i], s.factor[row + i], s.delta[row + i] = <real> -INFINITY, 0.0, 0.0
+            if logsumexp == -INFINITY:      # the row sees no key, or none whose score is more than that
+                s.reference[row + i] = s.factor[row + i] = s.delta[row + i] = 0.0
+                s.w.lanes[row + i].low = s.w.lanes[row + i].high = 0
                 continue
             if p.sinks != NULL:
                 weight = 1 / (1 + exp(p.sinks[lane.head] - logsumexp))
                 if b.d_sinks != NULL and first_of_block and row + i < task.num_rows:
                     rest = 1 / (1 + exp(logsumexp - p.sinks[lane.head]))
                     part_of(b, b.d_sinks, split, lane)[0] -= rest * delta
-            s.offset[row + i] = <real> (-logsumexp * LOG2_E)
+            s.reference[row + i] = <real> (logsumexp / p.natural)
             s.factor[row + i] = <real> (weight * p.keep_scale)
             s.delta[row + i] = <real> (weight * delta)
             if b.d_logsumexp.data != NULL:
@@ -253,22 +256,23 @@ cdef inline double* part_of(const Backward* b, double* parts, Py_ssize_t split, 
     return parts + ((split * b.p.batch_size + lane.batch) * b.p.num_kv_heads * b.p.group_size + lane.head)
 
 
-cdef inline void differentiate(const int VECTORS, real* probs, real* d_scores, Py_ssize_t n, const real* offset,
+cdef inline void differentiate(const int VECTORS, real* probs, real* d_scores, Py_ssize_t n, const real* reference,
                                const real* delta, real unit) noexcept nogil:
-    """probs (IN: scores; OUT) = exp2(s * unit + offset); d_scores (IN: dP; OUT) = probs * (dP - delta); both 0 where the
-    score is -inf. Subtracting L from the finished score halves the error of starting the sum of products at -L."""
-    cdef vf offsets[MAX_PANEL]
+    """probs (IN: scores; OUT) = exp2((s - reference) * unit); d_scores (IN: dP; OUT) = probs * (dP - delta); both 0 where
+    the score is -inf. The difference is exact where both are large, as biases of -1e9 are in a row that has no other;
+    and sums of products that start at 0 have half the error of those that start at -reference."""
+    cdef vf references[MAX_PANEL]
     cdef vf deltas[MAX_PANEL]
     cdef vf zero = vset1(<real> 0.0), masked = vset1(<real> -INFINITY), units = vset1(unit)
     cdef vf score, prob
     cdef Py_ssize_t j
     cdef int v
     for v in range(VECTORS):
-        offsets[v], deltas[v] = vload(offset + v * LANES), vload(delta + v * LANES)
+        references[v], deltas[v] = vload(reference + v * LANES), vload(delta + v * LANES)
     for j in range(n):
         for v in range(VECTORS):
             score = vload(probs + v * LANES)
-            prob = vexp2(vfma(score, units, offsets[v]))
+            prob = vexp2((score - references[v]) * units)
             vstore(probs + v * LANES, vselect(vequal(score, masked), zero, prob))
             vstore(d_scores + v * LANES,
                    vselect(vequal(score, masked), zero, prob * (vload(d_scores + v * LANES) - deltas[v])))
@@ -406,7 +410,7 @@ cdef inline void differentiate_panel(const int VECTORS, const Backward* b, const
     if p.dropout:
         make_keep(p, s, &t)
         multiply_tile(d.scores, s.keep, t.n * width)
-    differentiate(VECTORS, t.scores, d.scores, t.n, s.offset + panel.first, s.delta + panel.first, p.unit)
+    differentiate(VECTORS, t.scores, d.scores, t.n, s.reference + panel.first, s.delta + panel.first, p.unit)
     if p.dropout:
         multiply_tile(t.scores, s.keep, t.n * width)
     if b.d_mask.data != NULL:
@@ -576,7 +580,7 @@ cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ss
     keys.key_start, keys.n = low, high - low
     copy_rows(s.k_rows + (low - start) * b.k_stride, p, &p.k, &task, &keys, p.head_dim, b.k_stride)
     copy_rows(s.v_rows + (low - start) * b.v_stride, p, &p.v, &task, &keys, p.head_dim_v, b.v_stride)
-    s.k_finite_split = not p.may_mask or all_finite(s.k_rows + (low - start) * b.k_stride, keys.n * b.k_stride)
+    s.k_finite_split = all_finite(s.k_rows + (low - start) * b.k_stride, keys.n * b.k_stride)
     memset(s.dk, 0, (high - start) * b.dk_stride * sizeof(real))
     memset(s.dv, 0, (high - start) * b.dv_stride * sizeof(real))
     while task.first_row < rows:

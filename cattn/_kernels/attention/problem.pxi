@@ -271,13 +271,6 @@ cdef Py_ssize_t list_sequences(Problem* p, Sequence* sequences) noexcept nogil:
     return n
 
 
-cdef inline void note_limits(Problem* p) noexcept nogil:
-    """same_keys and may_mask (OUT)."""
-    p.same_keys = p.window_left < 0 and p.window_right < 0 and (
-        p.folded == 1 or (p.kv_lens == NULL and p.kv_starts == NULL))
-    p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL or p.kv_starts != NULL
-
-
 cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_threads) noexcept nogil:
     """How the work of those batch rows is cut that a kernel for this decode_width does; the longest has so many query
     rows. What decides bits (block_kv, split_kv) follows from head_dim and head_dim_v alone. The query rows of a key
@@ -289,8 +282,10 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
     cdef bint pages_are_even
     p.decode_width = decode_width
     p.sequences = NULL
-    note_limits(p)
+    p.same_keys = p.window_left < 0 and p.window_right < 0 and (
+        p.folded == 1 or (p.kv_lens == NULL and p.kv_starts == NULL))
     p.block_kv, p.split_kv = keys_per_block(p.head_dim, p.head_dim_v), SPLIT_KEYS
+    p.may_mask = p.mask.data != NULL or not p.same_keys or p.kv_lens != NULL or p.kv_starts != NULL
     if decode_width:
         p.q_stride = round_up(p.head_dim, LANES)
         p.v_stride = round_up(p.head_dim_v, LANES)
