@@ -572,8 +572,8 @@ cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ss
     cdef Task task
     cdef Block keys
     task.batch, task.kv_head, task.first_row = batch, kv_head, 0
-    low = start if p.kv_starts == NULL else max(start, p.kv_starts[batch])
-    high = max(low, min(num_keys(p, batch), start + p.split_kv))
+    high = max(start, min(num_keys(p, batch), start + p.split_kv))
+    low = start if p.kv_starts == NULL else min(high, max(start, p.kv_starts[batch]))
     keys.key_start, keys.n = low, high - low
     copy_rows(s.k_rows + (low - start) * b.k_stride, p, &p.k, &task, &keys, p.head_dim, b.k_stride)
     copy_rows(s.v_rows + (low - start) * b.v_stride, p, &p.v, &task, &keys, p.head_dim_v, b.v_stride)
