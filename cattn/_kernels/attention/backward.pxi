@@ -277,6 +277,15 @@ cdef inline void differentiate(const int VECTORS, real* probs, real* d_scores, P
         d_scores += VECTORS * LANES
 
 
+cdef void tell_from_masked(const Problem* p, const BackwardScratch* s, const Tile* t) noexcept nogil:
+    """Scores of -inf (IN/OUT) of pairs that are seen become LOWEST: their probability is 0, or NaN in a row that is."""
+    cdef Py_ssize_t i
+    find_visible(p, &s.w, t)
+    for i in range(t.n * t.width):
+        if s.w.visible[i] != -INFINITY and t.scores[i] == -INFINITY:
+            t.scores[i] = <real> LOWEST
+
+
 cdef void make_keep(const Problem* p, const BackwardScratch* s, const Tile* t) noexcept nogil:
     """s.keep (OUT) of the tile's pairs."""
     cdef Py_ssize_t i
@@ -404,6 +413,8 @@ cdef inline void differentiate_panel(const int VECTORS, const Backward* b, const
     score_tile(VECTORS, d.scores, ignored, s.d_out + panel.first * p.head_dim_v, s.v_rows + key * b.v_stride,
                b.v_stride, t.n, p.head_dim_v)
     modify_tile(p, &s.w, &t)
+    if not (s.q_finite and s.k_finite_split):
+        tell_from_masked(p, s, &t)
     if p.dropout:
         make_keep(p, s, &t)
         multiply_tile(d.scores, s.keep, t.n * width)
