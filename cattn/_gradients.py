@@ -106,13 +106,12 @@ def scaled_dot_product_attention_backward(
     """
     wanted = check_wanted(wanted, {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks})
     seed = check_seed_of_forward(seed, dropout_p)
-    slopes_shape = np.shape(alibi_slopes)
     problem = check_problem(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_offset=q_offset, window=window,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, kv_starts=kv_starts,
         num_threads=num_threads, seed=seed)
     query, key, value, mask = problem.query, problem.key, problem.value, problem.given_mask
-    rows_shape, dtype = problem.rows_shape, problem.dtype
+    rows_shape, dtype, slopes_shape = problem.rows_shape, problem.dtype, np.shape(alibi_slopes)
     if mask is not None and mask.dtype == bool:
         wanted.discard("attn_mask")
     check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
@@ -121,12 +120,14 @@ def scaled_dot_product_attention_backward(
 
     new = np.zeros if 0 in (*rows_shape, key.shape[-2]) else np.empty
     full = [problem.leading + x.shape[-(2 if problem.one_head else 3):] for x in (query, key, value)]
-    # What is summed afterwards is not rounded before.
+    # What is summed afterwards is not rounded before, and the copies of a mask may be many.
     kv_dtype = key.dtype if (key.shape, value.shape) == tuple(full[1:]) else dtype
     grad_query = new(full[0], dtype) if "query" in wanted else None
     grad_key, grad_value = (new(shape, kv_dtype) if name in wanted else None
                             for name, shape in (("key", full[1]), ("value", full[2])))
-    grad_mask = np.zeros(mask.shape, dtype) if "attn_mask" in wanted else None
+    grad_mask = None
+    if "attn_mask" in wanted:
+        grad_mask = np.zeros(mask.shape, dtype if mask.size == problem.attn_mask.size else np.float64)
     of_mask = None if grad_mask is None else np.broadcast_to(grad_mask, problem.attn_mask.shape)
     num_heads = 1 if problem.one_head else rows_shape[-2]
     of_heads = {name: np.zeros((math.prod(problem.leading), num_heads))
@@ -140,7 +141,7 @@ def scaled_dot_product_attention_backward(
         first = arguments["batch_offset"]
         for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True):
             if name in wanted:
-                of_heads[name][first : first + of_splits.shape[1]] = of_splits.sum(axis=0)
+                of_heads[name][first : first + of_splits.shape[1]] = _sum(of_splits, 0)
     gradients = {name: _summed(array, given) for name, array, given in (
         ("query", grad_query, query), ("key", grad_key, key), ("value", grad_value, value)) if array is not None}
     if grad_mask is not None:
@@ -199,7 +200,6 @@ def varlen_attention_backward(
     """
     wanted = check_wanted(wanted, {"attn_mask": None, "alibi_slopes": alibi_slopes, "sinks": sinks})
     seed = check_seed_of_forward(seed, dropout_p)
-    slopes_shape = np.shape(alibi_slopes)
     query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(
         query, key, value, cu_seqlens_q, cu_seqlens_kv)
     rows_shape, kv_lens = query.shape[:2], np.diff(cu_seqlens_kv)
@@ -208,7 +208,7 @@ def varlen_attention_backward(
         q_kind, rows_shape[1], kv_lens.shape, is_causal=is_causal, scale=scale, window=window, softcap=softcap,
         dropout_p=dropout_p, seed=seed, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
     q_offset, q_offsets = check_offset(q_offset, kv_lens.shape, kv_lens, np.diff(cu_seqlens_q))
-    dtype = np.float64 if q_kind == F64 else np.float32
+    dtype, slopes_shape = np.float64 if q_kind == F64 else np.float32, np.shape(alibi_slopes)
     grad_out, out, logsumexp, grad_logsumexp = check_of_forward(
         grad_out, out, logsumexp, grad_logsumexp, rows_shape, value.shape[-1], query.dtype, dtype)
 
@@ -227,7 +227,7 @@ def varlen_attention_backward(
             wide=kv_kind in (F32, F64), slopes_wanted="alibi_slopes" in wanted, sinks_wanted="sinks" in wanted,
             q_kind=q_kind, kv_kind=kv_kind, mask_kind=BOOL, q_offset=q_offset, q_offsets=q_offsets, kv_lens=kv_lens,
             batch_offset=0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, **options)
-        of_heads = {name: of_splits.sum(axis=0)
+        of_heads = {name: _sum(of_splits, 0)
                     for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True) if name in wanted}
     else:
         of_heads = {name: np.zeros((len(kv_lens), rows_shape[1]))
@@ -242,11 +242,17 @@ def _summed(array, given):
     axes = tuple(axis for axis in range(array.ndim)
                  if axis < missing or given.shape[axis - missing] != array.shape[axis])
     if axes:
-        array = array.sum(axis=axes, keepdims=True).reshape(given.shape)
+        array = _sum(array, axes).reshape(given.shape)
     return cast(array, given.dtype)
 
 
 def _of_heads(gradients, slopes_shape, dtype):
     """The gradients of slopes and sinks, of (batch, num_heads) each."""
-    return {name: (array.sum(axis=0) if name == "sinks" or len(slopes_shape) == 1
-                   else array.reshape(slopes_shape)).astype(dtype) for name, array in gradients.items()}
+    return {name: cast(_sum(array, 0) if name == "sinks" or len(slopes_shape) == 1 else array.reshape(slopes_shape),
+                       dtype) for name, array in gradients.items()}
+
+
+def _sum(array, axes):
+    """In double, as there may be many; in silence, whatever the caller's numpy.errstate."""
+    with np.errstate(all="ignore"):
+        return array.sum(axis=axes, dtype=np.float64)

@@ -38,7 +38,7 @@ cdef struct Backward:
     Tensor d_out                # IN, as out
     Tensor d_logsumexp          # IN, as logsumexp; or not given
     Tensor dq, dk, dv           # OUT, as q, k, v, those that are wanted; dq: of reals
-    Tensor d_mask               # OUT, as mask, of reals, 0 before; or not given
+    Tensor d_mask               # OUT, as mask, of reals or of doubles, 0 before; or not given
     double* d_slopes            # OUT [split][batch][num_heads], 0 before; or NULL
     double* d_sinks             # likewise
     double scale                # the problem's, with its sign
@@ -331,7 +331,10 @@ cdef void add_to_mask(const Backward* b, const Tile* t, Py_ssize_t rows) noexcep
     for i in range(rows):
         entry = entry_of(&b.d_mask, t.lanes + i, t.key_start)
         for j in range(t.n):
-            (<real*> entry)[0] += t.scores[j * t.width + i]
+            if b.d_mask.kind == F64:
+                (<double*> entry)[0] += t.scores[j * t.width + i]
+            else:
+                (<float*> entry)[0] += <float> t.scores[j * t.width + i]
             entry += b.d_mask.stride[3]
 
 
