@@ -25,7 +25,7 @@ from cattn._gradients import Gradients, scaled_dot_product_attention_backward, v
 from cattn._kernels import available_isas, isa
 from cattn._linear import linear
 from cattn._merge import merge_states
-from cattn._multihead import MultiHeadAttention
+from cattn._multihead import LayerGradients, MultiHeadAttention
 from cattn._positional import PositionalEncoding, relative_shift, sinusoidal_encoding
 from cattn._preload import preload
 from cattn._rotary import rotary_embedding, rotary_table
@@ -37,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Gradients",
     "KVCache",
+    "LayerGradients",
     "MultiHeadAttention",
     "PositionalEncoding",
     "available_isas",

@@ -290,6 +290,11 @@ class Problem(NamedTuple):
     def module(self):
         return _kernels.f64() if self.dtype == np.float64 else _kernels.f32
 
+    def new_gradient(self, shape, dtype):
+        """For the kernel to write; 0 where there is no pair of a row and a key, and so nothing to do for it."""
+        empty = 0 in self.rows_shape or self.key.shape[-2] == 0
+        return np.zeros(shape, dtype) if empty else np.empty(shape, dtype)
+
     def calls(self, *arrays):
         """(which rows of all, views of `arrays` with 4 axes, the other arguments) of each call of the kernel; None
         where there is no row."""

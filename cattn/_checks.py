@@ -610,12 +610,16 @@ def check_page_kinds(query, pages, scales, given):
 def check_page_scales(name, scales, pages_name, pages, given):
     if scales is None:
         raise TypeError(f"{name}: expected a float32 array, as {pages_name} is int8, got None")
+    check_scales(name, scales, pages.shape[:-1], f"row of {pages_name}", given)
+
+
+def check_scales(name, scales, shape, each, given):
+    """Scales of int8 numbers; `given` is what they were made of."""
     if scales.dtype != np.float32:
         cure = f"; {cast_cure(name, given, 'np.float32')} casts" if is_number(scales.dtype) else ""
         raise TypeError(f"{name}: expected float32, got dtype {scales.dtype}{cure}")
-    if scales.shape != pages.shape[:-1]:
-        raise ValueError(f"{name}: expected shape {pages.shape[:-1]}, one for each row of {pages_name}, got shape "
-                         f"{scales.shape}")
+    if scales.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, one for each {each}, got shape {scales.shape}")
 
 
 def check_ints(name, array, shape_text, num_axes):
@@ -1016,13 +1020,8 @@ def check_linear(x, weight, scales, given):
         return x_kind, kind
     if kind != I8:
         raise ValueError(f"weight_scales: expected None, as weight is {weight.dtype}, got an array; they scale int8")
-    if scales.dtype != np.float32:
-        cure = f"; {cast_cure('weight_scales', given[2], 'np.float32')} casts" if is_number(scales.dtype) else ""
-        raise TypeError(f"weight_scales: expected float32, got dtype {scales.dtype}{cure}")
-    expected = len(weight), -(-in_features // SCALE_DIMS)
-    if scales.shape != expected:
-        raise ValueError(f"weight_scales: expected shape {expected}, one for each {SCALE_DIMS} numbers of a row of "
-                         f"weight, got shape {scales.shape}")
+    check_scales("weight_scales", scales, (len(weight), -(-in_features // SCALE_DIMS)),
+                 f"{SCALE_DIMS} numbers of a row of weight", given[2])
     return x_kind, kind
 
 

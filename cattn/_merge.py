@@ -74,9 +74,10 @@ def merge_states(
     first, shape, dtype = outputs[0], logsumexps[0].shape, logsumexps[0].dtype
     if sinks is not None:
         sinks = check_state_sinks(sinks, shape, dtype)
-    inputs = {f"{name}[{i}]": x for name, arrays in (("outputs", outputs), ("logsumexps", logsumexps))
-              for i, x in enumerate(arrays)}
-    out, target = out_or_new(out, first.shape, first.dtype, inputs | {"sinks": sinks})
+    inputs = {} if out is None else {"sinks": sinks} | {
+        f"{name}[{i}]": x for name, arrays in (("outputs", outputs), ("logsumexps", logsumexps))
+        for i, x in enumerate(arrays)}
+    out, target = out_or_new(out, first.shape, first.dtype, inputs)
     logsumexp = np.empty(shape, dtype)
     module = _kernels.f64() if kind == F64 else _kernels.f32
     module.merge_states(outputs, logsumexps, sinks, target, logsumexp, kind, num_threads)

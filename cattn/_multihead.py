@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, reference
-from cattn._attention import scaled_dot_product_attention
-from cattn._checks import F64, STORED_KINDS, check_kind
+from cattn._attention import check_problem, scaled_dot_product_attention
+from cattn._checks import F64, STORED_KINDS, cast, check_kind
+from cattn._gradients import differentiate
 from cattn._threads import checked
+from cattn.reference import LayerGradients
 from cattn.reference._linear import StoredWeight
 
-__all__ = ["MultiHeadAttention"]
+__all__ = ["LayerGradients", "MultiHeadAttention"]
 
 
 class MultiHeadAttention(reference.MultiHeadAttention):
@@ -185,6 +188,71 @@ class MultiHeadAttention(reference.MultiHeadAttention):
             kv_lens=kv_lens, seed=seed, num_threads=num_threads,
         )
 
+    def vjp(
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        attn_mask: ArrayLike | None = None, key_mask: ArrayLike | None = None, is_causal: bool = False,
+        q_offset: ArrayLike | None = None, window: Sequence[int | None] | ArrayLike | None = None,
+        softcap: float | None = 0.0, alibi_slopes: ArrayLike | None = None, sinks: ArrayLike | None = None,
+        kv_lens: ArrayLike | None = None, training: bool = False, seed: int | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[np.ndarray, Callable[[ArrayLike], LayerGradients]]:
+        """The result, and the function that takes its gradient back to the inputs and the parameters.
+
+        Parameters
+        ----------
+        query, key, value, attn_mask, key_mask, is_causal, q_offset, window, softcap, alibi_slopes, sinks, kv_lens
+            As in a call, and likewise
+        training, seed
+            these. What dropout drops, it drops in pullback too, with or without a seed.
+        num_threads : int, optional
+            Threads of this call and of pullback; as `set_num_threads` says when None.
+
+        Returns
+        -------
+        out : array (batch, seq_len_q, embed_dim) or (seq_len_q, embed_dim)
+            The bits of a call.
+        pullback : function
+            pullback(grad_out), with grad_out of the shape and dtype of out, returns LayerGradients: those of
+            sum(grad_out * out) by query, key and value, and by `parameters`, a dict with the names of `parameters()`.
+            None for a key or value that was not given: what was taken for it, the query or the key, has the sum.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Naming the argument, the rule and what came; pullback too. A layer with `weight_dtype` is for inference.
+
+        Warns
+        -----
+        UserWarning
+            As `scaled_dot_product_attention` does.
+
+        Notes
+        -----
+        pullback may be called more than once, and has copies of all that it needs: parameters, or inputs, that are
+        changed or replaced before it is called change nothing. Rows whose gradient is 0 everywhere add nothing to the
+        weights', whatever stands in them: padding. The bits depend on no number of threads.
+
+        Examples
+        --------
+        >>> rng = np.random.default_rng(0)
+        >>> layer = MultiHeadAttention(16, 4, seed=0)
+        >>> x, target = rng.standard_normal((2, 2, 3, 16), np.float32)
+        >>> losses = []
+        >>> for step in range(100):
+        ...     out, pullback = layer.vjp(x)
+        ...     losses.append(((out - target) ** 2).mean())
+        ...     gradients = pullback(2 * (out - target) / out.size).parameters
+        ...     for name, parameter in layer.parameters().items():
+        ...         parameter -= 0.5 * gradients[name]
+        >>> bool(losses[-1] < losses[0] / 4)
+        True
+        """
+        return self._vjp(
+            query, key, value, attn_mask, key_mask, is_causal, training, q_offset=q_offset, window=window,
+            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, seed=seed,
+            num_threads=num_threads,
+        )
+
     def _project(self, query, key, value, own, num_threads):
         # What is the same array is projected in one go, and the heads of the result are told apart.
         weight, bias = own.get("in_proj_weight"), own["in_proj_bias"]
@@ -207,7 +275,28 @@ class MultiHeadAttention(reference.MultiHeadAttention):
             q, k, v, attn_mask, out=out.swapaxes(1, 2), return_weights=return_weights, num_threads=num_threads,
             **options,
         )
-        return out.reshape(batch, seq_len_q, num_heads * head_dim), result[1] if return_weights else None
+        returned = return_weights or options.get("return_logsumexp")
+        return out.reshape(batch, seq_len_q, num_heads * head_dim), result[1] if returned else None
+
+    def _attend_with_lse(self, q, k, v, num_threads, attn_mask, **options):
+        return self._attend(q, k, v, attn_mask, False, num_threads, return_logsumexp=True, **options)
+
+    def _attend_backward(self, grad_heads, q, k, v, heads, logsumexp, parts, num_threads, attn_mask, dropout_p,
+                         is_causal, **options):
+        # The kernel writes the gradients of all heads where the projection's backward pass reads them, side by side.
+        problem = check_problem(q, k, v, attn_mask, dropout_p, is_causal, None, False, kv_starts=None,
+                                num_threads=num_threads, **options)
+        arrays, targets = {"q": q, "k": k, "v": v}, {}
+        of_projected = {}
+        for name, part in parts.items():
+            sizes = [arrays[letter].shape[1] * self.head_dim for letter in part]
+            batch, seq_len = arrays[part[0]].shape[::2]
+            both = of_projected[name] = problem.new_gradient((batch, seq_len, sum(sizes)), problem.dtype)
+            for letter, size, end in zip(part, sizes, itertools.accumulate(sizes), strict=True):
+                targets[letter] = self._split_heads(both[..., end - size : end])
+        differentiate(problem, self._split_heads(grad_heads), self._split_heads(heads), logsumexp.reshape(-1), None,
+                      *targets.values())
+        return {name: cast(x, q.dtype) for name, x in of_projected.items()}
 
     def _linear(self, x, weight, bias, num_threads):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)

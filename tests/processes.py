@@ -1,4 +1,4 @@
-"""The code of a test in a Python process of its own."""
+"""Programs and their errors; the code of a test in a Python process of its own."""
 
 import os
 import subprocess
@@ -20,3 +20,13 @@ def python(code, *, folder=ROOT, without=(), **variables):
 def program_of(module, code):
     """Code that finds this module, which lies beside the tests."""
     return f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {module}; {code}"
+
+
+def line_of_error(capsys, main, arguments, program):
+    """The one line on stderr of a call of a program's main that must fail."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith(f"{program}: ")
+    assert err.count("\n") == 1
+    return err

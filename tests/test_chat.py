@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import line_of_error
 
 import cattn
 from bench import chat, llama, smollm2, speed
@@ -418,13 +419,7 @@ def test_peers_are_measured_in_processes_of_their_own(capsys, file, monkeypatch)
 
 
 def error_line(capsys, arguments):
-    """The one line on stderr of a call that must fail."""
-    assert chat.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("bench.chat: ")
-    assert err.count("\n") == 1
-    return err
+    return line_of_error(capsys, chat.main, arguments, "bench.chat")
 
 
 def test_arguments_that_are_no_text(capsys):

@@ -117,15 +117,29 @@ def test_pictures_are_shown():
     assert [name for name in names if not any(f"pictures/{name}" in text for text in TEXTS.values())] == []
 
 
-def test_the_picture_of_weights_is_that_of_its_page(monkeypatch):
+@pytest.fixture
+def pictures(monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(DOCS)
-    pictures = importlib.import_module("pictures")
-    page = {}
-    for example in doctest.DocTestParser().get_examples((DOCS / "attention.md").read_text()):
+    return importlib.import_module("pictures")
+
+
+def names_of(page):
+    """What the code of a page has defined."""
+    names = {}
+    for example in doctest.DocTestParser().get_examples((DOCS / page).read_text()):
         with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(example.source, "attention.md", "single"), page)
-    np.testing.assert_allclose(pictures.weights_by_example(), page["weights"], rtol=1e-12)
+            exec(compile(example.source, page, "single"), names)
+    return names
+
+
+def test_the_picture_of_weights_is_that_of_its_page(pictures):
+    np.testing.assert_allclose(pictures.weights_by_example(), names_of("attention.md")["weights"], rtol=1e-12)
+
+
+def test_the_picture_of_scales_is_that_of_its_page(pictures):
+    largest, of_scores = pictures.rows(512, 1)
+    np.testing.assert_array_equal((largest, of_scores), names_of("training.md")["unscaled"][:2])
 
 
 def test_the_tests_install_what_the_docs_need():

@@ -157,6 +157,45 @@ def test_padding_behind_the_lengths(isa, shape, dtype, kv_dtype):
                 assert not weights[..., length:].any()
 
 
+def gradients_of(arrays, options, row=slice(None), num_threads=None):
+    """All that there are, of a forward pass over these batch rows."""
+    query, key, value = (x[row] for x in arrays)
+    options = {name: option[row] if name in ("q_offset", "alibi_slopes", "kv_lens", "attn_mask") and np.ndim(option)
+               else option for name, option in options.items()}
+    out, logsumexp = attention(query, key, value, **options, return_logsumexp=True)
+    grad_out = normal(len(arrays[0]), *out.shape[1:], dtype=out.dtype, seed=1)[row]
+    gradients = cattn.scaled_dot_product_attention_backward(
+        grad_out, query, key, value, out, logsumexp, **options, wanted=cattn.Gradients._fields,
+        num_threads=num_threads)
+    return {name: gradient for name, gradient in gradients._asdict().items() if gradient is not None}
+
+
+@all_dtypes
+@shapes
+def test_gradients_by_any_threads(isa, shape, dtype, kv_dtype):
+    arrays = arrays_of(shape, dtype, kv_dtype)
+    for options in ({}, {"is_causal": True, "q_offset": 0}, options_of(shape) | {"dropout_p": 0.1, "seed": 1}):
+        expected = gradients_of(arrays, options, num_threads=1)
+        for num_threads in (2, 3, 7):
+            found = gradients_of(arrays, options, num_threads=num_threads)
+            assert found.keys() == expected.keys()
+            assert_same_bits(tuple(found.values()), tuple(expected.values()))
+
+
+@all_dtypes
+@shapes
+def test_gradients_of_batch_mates(isa, shape, dtype, kv_dtype):
+    """Those of sinks, which all batch rows share, are the sum over them."""
+    arrays = arrays_of(shape, dtype, kv_dtype)
+    for options in ({}, options_of(shape)):
+        expected = gradients_of(arrays, options)
+        for row in (slice(0, 1), slice(1, 2)):
+            alone = gradients_of(arrays, options, row)
+            assert alone.keys() == expected.keys()
+            for name in alone.keys() - {"sinks"}:
+                assert_same_bits(alone[name], expected[name][row])
+
+
 def growing(x):
     """Scores that leave the reference behind from one block of keys to the next."""
     return x * np.linspace(1, 40, x.shape[-2], dtype=x.dtype)[:, None]

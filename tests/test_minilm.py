@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import line_of_error
 
 import cattn
 from bench import minilm
@@ -183,13 +184,7 @@ def bert(weights, token_ids):
 
 
 def error_line(capsys, arguments):
-    """The one line on stderr of a call that must fail."""
-    assert minilm.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("bench.minilm: ")
-    assert err.count("\n") == 1
-    return err
+    return line_of_error(capsys, minilm.main, arguments, "bench.minilm")
 
 
 def test_arguments_that_are_no_text(capsys):

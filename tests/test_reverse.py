@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import python
+from processes import line_of_error, python
 
 import cattn
 from bench import reverse
@@ -154,13 +154,7 @@ def demo_packages():
 
 
 def error_line(capsys, arguments):
-    """The one line on stderr of a call that must fail."""
-    assert reverse.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("bench.reverse: ")
-    assert err.count("\n") == 1
-    return err
+    return line_of_error(capsys, reverse.main, arguments, "bench.reverse")
 
 
 LEARNS = """if 1:

@@ -219,10 +219,11 @@ class MultiHeadAttention:
     def _vjp(self, query, key, value, attn_mask, key_mask, is_causal, training, *, kv_lens, seed, num_threads=None,
              **options):
         self._check_trains()
-        # Which of q, k and v each input becomes.
+        # Which of q, k and v each input becomes; those that are not given become none.
         parts = {"query": "qkv" if key is None and value is None else "qk" if key is None else "q",
                  "key": "" if key is None else "kv" if value is None else "k",
                  "value": "" if value is None else "v"}
+        parts = {name: part for name, part in parts.items() if part}
         query, key, value, attn_mask, checked = self._arguments(
             query, key, value, attn_mask, key_mask, is_causal, training, kv_lens)
         if checked["dropout_p"]:
@@ -245,7 +246,7 @@ class MultiHeadAttention:
             grad_heads, *of_out_proj = self._linear_backward(
                 grad_out if batched else grad_out[None], heads, own["out_proj_weight"], num_threads,
                 own["out_proj_bias"] is not None)
-            of_projected = self._attend_backward(grad_heads, q, k, v, heads, logsumexp, num_threads, **options)
+            of_projected = self._attend_backward(grad_heads, q, k, v, heads, logsumexp, parts, num_threads, **options)
             inputs, gradients = self._project_backward(
                 of_projected, {"query": query, "key": key, "value": value}, parts, own, num_threads)
             gradients["out_proj_weight"], gradients["out_proj_bias"] = of_out_proj
@@ -292,11 +293,13 @@ class MultiHeadAttention:
         out, logsumexp = scaled_dot_product_attention(q, k, v, return_logsumexp=True, **options)
         return self._join_heads(out), logsumexp
 
-    def _attend_backward(self, grad_heads, q, k, v, heads, logsumexp, num_threads, **options):
-        """The gradients of q, k and v, (batch, heads, seq, head_dim) each; heads and theirs as _attend_with_lse has
-        them."""
-        return scaled_dot_product_attention_backward(
-            self._split_heads(grad_heads), q, k, v, self._split_heads(heads), logsumexp, **options)[:3]
+    def _attend_backward(self, grad_heads, q, k, v, heads, logsumexp, parts, num_threads, **options):
+        """The gradients of what each input has become: {input: (batch, seq, size), those of its `parts` side by side},
+        such as "kv"; heads and their gradient as _attend_with_lse has them."""
+        gradients = scaled_dot_product_attention_backward(
+            self._split_heads(grad_heads), q, k, v, self._split_heads(heads), logsumexp, **options)
+        of = dict(zip("qkv", map(self._join_heads, gradients[:3]), strict=True))
+        return {name: np.concatenate([of[letter] for letter in part], axis=-1) for name, part in parts.items()}
 
     def _linear(self, x, weight, bias, num_threads):
         """x @ weight^T + bias, rounded once to the dtype of x; the weight may be a StoredWeight."""
@@ -347,17 +350,11 @@ class MultiHeadAttention:
         return own
 
     def _project_backward(self, of_projected, inputs, parts, own, num_threads):
-        """From the gradients of q, k and v to those of the inputs, {name: array or None}, and of in_proj and the like.
-
-        parts : {name: which of q, k and v this input becomes, such as "kv"}; those of one are taken in one go, so that
-        their sum is rounded once
-        """
-        of_projected = dict(zip("qkv", map(self._join_heads, of_projected), strict=True))
+        """From what _attend_backward returns to the gradients of the inputs, {name: array or None}, and of in_proj and
+        the like. What an input has become is taken back in one go, so that the sum is rounded once."""
         rows, has_bias = dict(zip("qkv", self._rows(), strict=True)), own["in_proj_bias"] is not None
-        of_inputs, of_weights, of_biases = dict.fromkeys(inputs), {}, []
+        of_inputs, of_weights, of_biases = dict.fromkeys(inputs), [], []
         for name, part in parts.items():
-            if not part:
-                continue
             first = rows[part[0]].start
             if "in_proj_weight" in own:
                 weight = own["in_proj_weight"][first : rows[part[-1]].stop]
@@ -365,18 +362,16 @@ class MultiHeadAttention:
                 weight = np.concatenate([own[f"{letter}_proj_weight"] for letter in part])
             x = inputs[name]
             of_x, of_weight, of_bias = self._linear_backward(
-                np.concatenate([of_projected[letter] for letter in part], axis=-1), x if x.ndim == 3 else x[None],
-                weight, num_threads, has_bias)
+                of_projected[name], x if x.ndim == 3 else x[None], weight, num_threads, has_bias)
             of_inputs[name] = of_x.reshape(x.shape)
-            for letter in part:
-                of_weights[letter] = of_weight[rows[letter].start - first : rows[letter].stop - first]
+            of_weights.append((first, part, of_weight))
             of_biases.append(of_bias)
+        gradients = {"in_proj_bias": _joined(of_biases)} if has_bias else {}
         if "in_proj_weight" in own:
-            gradients = {"in_proj_weight": np.concatenate(list(of_weights.values()))}
+            gradients["in_proj_weight"] = _joined([of_weight for _, _, of_weight in of_weights])
         else:
-            gradients = {f"{letter}_proj_weight": of_weight for letter, of_weight in of_weights.items()}
-        if has_bias:
-            gradients["in_proj_bias"] = np.concatenate(of_biases)
+            gradients |= {f"{letter}_proj_weight": of_weight[rows[letter].start - first : rows[letter].stop - first]
+                          for first, part, of_weight in of_weights for letter in part}
         return of_inputs, gradients
 
     def _join_heads(self, x):
@@ -469,6 +464,10 @@ class MultiHeadAttention:
         """
         for name, array in _layouts.parameters_of(self, state, layout, prefix).items():
             setattr(self, name, array)
+
+
+def _joined(arrays):
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _read_only(array, dtype):

@@ -27,11 +27,14 @@
 # the pairs that are seen (repair_values, repair_keys).
 
 cdef enum:
-    # Rows in a block; fewer beyond head_dim 341. TODO measured
-    BACKWARD_ROWS = 192
-    BACKWARD_KEYS = 128
+    # Rows in a block: 96 to 384 are equal at head_dim 64 to 256, with AVX-512 and AVX2 (Zen 5, 1 MB of L2); the fewer,
+    # the less scratch, and the less a task waits for another of its head. Fewer beyond head_dim 682
+    BACKWARD_ROWS = 96
+    BACKWARD_KEYS = 128         # in a block; 64 are equal
+    # Keys in a split, for which Q and dO are packed anew: 256 are 4 to 5 % slower, 1024 2 % faster (3 to 4 % at head_dim
+    # 128), with half as many tasks for the threads: one causal head of 1024 rows is two
     BACKWARD_SPLIT = 512
-    MAX_PANELS = 64             # of BACKWARD_ROWS rows
+    MAX_PANELS = 24             # of BACKWARD_ROWS rows: of 6 lanes at least, but the last two
 
 cdef struct Backward:
     Problem p                   # out and logsumexp are IN

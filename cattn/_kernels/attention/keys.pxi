@@ -7,7 +7,7 @@
 cdef enum:
     # Asked for every EXP_KEYS keys, at least: 1 is 15 % slower where short sequences come from memory
     AHEAD_LINES = 2
-    MOST_ROWS = 2 * MAX_RUNS + 2
+    MOST_ROWS = 2 * MAX_RUNS + 2    # K and V of a block in the smallest pages, Q, out
     MOST_LINES = 64     # where K is far wider than V; 2 to 16 elsewhere
     # K and V of a call, in bytes: larger ones are asked for although the hardware foresees them. From memory, 12 to 64
     # rows a key head take 0.82 to 0.95 of the time then, 128 and more 0.87 to 0.93; 16 rows on keys in L2, 1.1 times
@@ -75,9 +75,10 @@ cdef void load_key_scales(real* scales, const Problem* p, const Tensor* t, const
         row = key_row(p, t, task.batch, task.kv_head, b.key_start + done)
         if t.stride[2] == sizeof(float):
             load_row(scales + done, row, sizeof(float), n, F32)
-        for i in range(n if t.stride[2] != sizeof(float) else 0):   # apart, mostly as far as there are heads
-            memcpy(&scale, row + i * t.stride[2], sizeof(float))
-            scales[done + i] = scale
+        else:   # mostly as far apart as there are heads
+            for i in range(n):
+                memcpy(&scale, row + i * t.stride[2], sizeof(float))
+                scales[done + i] = scale
         done += n
     for i in range(b.n, round_up(b.n, LANES)):
         scales[i] = 0.0
