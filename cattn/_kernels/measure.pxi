@@ -97,5 +97,6 @@ def edges():
         "split_keys": SPLIT_KEYS, "narrow_dims": NARROW_DIMS, "dims_at_once": DIMS_AT_ONCE,
         "features": FEATURES, "block_dims": BLOCK_DIMS, "table_rows": STEPS, "table_columns": 2 * STRIP,
         "rotary_pairs": PIECE, "rotary_run": RUN,
-        "merge_dims": MERGE_DIMS,
+        "merge_dims": MERGE_DIMS, "gradient_rows": BACKWARD_ROWS, "gradient_keys": BACKWARD_KEYS,
+        "gradient_split": BACKWARD_SPLIT, "gradient_dims": MAX_BLOCK // BACKWARD_ROWS,
     }
