@@ -627,6 +627,8 @@ cdef void do_backward_task(const Backward* b, BackwardScratch* s, Py_ssize_t num
     for split in range(first_split, first_split + b.task_splits):
         for batch in range(first_batch, first_batch + b.task_batches):
             for head in range(first_head, first_head + b.task_heads):
+                if stopped_by_signal(b.p.call):
+                    return
                 do_head(b, s, split, batch, head)
 
 
