@@ -41,7 +41,7 @@ cdef struct Backward:
     Tensor d_out                # IN, as out
     Tensor d_logsumexp          # IN, as logsumexp; or not given
     Tensor dq, dk, dv           # OUT, as q, k, v, those that are wanted; dq: of reals
-    Tensor d_mask               # OUT, as mask, of reals, 0 before; or not given
+    Tensor d_mask               # OUT, as mask, of reals or of doubles, 0 before; or not given
     double* d_slopes            # OUT [split][batch][num_heads], 0 before; or NULL
     double* d_sinks             # likewise
     double scale                # the problem's, with its sign
@@ -280,6 +280,15 @@ cdef inline void differentiate(const int VECTORS, real* probs, real* d_scores, P
         d_scores += VECTORS * LANES
 
 
+cdef void tell_from_masked(const Problem* p, const BackwardScratch* s, const Tile* t) noexcept nogil:
+    """Scores of -inf (IN/OUT) of pairs that are seen become LOWEST: their probability is 0, or NaN in a row that is."""
+    cdef Py_ssize_t i
+    find_visible(p, &s.w, t)
+    for i in range(t.n * t.width):
+        if s.w.visible[i] != -INFINITY and t.scores[i] == -INFINITY:
+            t.scores[i] = <real> LOWEST
+
+
 cdef void make_keep(const Problem* p, const BackwardScratch* s, const Tile* t) noexcept nogil:
     """s.keep (OUT) of the tile's pairs."""
     cdef Py_ssize_t i
@@ -325,7 +334,10 @@ cdef void add_to_mask(const Backward* b, const Tile* t, Py_ssize_t rows) noexcep
     for i in range(rows):
         entry = entry_of(&b.d_mask, t.lanes + i, t.key_start)
         for j in range(t.n):
-            (<real*> entry)[0] += t.scores[j * t.width + i]
+            if b.d_mask.kind == F64:
+                (<double*> entry)[0] += t.scores[j * t.width + i]
+            else:
+                (<float*> entry)[0] += <float> t.scores[j * t.width + i]
             entry += b.d_mask.stride[3]
 
 
@@ -407,6 +419,8 @@ cdef inline void differentiate_panel(const int VECTORS, const Backward* b, const
     score_tile(VECTORS, d.scores, ignored, s.d_out + panel.first * p.head_dim_v, s.v_rows + key * b.v_stride,
                b.v_stride, t.n, p.head_dim_v)
     modify_tile(p, &s.w, &t)
+    if not (s.q_finite and s.k_finite_split):
+        tell_from_masked(p, s, &t)
     if p.dropout:
         make_keep(p, s, &t)
         multiply_tile(d.scores, s.keep, t.n * width)
@@ -575,8 +589,8 @@ cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ss
     cdef Task task
     cdef Block keys
     task.batch, task.kv_head, task.first_row = batch, kv_head, 0
-    low = start if p.kv_starts == NULL else max(start, p.kv_starts[batch])
-    high = max(low, min(num_keys(p, batch), start + p.split_kv))
+    high = max(start, min(num_keys(p, batch), start + p.split_kv))
+    low = start if p.kv_starts == NULL else min(high, max(start, p.kv_starts[batch]))
     keys.key_start, keys.n = low, high - low
     copy_rows(s.k_rows + (low - start) * b.k_stride, p, &p.k, &task, &keys, p.head_dim, b.k_stride)
     copy_rows(s.v_rows + (low - start) * b.v_stride, p, &p.v, &task, &keys, p.head_dim_v, b.v_stride)
@@ -613,6 +627,8 @@ cdef void do_backward_task(const Backward* b, BackwardScratch* s, Py_ssize_t num
     for split in range(first_split, first_split + b.task_splits):
         for batch in range(first_batch, first_batch + b.task_batches):
             for head in range(first_head, first_head + b.task_heads):
+                if stopped_by_signal(b.p.call):
+                    return
                 do_head(b, s, split, batch, head)
 
 
