@@ -82,6 +82,19 @@ def test_serving_in_a_child():
         np.testing.assert_array_equal(compute(), expected)
 
 
+def test_gradients_in_a_child():
+    out, logsumexp = cattn.scaled_dot_product_attention(*ARRAYS, is_causal=True, return_logsumexp=True)
+
+    def compute():
+        return np.stack(cattn.scaled_dot_product_attention_backward(
+            out, *ARRAYS, out, logsumexp, is_causal=True, num_threads=2)[:3])
+
+    expected = compute()
+    for _ in range(2):
+        assert exit_status_of_child(compute, expected) == 0
+        np.testing.assert_array_equal(compute(), expected)
+
+
 def test_fork_of_a_fork(expected):
     def grandchild():
         attention()

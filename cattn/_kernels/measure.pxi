@@ -98,5 +98,6 @@ def edges():
         "features": FEATURES, "block_dims": BLOCK_DIMS, "chunk_dims": CHUNK_DIMS,
         "sum_columns": SUM_COLUMNS, "table_rows": STEPS, "table_columns": 2 * STRIP,
         "rotary_pairs": PIECE, "rotary_run": RUN,
-        "merge_dims": MERGE_DIMS,
+        "merge_dims": MERGE_DIMS, "gradient_rows": BACKWARD_ROWS, "gradient_keys": BACKWARD_KEYS,
+        "gradient_split": BACKWARD_SPLIT, "gradient_dims": MAX_BLOCK // BACKWARD_ROWS,
     }
