@@ -1,0 +1,4 @@
+"""cattn under other libraries. `import cattn` imports nothing of this, and each module its library only when used.
+
+    dask    attention over dask arrays, on one machine or many
+"""
