@@ -19,9 +19,10 @@ PARTS = {
     "_attention": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_linear": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_serving": ({"_checks", "_kernels", "_attention"}, {"numpy"}),
+    "_gradients": ({"_checks", "_kernels", "_attention", "_serving", "reference"}, {"numpy"}),
     "_cache": ({"_checks", "_kernels", "_threads", "_attention"}, {"numpy"}),
     "_merge": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
-    "_multihead": ({"_checks", "_kernels", "_threads", "_attention", "reference"}, {"numpy"}),
+    "_multihead": ({"_checks", "_kernels", "_threads", "_attention", "_gradients", "_linear", "reference"}, {"numpy"}),
     "_positional": ({"_checks", "_kernels", "reference"}, {"numpy"}),
     "_rotary": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_config": ({"_checks", "_kernels", "_threads", "__init__"}, {"numpy", "threadpoolctl"}),  # late: the version
