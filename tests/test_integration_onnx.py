@@ -133,17 +133,17 @@ def problem(seed):
         for name in ("Q", "K", "V"):
             array = arrays[name].swapaxes(1, 2)
             arrays[name] = array.reshape(*array.shape[:2], -1)
-    seq_kv = longest = seq_new
+    seq_kv, shortest = seq_new, 2
     if cache == "past":
-        seq_kv = longest = past + seq_new
+        seq_kv = past + seq_new
         arrays["past_key"] = rng.standard_normal((batch, kv_heads, past, head_size))
         arrays["past_value"] = rng.standard_normal((batch, kv_heads, past, v_head_size))
     elif cache == "nonpad":
         arrays["nonpad_kv_seqlen"] = rng.integers(0, seq_kv + 1, batch)
-        longest = max(2, arrays["nonpad_kv_seqlen"].max())
+        shortest = max(2, arrays["nonpad_kv_seqlen"].max())
     kind = rng.choice(["none", "bool", "float"])
     if kind != "none":
-        columns = int(rng.integers(longest, seq_kv + 1))
+        columns = int(rng.integers(shortest, seq_kv + 1)) if rng.integers(2) else seq_kv
         shapes = (columns,), (1, columns), (seq_q, columns), (heads, seq_q, columns), (batch, 1, seq_q, columns)
         seen = rng.random(shapes[rng.integers(len(shapes))]) < 0.7
         if seen.ndim > 1 and seen.shape[-2] > 1:
@@ -207,7 +207,7 @@ def test_problems_cover_the_inputs():
             "short": mask is not None and mask.shape[-1] < keys, "causal": attributes["is_causal"],
             "softcap": "softcap" in attributes, "scale": "scale" in attributes,
             "window": max(attributes.get("left_window_size", -1), attributes.get("right_window_size", -1)) >= 0})
-    exclusive = {("past", "nonpad"), ("bool", "float"), ("past", "short")}
+    exclusive = {("past", "nonpad"), ("bool", "float")}
     for pair in itertools.combinations(features[0], 2):
         assert (pair in exclusive) or any(feature[pair[0]] and feature[pair[1]] for feature in features), pair
 
@@ -295,11 +295,13 @@ def test_softmax_precision_is_a_least_one(counts):
 
 def test_values_of_another_dtype():
     """T2 is a type of its own: computed in the wider one; the result has Q's, present_value its own."""
-    arrays = as_dtype(qkv(), np.float16)
-    wide = arrays | {"V": arrays["V"].astype(np.float64)}
-    results, right = run(wide, OUTPUTS), run(as_dtype(arrays, np.float64))
+    arrays = qkv(seq_q=20)
+    arrays |= as_dtype({"Q": arrays["Q"], "K": arrays["K"]}, np.float16) | as_dtype({"V": arrays["V"]}, np.float64)
+    results, right = run(arrays, OUTPUTS), run(as_dtype(arrays, np.float64))
     assert [results[name].dtype for name in OUTPUTS] == ["float16", "float16", "float64", "float16"]
     np.testing.assert_array_equal(results["Y"], right["Y"].astype(np.float16))
+    narrow = run(as_dtype(arrays, np.float16))["Y"]
+    assert (narrow != results["Y"]).any()
 
 
 def test_garbage_in_hidden_keys():
@@ -331,7 +333,12 @@ def test_scores_that_overflow_alone():
     np.testing.assert_array_equal(scores, np.full((1, 2, 3, 5), 2.0**94, np.float32))
 
 
-@pytest.mark.parametrize("seq_q, seq_kv", [(0, 5), (3, 0)])
+def test_no_number_of_heads():
+    """0, as None, where four axes say it."""
+    np.testing.assert_array_equal(run(qkv(), q_num_heads=0, kv_num_heads=0)["Y"], run(qkv())["Y"])
+
+
+@pytest.mark.parametrize(("seq_q", "seq_kv"), [(0, 5), (3, 0)])
 def test_no_queries_or_no_keys(seq_q, seq_kv):
     results = run(qkv(seq_q=seq_q, seq_kv=seq_kv), OUTPUTS, qk_matmul_output_mode=3, is_causal=1)
     assert results["qk_matmul_output"].shape == (1, 2, seq_q, seq_kv)
@@ -384,7 +391,7 @@ def test_no_copies_of_three_axes(monkeypatch):
 # Errors.
 
 
-@pytest.mark.parametrize("change, attributes, message", [
+@pytest.mark.parametrize(("change", "attributes", "message"), [
     ({}, {"qk_matmul_output_mode": 4}, "qk_matmul_output_mode: expected 0, 1, 2 or 3, got 4"),
     ({}, {"softmax_precision": 7},
      "softmax_precision: expected one of 1 (FLOAT), 10 (FLOAT16), 11 (DOUBLE), 16 (BFLOAT16), got 7"),
@@ -418,12 +425,15 @@ def test_errors(change, attributes, message):
     assert str(raised.value).startswith(message)
 
 
-@pytest.mark.parametrize("change, attributes, message", [
+@pytest.mark.parametrize(("change", "attributes", "message"), [
+    ({}, {"num_heads": 3}, "X: expected num_heads = 3 heads, got shape (1, 2, 3, 8)"),
     ({"X": np.ones((1, 3, 8))}, {}, "num_heads: expected a number of heads, as X has 3 axes, got None"),
     ({}, {"rotary_embedding_dim": 6},
      "rotary_embedding_dim: expected 8 columns to turn, 2 for each of cos_cache's, and at most the 8 of a head, got 6"),
     ({"X": np.ones((1, 2, 3, 4))}, {},
      "X: expected 8 columns to turn, 2 for each of cos_cache's, and at most the 4 of a head, got 4"),
+    ({"X": np.ones((1, 2, 3, 4))}, {"rotary_embedding_dim": 8},
+     "rotary_embedding_dim: expected 8 columns to turn, 2 for each of cos_cache's, and at most the 4 of a head, got 8"),
     ({"cos_cache": np.ones((3, 4))}, {},
      "cos_cache: expected (batch, seq, columns), as there are no position_ids, got shape (3, 4)"),
     ({"position_ids": np.zeros(3, int)}, {}, "position_ids: expected (batch, seq), got shape (3,)"),

@@ -169,7 +169,7 @@ def _attention(
 def _by_heads(name, array, attribute, num_heads):
     """(batch, heads, seq, head_dim), as a view; of three axes, (batch, seq, heads * head_dim)."""
     if array.ndim == 4:
-        if num_heads not in (None, array.shape[1]):
+        if num_heads and num_heads != array.shape[1]:
             raise ValueError(f"{name}: expected {attribute} = {num_heads} heads, got shape {array.shape}")
         return array
     if array.ndim != 3:
@@ -220,7 +220,7 @@ def _scores(query, key, attn_mask, mode, scale, softcap, is_causal, hiding):
 
 def _rotary_embedding(X, cos_cache, sin_cache, position_ids=None, *, interleaved=0, rotary_embedding_dim=0,
                       num_heads=None):
-    x = _by_heads("X", X, "num_heads", num_heads if X.ndim == 3 else None)
+    x = _by_heads("X", X, "num_heads", num_heads)
     dim = rotary_embedding_dim or x.shape[3]
     if dim != 2 * cos_cache.shape[-1] or dim > x.shape[3]:
         name = "rotary_embedding_dim" if rotary_embedding_dim else "X"
