@@ -28,7 +28,7 @@ PARTS = {
     "_config": ({"_checks", "_kernels", "_threads", "__init__"}, {"numpy", "threadpoolctl"}),  # late: the version
     "_preload": ({"_kernels", "_threads", "_attention"}, {"numpy"}),
 }
-ON_TOP = {"__init__", "__main__", "__pyinstaller", "_plain", "_selfcheck", "_speed", "plots"}
+ON_TOP = {"__init__", "__main__", "__pyinstaller", "_plain", "_selfcheck", "_speed", "integrations", "plots"}
 
 
 def imported(path):
@@ -49,6 +49,15 @@ def test_who_imports_whom(part):
     others = {first for first, *_ in names} - {"cattn"} - sys.stdlib_module_names
     assert (of_cattn, others) == PARTS[part]
     assert of_cattn - {"__init__"} <= set(list(PARTS)[: list(PARTS).index(part)])
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "integrations").glob("*.py")), ids=lambda path: path.stem)
+def test_integrations_import_their_libraries_late(path):
+    """None where they are imported, so that each can say what it needs."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [name for node in nodes for name in ([node.module] if isinstance(node, ast.ImportFrom) else
+                                                 [alias.name for alias in node.names])]
+    assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names <= {"cattn", "numpy"}
 
 
 def test_every_part_has_a_place():
