@@ -13,6 +13,7 @@ from tolerance import everything
 
 import cattn
 from cattn import _attention, _checks, _gradients
+from cattn._linear import linear_backward
 from cattn.reference._linear import StoredWeight
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
@@ -188,6 +189,21 @@ def projections(in_features):
             x, *weights, bias, out = (guarded(x, at_end) for x in arrays)
             weight = StoredWeight("int8", *weights) if weight_dtype == "int8" else weights[0]
             assert_same_bits(linear(x, weight, bias[0], out=out).copy(), expected)
+
+
+def linear_gradients(in_features):
+    """grad_out, x and the weight, of every dtype; as they are, and as views."""
+    layouts = [layout for name, layout in LAYOUTS.items() if "heads" not in name]
+    for number, (width, dtype, rows) in enumerate(itertools.product(in_features, FLOATS, (1, 3, 17, 50, 200))):
+        out_features = [1, 7, 33, 48, 50, 130][number % 6]
+        arrays = [normal(*shape, dtype=dtype, seed=i)
+                  for i, shape in enumerate([(rows, out_features), (rows, width), (out_features, width)])]
+        expected = linear_backward(*arrays, True, 1)
+        if number % 2:
+            arrays[:2] = (layouts[(number // 2 + i) % len(layouts)](x) for i, x in enumerate(arrays[:2]))
+        for at_end in (True, False):
+            print("gradients", rows, width, out_features, dtype, [x.strides for x in arrays], at_end, flush=True)
+            assert_same_bits(linear_backward(*(guarded(x, at_end) for x in arrays), True, 1), expected)
 
 
 def rotary(dims):

@@ -18,6 +18,7 @@ from processes import ROOT
 
 import cattn
 from cattn import _kernels
+from cattn._linear import linear_backward
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -67,6 +68,7 @@ def test_serving_in_a_child():
         results = [
             cattn.varlen_attention(query, key, key, cu_seqlens, num_threads=2),
             cattn.linear(query, weight, weight_scales=scales, num_threads=2),
+            *linear_backward(query, query, query[:64, 0], True, 2),
             cattn.rotary_embedding(query, *tables, positions=np.arange(150)[:, None], interleaved=True, num_threads=2),
             *cattn.merge_states([query, query], [query[..., 0], query[..., 1]], num_threads=2)]
         for dtype, cache in caches.items():

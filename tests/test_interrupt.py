@@ -82,6 +82,8 @@ LONG_CALLS = {
     "projection": "projection(4000, 65536, 8192, np.float32, num_threads=2)",
     "projection of few rows": "[projection(1, 8192, 8192, np.float64, num_threads=1) for _ in range(10_000)]",
     "projection of long rows": "projection(4000, 1 << 24, 4000, np.float32, num_threads=2)",
+    "projection of transposed views": "projection(4000, 1 << 24, 4000, np.float32, num_threads=2, transposed=True)",
+    "sums of columns": "cattn._kernels.f32.column_sums(repeated(1 << 36, 256), np.empty(256, np.float32), 0, 2)",
     "positions": "cattn.PositionalEncoding(64, dropout=0.5)(repeated(20_000, 1000, 64), training=True)",
 }
 
@@ -114,10 +116,14 @@ def layer_of(dtype):
 layers = {dtype: cattn.MultiHeadAttention(2048, 16, dtype=dtype) for dtype in ("float32", "float16")}
 """,
     "projection": """
-def projection(rows, in_features, out_features, dtype, num_threads):
+def projection(rows, in_features, out_features, dtype, num_threads, transposed=False):
     module = cattn._kernels.f32 if dtype == np.float32 else cattn._kernels.f64()
     x, weight, out = (np.broadcast_to(dtype(0), (1, 1, *shape)) for shape in (
         (rows, in_features), (out_features, in_features), (rows, out_features)))
+    if transposed:      # columns of adjacent numbers, which overlap
+        item = dtype(0).itemsize
+        x, weight = (np.lib.stride_tricks.as_strided(np.zeros(n + 2 * in_features, dtype), (n, in_features),
+                                                     (item, 2 * item)) for n in (rows, out_features))
     kind = 0 if dtype == np.float32 else 1
     module.linear(x, weight, None, None, out.copy(), kind, kind, kind, num_threads)
 cattn.preload()

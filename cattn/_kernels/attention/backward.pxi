@@ -31,8 +31,8 @@ cdef enum:
     # the less scratch, and the less a task waits for another of its head. Fewer beyond head_dim 682
     BACKWARD_ROWS = 96
     BACKWARD_KEYS = 128         # in a block; 64 are equal
-    # Keys in a split, for which Q and dO are packed anew: 256 are 4 to 5 % slower, 1024 2 % faster (3 to 4 % at head_dim
-    # 128), with half as many tasks for the threads: one causal head of 1024 rows is two
+    # Keys in a split, for which Q and dO are packed anew: 256 are 4 to 5 % slower, 1024 2 % faster (3 to 4 % at
+    # head_dim 128), with half as many tasks for the threads: one causal head of 1024 rows is two
     BACKWARD_SPLIT = 512
     MAX_PANELS = 24             # of BACKWARD_ROWS rows: of 6 lanes at least, but the last two
 
@@ -77,7 +77,7 @@ cdef struct BackwardScratch:
     RowPanel panels[MAX_PANELS]
     int num_panels
     bint k_finite_split         # no NaN or infinity in k_rows
-    bint q_finite, d_out_finite # nor in a block's rows; else they are 0 in *_dims
+    bint q_finite, d_out_finite     # nor in a block's rows; else they are 0 in *_dims
 
 
 cdef size_t carve_backward(BackwardScratch* s, char* base, const Backward* b) noexcept nogil:
@@ -162,7 +162,7 @@ cdef void describe_panels(BackwardScratch* s, const Task* task) noexcept nogil:
 
 
 cdef void pack_dimensions(real* packed, Py_ssize_t block_rows, Py_ssize_t row, const real* rows, Py_ssize_t dim,
-                    Py_ssize_t stride) noexcept nogil:
+                          Py_ssize_t stride) noexcept nogil:
     """packed (OUT)[panel of dimensions][row][width] = LANES rows, `row` and those after it."""
     cdef Py_ssize_t vectors = ceil_div(dim, LANES), first = 0, i, v
     cdef int panel
@@ -204,9 +204,9 @@ cdef bint pack_both(const Backward* b, const BackwardScratch* s, const Tensor* t
 
 
 cdef void weigh_rows(const Backward* b, const BackwardScratch* s, const Task* task, bint first_of_block,
-                        Py_ssize_t split) noexcept nogil:
-    """reference, factor, delta and sign (OUT) of the block's rows; d_sinks, where it is wanted (IN/OUT), gets their parts
-    from the first split that they see."""
+                     Py_ssize_t split) noexcept nogil:
+    """reference, factor, delta and sign (OUT) of the block's rows; d_sinks, where it is wanted (IN/OUT), gets their
+    parts from the first split that they see."""
     cdef const Problem* p = &b.p
     cdef Py_ssize_t row = 0, i, d, stride = b.dv_stride
     cdef real* d_out = s.w.rows
@@ -260,9 +260,9 @@ cdef inline double* part_of(const Backward* b, double* parts, Py_ssize_t split, 
 
 cdef inline void differentiate(const int VECTORS, real* probs, real* d_scores, Py_ssize_t n, const real* reference,
                                const real* delta, real unit) noexcept nogil:
-    """probs (IN: scores; OUT) = exp2((s - reference) * unit); d_scores (IN: dP; OUT) = probs * (dP - delta); both 0 where
-    the score is -inf. The difference is exact where both are large, as biases of -1e9 are in a row that has no other;
-    and sums of products that start at 0 have half the error of those that start at -reference."""
+    """probs (IN: scores; OUT) = exp2((s - reference) * unit); d_scores (IN: dP; OUT) = probs * (dP - delta); both 0
+    where the score is -inf. The difference is exact where both are large, as biases of -1e9 are in a row that has no
+    other; and sums of products that start at 0 have half the error of those that start at -reference."""
     cdef vf references[MAX_PANEL]
     cdef vf deltas[MAX_PANEL]
     cdef vf zero = vset1(<real> 0.0), masked = vset1(<real> -INFINITY), units = vset1(unit)
@@ -345,8 +345,8 @@ cdef void add_to_mask(const Backward* b, const Tile* t, Py_ssize_t rows) noexcep
 
 cdef void repair_keys(const Backward* b, const BackwardScratch* s, const Tile* t, Py_ssize_t rows, const Tensor* x,
                       Py_ssize_t dim, const real* factor, real* acc, Py_ssize_t stride) noexcept nogil:
-    """acc (IN/OUT), row j of it for key j of the tile, gets the products with the NaN and infinities of the rows of Q or
-    dO, from the pairs that are seen."""
+    """acc (IN/OUT), row j of it for key j of the tile, gets the products with the NaN and infinities of the rows of Q
+    or dO, from the pairs that are seen."""
     cdef Py_ssize_t i, j, d
     cdef real value
     cdef const char* row
@@ -375,8 +375,8 @@ cdef void repair_tile(const Backward* b, const BackwardScratch* s, const RowPane
                     b.dk_stride)
 
 
-cdef inline void add_query_products(const int VECTORS, const Backward* b, const BackwardScratch* s, const RowPanel* panel,
-                             const Tile* t, Py_ssize_t key) noexcept nogil:
+cdef inline void add_query_products(const int VECTORS, const Backward* b, const BackwardScratch* s,
+                                    const RowPanel* panel, const Tile* t, Py_ssize_t key) noexcept nogil:
     """dQ (IN/OUT) of the panel += its dS times rows of K, from `key` of the split on."""
     cdef ValueRun run
     cdef Softmax nothing
@@ -447,8 +447,8 @@ cdef inline void differentiate_panel(const int VECTORS, const Backward* b, const
 
 cdef inline void add_key_tile(const int VECTORS, const BackwardScratch* s, Py_ssize_t tile_keys, const real* tiles,
                               Py_ssize_t key, const real* dims, real* acc, Py_ssize_t stride) noexcept nogil:
-    """acc (IN/OUT)[TILE_ROWS][VECTORS] += the keys' rows of P or dS, `tiles`, times a panel of dimensions of the block's
-    rows: one chain over all of them."""
+    """acc (IN/OUT)[TILE_ROWS][VECTORS] += the keys' rows of P or dS, `tiles`, times a panel of dimensions of the
+    block's rows: one chain over all of them."""
     cdef vf sums[MAX_TILE]
     cdef const RowPanel* panel
     cdef const real* a

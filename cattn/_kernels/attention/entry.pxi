@@ -141,10 +141,11 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
 
 def attend_backward(*, grad_out, query, key, value, out, mask, const real[::1] logsumexp,
                     const real[::1] grad_logsumexp, grad_query, grad_key, grad_value, grad_mask, bint wide,
-                    bint slopes_wanted, bint sinks_wanted, Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap,
-                    Py_ssize_t window_left, Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets,
-                    const int64_t[::1] kv_lens, const real[:, ::1] slopes, const real[::1] sinks, double dropout_p,
-                    uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads, const int64_t[::1] kv_starts=None,
+                    bint slopes_wanted, bint sinks_wanted, Kind q_kind, Kind kv_kind, Kind mask_kind, scale,
+                    double softcap, Py_ssize_t window_left, Py_ssize_t window_right, Py_ssize_t q_offset,
+                    const int64_t[::1] q_offsets, const int64_t[::1] kv_lens, const real[:, ::1] slopes,
+                    const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
+                    Py_ssize_t num_threads, const int64_t[::1] kv_starts=None,
                     const int64_t[::1] cu_seqlens_q=None, const int64_t[::1] cu_seqlens_kv=None):
     """The gradients (OUT; None: not wanted) of what attend has computed with these arguments: grad_query of reals,
     grad_key and grad_value of kv_kind, or (wide) of reals, grad_mask of reals or of doubles, 0 before, with a stride of

@@ -1,0 +1,4 @@
+"""cattn under other libraries. `import cattn` imports nothing of this, and each module its library only when used.
+
+    onnx    new_ops(): ONNX's Attention and RotaryEmbedding, for onnx's reference evaluator
+"""
