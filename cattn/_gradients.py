@@ -15,6 +15,7 @@ from cattn._checks import (
     F32,
     F64,
     cast,
+    check_bool,
     check_of_forward,
     check_result,
     check_seed_of_forward,
@@ -217,6 +218,7 @@ def varlen_attention_backward(
     seed = check_seed_of_forward(seed, dropout_p)
     query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(
         query, key, value, cu_seqlens_q, cu_seqlens_kv)
+    is_causal = check_bool("is_causal", is_causal)
     rows_shape, kv_lens = query.shape[:2], np.diff(cu_seqlens_kv)
     check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
     options = check_options(

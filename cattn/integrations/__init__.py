@@ -1,4 +1,5 @@
 """cattn under other libraries. `import cattn` imports nothing of this, and each module its library only when used.
 
     dask    attention over dask arrays, on one machine or many
+    onnx    new_ops(): ONNX's Attention and RotaryEmbedding, for onnx's reference evaluator
 """
