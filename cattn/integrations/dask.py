@@ -188,7 +188,8 @@ def multi_head_attention(
         out = multi_head_attention(layer, dask.array.from_zarr("tokens.zarr"), is_causal=True)
     """
     if not isinstance(layer, cattn.MultiHeadAttention):
-        raise TypeError(f"layer: expected a cattn.MultiHeadAttention, got a {type(layer).__name__}")
+        raise TypeError(f"layer: expected a cattn.MultiHeadAttention, got a {type(layer).__module__}."
+                        f"{type(layer).__name__}")
     _check_known(q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens)
     inputs = {"query": query}
     for name, array in (("key", key), ("value", value)):
@@ -255,8 +256,7 @@ def _is_dask(name, x):
         cure = ""
         if isinstance(x, array.Array):
             cure = '; without the option "array.query-planning" of dask it is one'
-        raise TypeError(f"{name}: expected a dask array made of a graph, got a {type(x).__module__}."
-                        f"{type(x).__name__}{cure}")
+        raise TypeError(f"{name}: expected a dask array made of a graph, got a dask {type(x).__name__}{cure}")
     if any(math.isnan(n) for n in x.shape):
         raise ValueError(f"{name}: expected chunks of known sizes, got shape {x.shape}; "
                          f"{name}.compute_chunk_sizes() finds them")
@@ -266,7 +266,7 @@ def _is_dask(name, x):
 def _check_known(**arguments):
     for name, x in arguments.items():
         if _dask()[0].is_dask_collection(x):
-            raise TypeError(f"{name}: expected what is known when the graph is made, got a {type(x).__name__} of dask; "
+            raise TypeError(f"{name}: expected what is known when the graph is made, got a dask {type(x).__name__}; "
                             f"{name}.compute() is")
 
 
