@@ -2,7 +2,7 @@
 
 import pytest
 
-NEEDS = {"onnx.md": "onnx"}
+NEEDS = {"dask.md": "distributed", "onnx.md": "onnx"}
 
 
 @pytest.fixture(autouse=True)
