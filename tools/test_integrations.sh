@@ -26,4 +26,4 @@ tests tests/test_integration_onnx.py -k 'not beside_onnx'
 
 tests tests/test_integration_dask.py docs/dask.md
 "$work/venv/bin/pip" install -q 'dask==2023.7.*' 'distributed==2023.7.*'  # likewise
-tests tests/test_integration_dask.py docs/dask.md
+tests tests/test_integration_dask.py
