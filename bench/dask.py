@@ -38,6 +38,8 @@ def argument_parser():
     add("--heads", type=integer(1, MOST_HEADS), default=HEADS, metavar="N", help=f"of {HEAD_DIM} columns (%(default)s)")
     add("--workers", type=integer(1, MOST_WORKERS), default=WORKERS, metavar="N",
         help="processes of one thread each; the one beside them has as many threads (%(default)s)")
+    add("--memory", type=integer(1, 2**20), metavar="MB",
+        help="of a worker, beyond about which dask moves chunks to the disk; default: its share of the machine's")
     add("--repeats", type=integer(1, 100), default=REPEATS, metavar="N", help="turns; medians count (%(default)s)")
     return parser
 
@@ -113,7 +115,8 @@ def run(args):
     from distributed import Client, LocalCluster
 
     with (LocalCluster(n_workers=args.workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0",
-                       silence_logs=50) as cluster, Client(cluster) as client):
+                       memory_limit="auto" if args.memory is None else f"{args.memory}MB", silence_logs=50) as cluster,
+          Client(cluster) as client):
         print(f"dashboard: {client.dashboard_link}", flush=True)
         found = measure(client, args)
 
