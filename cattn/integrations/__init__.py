@@ -1,0 +1,1 @@
+"""cattn inside other libraries: a module for each, imported by nothing here; each needs its library."""
