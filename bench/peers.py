@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from .workloads import SCALE, beside
+from .workloads import SCALE, beside, joined
 
 
 class Unsupported(Exception):
@@ -41,11 +41,32 @@ class Cattn:
         inputs = arrays["query"], arrays["key"], arrays["value"]
         return partial(self.cattn.scaled_dot_product_attention, *inputs, **options), identity
 
+    def training(self, work, arrays):
+        return partial(self._train, **arrays, is_causal=work.is_causal), joined
+
+    def _train(self, grad_out, query, key, value, **options):
+        cattn, inputs = self.cattn, (query, key, value)
+        out, logsumexp = cattn.scaled_dot_product_attention(*inputs, **options, return_logsumexp=True)
+        gradients = cattn.scaled_dot_product_attention_backward(grad_out, *inputs, out, logsumexp, **options)
+        return out, gradients.query, gradients.key, gradients.value
+
     def layer(self, work, arrays):
+        return partial(self._new_layer(work, arrays), arrays["x"]), identity
+
+    def _new_layer(self, work, arrays):
         np.matmul(*np.ones((2, 300, 300), np.float32))  # as in most programs, NumPy's threads exist as well
         layer = self.cattn.MultiHeadAttention(work.shape[-1], work.num_heads)
         layer.load_state_dict(arrays["state"])
-        return partial(layer, arrays["x"]), identity
+        return layer
+
+    def training_layer(self, work, arrays):
+        return partial(self._train_layer, self._new_layer(work, arrays), arrays["x"], arrays["grad_out"]), work.joined
+
+    @staticmethod
+    def _train_layer(layer, x, grad_out):
+        out, pullback = layer.vjp(x, training=True)
+        gradients = pullback(grad_out)
+        return out, gradients.query, *gradients.parameters.values()
 
     def table(self, work, arrays):
         return partial(self.cattn.sinusoidal_encoding, *work.shape), identity
@@ -115,45 +136,95 @@ class Numpy:
         self.version = f"{np.__version__} ({blas['name']} {blas['version']})"
 
     def attention(self, work, arrays):
+        inputs = arrays["query"], arrays["key"], arrays["value"]
+        return partial(self._attend, *inputs, self._bias(work, arrays)), identity
+
+    @staticmethod
+    def _bias(work, arrays):
+        """What is added to the scores, None where nothing is."""
         mask = arrays.get("attn_mask")
         if work.is_causal:
             mask = np.tri(work.shape[3], work.shape[4], dtype=bool)
         if mask is not None and mask.dtype == bool:
             mask = np.where(mask, np.float32(0), np.float32(-np.inf))
-        return partial(self._attend, arrays["query"], arrays["key"], arrays["value"], mask), identity
+        return mask
+
+    def _attend(self, query, key, value, mask):
+        shape, dtype = query.shape, query.dtype
+        query, key, value = map(_at_least_float32, (query, key, value))
+        powers, total = self._powers(_stacked(_scaled(query), key), key, mask)
+        out = powers @ value
+        out /= total
+        return out.reshape(*shape[:-1], -1).astype(dtype, copy=False)
 
     @staticmethod
-    def _attend(query, key, value, mask):
-        dtype = query.dtype
-        if dtype.itemsize == 2:  # matmul has no BLAS for half precision
-            query, key, value = (x.astype(np.float32) for x in (query, key, value))
-        batch, num_heads, seq_len_q, head_dim = query.shape
-        num_kv_heads = key.shape[1]
-        # One product per key head: its query heads are stacked as rows.
-        query = query * query.dtype.type(1 / math.sqrt(head_dim))
-        scores = query.reshape(batch, num_kv_heads, -1, head_dim) @ key.swapaxes(-1, -2)
+    def _powers(query, key, mask):
+        """exp(score - the row's largest) and their sums."""
+        scores = query @ key.swapaxes(-1, -2)
         if mask is not None:
-            scores.reshape(batch, num_kv_heads, -1, *mask.shape)[...] += mask
+            scores.reshape(*key.shape[:2], -1, *mask.shape)[...] += mask
         scores -= scores.max(-1, keepdims=True)
         np.exp(scores, out=scores)
-        total = scores.sum(-1, keepdims=True)
-        out = scores @ value
+        return scores, scores.sum(-1, keepdims=True)
+
+    def training(self, work, arrays):
+        inputs = (arrays[name] for name in ("grad_out", "query", "key", "value"))
+        return partial(self._train, *inputs, self._bias(work, arrays)), joined
+
+    def _train(self, grad_out, query, key, value, mask):
+        """out and the gradients. The weights are never divided by their sums: what they are multiplied with is."""
+        shape, dtype = query.shape, query.dtype
+        grad_out, query, key, value = map(_at_least_float32, (grad_out, query, key, value))
+        query, grad_out = _stacked(_scaled(query), key), _stacked(grad_out, key)
+        powers, total = self._powers(query, key, mask)
+        out = powers @ value
         out /= total
-        return out.reshape(batch, num_heads, seq_len_q, -1).astype(dtype, copy=False)
+        grad_out = grad_out / total
+        of_value = powers.swapaxes(-1, -2) @ grad_out
+        of_scores = grad_out @ value.swapaxes(-1, -2)
+        of_scores -= (grad_out * out).sum(-1, keepdims=True)
+        of_scores *= powers
+        of_query = _scaled(of_scores @ key)
+        of_key = of_scores.swapaxes(-1, -2) @ query
+        results = out.reshape(shape), of_query.reshape(shape), of_key, of_value
+        return [x.astype(dtype, copy=False) for x in results]
 
     def layer(self, work, arrays):
         state = arrays["state"]
         return partial(self._layer, arrays["x"], state, work.num_heads), identity
 
     def _layer(self, x, state, num_heads):
+        heads = self._attend(*self._project(x, state, num_heads), None).swapaxes(1, 2)
+        return self._project_back(heads.reshape(x.shape), state)
+
+    @staticmethod
+    def _project(x, state, num_heads):
+        """(query, key, value)"""
         batch, seq_len, width = x.shape
         qkv = x.reshape(-1, width) @ state["in_proj_weight"].T
         qkv += state["in_proj_bias"]
-        query, key, value = qkv.reshape(batch, seq_len, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
-        heads = self._attend(query, key, value, None).swapaxes(1, 2).reshape(-1, width)
-        out = heads @ state["out_proj.weight"].T
+        return qkv.reshape(batch, seq_len, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
+
+    @staticmethod
+    def _project_back(heads, state):
+        out = heads.reshape(-1, heads.shape[-1]) @ state["out_proj.weight"].T
         out += state["out_proj.bias"]
-        return out.reshape(x.shape)
+        return out.reshape(heads.shape)
+
+    def training_layer(self, work, arrays):
+        return partial(self._train_layer, **arrays, num_heads=work.num_heads), work.joined
+
+    def _train_layer(self, x, state, grad_out, num_heads):
+        batch, seq_len, width = x.shape
+        rows, grad_rows = x.reshape(-1, width), grad_out.reshape(-1, width)
+        of_heads = (grad_rows @ state["out_proj.weight"]).reshape(batch, seq_len, num_heads, -1).swapaxes(1, 2)
+        heads, *of_qkv = self._train(of_heads, *self._project(x, state, num_heads), None)
+        heads = heads.swapaxes(1, 2).reshape(x.shape)
+        of_qkv = np.stack(of_qkv).transpose(1, 3, 0, 2, 4).reshape(-1, 3 * width)
+        of_x = (of_qkv @ state["in_proj_weight"]).reshape(x.shape)
+        of_in_proj = of_qkv.T @ rows, of_qkv.sum(0)
+        of_out_proj = grad_rows.T @ heads.reshape(-1, width), grad_rows.sum(0)
+        return self._project_back(heads, state), of_x, *of_in_proj, *of_out_proj
 
     def table(self, work, arrays):
         return partial(self._table, *work.shape), identity
@@ -238,6 +309,22 @@ class Numpy:
         return x @ weight.T
 
 
+def _at_least_float32(array):
+    """matmul has no BLAS for half precision."""
+    return array.astype(np.float32) if array.dtype.itemsize == 2 else array
+
+
+def _scaled(array):
+    """Times 1 / sqrt(head_dim), a new array."""
+    return array * array.dtype.type(1 / math.sqrt(array.shape[-1]))
+
+
+def _stacked(query, key):
+    """(batch, num_heads, seq_len_q, head_dim) -> (batch, num_kv_heads, group_size * seq_len_q, head_dim): one product
+    per key head."""
+    return query.reshape(*key.shape[:2], -1, query.shape[-1])
+
+
 class Torch:
     modules = ("torch",)
 
@@ -266,11 +353,47 @@ class Torch:
             tensors["enable_gqa"] = True
         return partial(self.torch.nn.functional.scaled_dot_product_attention, **tensors), self._to_array
 
+    def training(self, work, arrays):
+        """Query heads that share a key head: told so, or its copies made before; the faster."""
+        tensors = {name: self._tensor(array) for name, array in arrays.items()}
+        inputs = [tensors.pop(name).requires_grad_() for name in ("query", "key", "value")]
+        grad_out = tensors.pop("grad_out")
+        attend = partial(self.torch.nn.functional.scaled_dot_product_attention, **tensors, is_causal=work.is_causal)
+        forwards = [partial(attend, *inputs)]
+        if work.shape[1] != work.shape[2]:
+            copies = partial(self._attend_copies, attend, *inputs, work.shape[1] // work.shape[2])
+            forwards = [partial(attend, *inputs, enable_gqa=True), copies]
+        candidates = [partial(self._train, forward, inputs, grad_out) for forward in forwards]
+        run = candidates[0] if len(candidates) == 1 else min(candidates, key=_seconds_per_call)
+        return run, lambda result: joined(self._to_array(part.detach()) for part in result)
+
+    @staticmethod
+    def _attend_copies(attend, query, key, value, group_size):
+        return attend(query, *(x.repeat_interleave(group_size, 1) for x in (key, value)))
+
+    def _train(self, forward, inputs, grad_out):
+        with self.torch.enable_grad():
+            out = forward()
+        return out, *self.torch.autograd.grad(out, inputs, grad_out)
+
     def layer(self, work, arrays):
-        layer = self.torch.nn.MultiheadAttention(work.shape[-1], work.num_heads, batch_first=True).eval()
-        layer.load_state_dict({name: self._tensor(array) for name, array in arrays["state"].items()})
-        x = self._tensor(arrays["x"])
+        layer, x = self._new_layer(work, arrays).eval(), self._tensor(arrays["x"])
         return partial(layer, x, x, x, need_weights=False), lambda result: self._to_array(result[0])
+
+    def _new_layer(self, work, arrays):
+        layer = self.torch.nn.MultiheadAttention(work.shape[-1], work.num_heads, batch_first=True)
+        layer.load_state_dict({name: self._tensor(array) for name, array in arrays["state"].items()})
+        return layer
+
+    def training_layer(self, work, arrays):
+        layer, x = self._new_layer(work, arrays).train(), self._tensor(arrays["x"]).requires_grad_()
+        run = partial(
+            self._train,
+            lambda: layer(x, x, x, need_weights=False)[0],
+            [x, *layer.parameters()],
+            self._tensor(arrays["grad_out"]),
+        )
+        return run, lambda result: work.joined(self._to_array(part.detach()) for part in result)
 
     def table(self, work, arrays):
         return partial(self._table, *work.shape), self._to_array

@@ -1,5 +1,6 @@
 """What is measured: each workload knows its arrays, its answer in float64 and how much work it is."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
@@ -32,18 +33,27 @@ def as_int8(array):
 
 
 @dataclass(frozen=True)
-class Attention:
-    """scaled_dot_product_attention of normal random arrays."""
+class Workload:
+    """What all of them have, and the values that most have."""
 
     name: str
     reason: str
-    shape: tuple  # batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim
+    shape: tuple
     dtype: str = "float32"
+    limit: str = "fma"  # what bounds it: "fma", "read" or "" (neither)
+    default: bool = True  # False: measured with --all only
+
+    flops = nbytes = 0  # where it is not counted
+
+
+@dataclass(frozen=True)
+class Attention(Workload):
+    """scaled_dot_product_attention of normal random arrays."""
+
+    shape: tuple  # batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim
     is_causal: bool = False
     mask: str = ""  # "bool" (one key in eight hidden) or "float": dense, (seq_len_q, seq_len_kv)
     strided: bool = False  # (batch, seq, heads, dim) arrays seen as (batch, heads, seq, dim)
-    limit: str = "fma"  # what bounds it: "fma", "read" or "" (neither)
-    default: bool = True  # False: measured with --all only
 
     kind = "attention"
 
@@ -71,18 +81,17 @@ class Attention:
     def expected(self, arrays):
         from cattn import reference  # only here: the processes of the other peers stay free of cattn
 
-        num_kv_heads = self.shape[2]
-        query, key, value = (
-            np.split(arrays[name].astype(np.float64), num_kv_heads, axis=1)
-            for name in ("query", "key", "value")
-        )
         options = {"attn_mask": arrays.get("attn_mask"), "is_causal": self.is_causal}
-        # One key head at a time: the scores of all of them can be many gigabytes.
         heads = [
             reference.scaled_dot_product_attention(*qkv, **options)
-            for qkv in zip(query, key, value, strict=True)
+            for qkv in self._key_heads(arrays, "query", "key", "value")
         ]
         return np.concatenate(heads, axis=1)
+
+    def _key_heads(self, arrays, *names):
+        """These arrays in float64, one key head at a time: the scores of all of them can be many gigabytes."""
+        parts = (np.split(arrays[name].astype(np.float64), self.shape[2], axis=1) for name in names)
+        return zip(*parts, strict=True)
 
     @property
     def flops(self):
@@ -97,18 +106,46 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Layer:
+class Training(Attention):
+    """Attention and its gradients by query, key and value, for a normal random gradient by the result."""
+
+    kind = "training"
+
+    def arrays(self):
+        arrays = super().arrays()
+        grad_out = np.random.default_rng(1).standard_normal(arrays["query"].shape, np.float32)
+        return arrays | {"grad_out": grad_out.astype(arrays["query"].dtype, copy=False)}
+
+    def expected(self, arrays):
+        """out and the gradients, joined."""
+        from cattn import reference
+
+        options = {"attn_mask": arrays.get("attn_mask"), "is_causal": self.is_causal}
+        heads = []
+        for grad_out, *qkv in self._key_heads(arrays, "grad_out", "query", "key", "value"):
+            out, logsumexp = reference.scaled_dot_product_attention(*qkv, **options, return_logsumexp=True)
+            gradients = reference.scaled_dot_product_attention_backward(grad_out, *qkv, out, logsumexp, **options)
+            heads.append((out, gradients.query, gradients.key, gradients.value))
+        return joined(np.concatenate(parts, axis=1) for parts in zip(*heads, strict=True))
+
+    @property
+    def flops(self):
+        """Five products more than the forward's two: the scores, which need not have been kept, and four."""
+        return 7 * super().flops // 2
+
+
+def joined(parts):
+    """Arrays of any shapes as a single one, of one axis."""
+    return np.concatenate([np.ravel(part) for part in parts])
+
+
+@dataclass(frozen=True)
+class Layer(Workload):
     """Self-attention of a whole MultiHeadAttention layer, projections and biases included."""
 
-    name: str
-    reason: str
     shape: tuple  # batch, seq_len, width; heads of 64
-    dtype: str = "float32"
-    limit: str = "fma"
-    default: bool = True
 
     kind = "layer"
-    nbytes = 0
 
     @property
     def num_heads(self):
@@ -129,11 +166,15 @@ class Layer:
         return {"x": rng.standard_normal(self.shape, np.float32), "state": state}
 
     def expected(self, arrays):
+        return self._reference(arrays)(arrays["x"].astype(np.float64))
+
+    def _reference(self, arrays):
+        """The layer in float64."""
         from cattn import reference
 
         layer = reference.MultiHeadAttention(self.shape[-1], self.num_heads, dtype=np.float64)
         layer.load_state_dict({name: array.astype(np.float64) for name, array in arrays["state"].items()})
-        return layer(arrays["x"].astype(np.float64))
+        return layer
 
     @property
     def flops(self):
@@ -142,18 +183,41 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Table:
+class TrainingLayer(Layer):
+    """The layer and its gradients by x and all parameters, for a normal random gradient by the result."""
+
+    kind = "training_layer"
+
+    def arrays(self):
+        return super().arrays() | {"grad_out": np.random.default_rng(1).standard_normal(self.shape, np.float32)}
+
+    def expected(self, arrays):
+        """out and the gradients, joined."""
+        out, pullback = self._reference(arrays).vjp(arrays["x"].astype(np.float64))
+        gradients = pullback(arrays["grad_out"].astype(np.float64))
+        return self.joined([out, gradients.query, *gradients.parameters.values()])
+
+    def joined(self, parts):
+        """out, the gradients by x and by each parameter as a single array. Those by parameters are sums over all tokens
+        and shown in units of sqrt(tokens): so they are as large as the rest, and one tolerance is good for all."""
+        out, of_x, *of_parameters = parts
+        return joined([out, of_x, *(part / math.sqrt(prod(self.shape[:2])) for part in of_parameters)])
+
+    @property
+    def flops(self):
+        """Of each projection three products instead of one, of attention seven instead of two."""
+        batch, seq_len, width = self.shape
+        return 24 * batch * seq_len * width**2 + 14 * batch * seq_len**2 * width
+
+
+@dataclass(frozen=True)
+class Table(Workload):
     """A sinusoidal table."""
 
-    name: str
-    reason: str
     shape: tuple  # length, dim
-    dtype: str = "float32"
     limit: str = ""
-    default: bool = True
 
     kind = "table"
-    flops = 0
 
     def arrays(self):
         return {}
@@ -170,17 +234,12 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Workload):
     """varlen_attention of sequences of different lengths, packed one after the other."""
 
-    name: str
-    reason: str
     shape: tuple  # batch, num_heads, num_kv_heads, shortest, longest, head_dim
-    dtype: str = "float32"
     is_causal: bool = False
     each: bool = False  # True: a dense call for each sequence, on arrays of its own
-    limit: str = "fma"
-    default: bool = True
 
     kind = "packed"
 
@@ -226,19 +285,15 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Paged:
+class Paged(Workload):
     """paged_attention of a new token of each sequence, whose keys and values lie in pages in any order.
 
     dtype is that of the pages and of the queries; int8 has queries of float32. All int8 rows have the same scale, so
     that implementations with a scale for each token, each channel or each tensor have the same answer.
     """
 
-    name: str
-    reason: str
     shape: tuple  # batch, num_heads, num_kv_heads, shortest, longest, head_dim
-    dtype: str = "float32"
     limit: str = "read"
-    default: bool = True
 
     kind = "paged"
     lengths = Packed.lengths
@@ -304,16 +359,12 @@ class Paged:
 
 
 @dataclass(frozen=True)
-class Cache:
+class Cache(Workload):
     """KVCache.attend of one token of one sequence, which stores its key and value. `extend`, once for all layers of a
     model, is not timed."""
 
-    name: str
-    reason: str
     shape: tuple  # num_heads, num_kv_heads, seq_len_kv, head_dim
-    dtype: str = "float32"
     limit: str = ""
-    default: bool = True
 
     kind = "cache"
 
@@ -346,15 +397,11 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Workload):
     """merge_states of results over parts of the keys."""
 
-    name: str
-    reason: str
     shape: tuple  # states, batch, num_heads, seq_len_q, head_dim
-    dtype: str = "float32"
     limit: str = "read"
-    default: bool = True
 
     kind = "merge"
 
@@ -388,16 +435,12 @@ def beside(result):
 
 
 @dataclass(frozen=True)
-class Rotary:
+class Rotary(Workload):
     """rotary_embedding of the first half of the columns with the second (interleaved=False)."""
 
-    name: str
-    reason: str
     shape: tuple  # batch, num_heads, seq_len, head_dim
-    dtype: str = "float32"
     in_place: bool = False  # the result is written over x; else into an array that is there
     limit: str = "read"
-    default: bool = True
 
     kind = "rotary"
 
@@ -423,19 +466,14 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Workload):
     """linear: x @ weight^T. dtype is the weight's; x and the result are float32.
 
     x has 128 values, -4 to 63/16, and the groups of an int8 row the same scale: so implementations that round x to 7
     bits as well (PyTorch's dynamic int8), or have a scale for each row of the weight, have the same answer.
     """
 
-    name: str
-    reason: str
     shape: tuple  # rows, in_features, out_features
-    dtype: str = "float32"
-    limit: str = "fma"
-    default: bool = True
 
     kind = "linear"
 
@@ -471,6 +509,7 @@ class Linear:
 
 PREFILL = (1, 8, 8, 2048, 2048, 64)
 PREFILL_D128 = (1, 8, 8, 2048, 2048, 128)
+ENCODER = (32, 12, 12, 128, 128, 64)
 DECODE = (1, 32, 32, 1, 4096, 128)
 PACKED = (64, 8, 8, 16, 512, 64)
 ROTARY = (1, 32, 2048, 128)
@@ -508,7 +547,7 @@ WORKLOADS = (
     Attention("prefill-2048-d128", "the head_dim of most language models", PREFILL_D128),
     Attention("prefill-2048-d128-causal", "a prompt of a language model", PREFILL_D128, is_causal=True),
     Attention("prefill-8192-causal", "a chapter", (1, 8, 8, 8192, 8192, 64), is_causal=True, default=False),
-    Attention("encoder-32x128", "a batch of sentences", (32, 12, 12, 128, 128, 64)),
+    Attention("encoder-32x128", "a batch of sentences", ENCODER),
     Attention("vit-16x197", "image patches: 197 is a multiple of nothing", (16, 12, 12, 197, 197, 64)),
     Attention("head-dim-80", "a head_dim that is no power of two", (1, 12, 12, 1024, 1024, 80)),
     Attention("head-dim-96", "another one", (1, 12, 12, 1024, 1024, 96)),
@@ -538,6 +577,20 @@ WORKLOADS = (
     Layer("layer-32x128-w384", "of a batch", (32, 128, 384)),
     Layer("layer-32x128-w768", "the same, wider", (32, 128, 768)),
     Layer("layer-32x128-w1024", "the same, wider", (32, 128, 1024), default=False),
+    Training("train-2048", "attention and its gradients: seven products for two", PREFILL, default=False),
+    Training("train-2048-causal", "the same of a language model", PREFILL, is_causal=True),
+    Training("train-2048-d128", "the head_dim of most language models", PREFILL_D128, default=False),
+    Training("train-2048-d128-causal", "training one of those", PREFILL_D128, is_causal=True, default=False),
+    Training("train-encoder-32x128", "a batch of sentences", ENCODER),
+    Training("train-vit-8x197", "a batch of images", (8, 12, 12, 197, 197, 64)),
+    Training(
+        "train-gqa8-causal", "eight query heads a key head", (1, 32, 4, 1024, 1024, 64), is_causal=True, default=False
+    ),
+    Training("train-2048-float64", "double precision throughout", PREFILL, "float64", default=False),
+    Training("train-2048-bfloat16", "half the bytes", PREFILL, "bfloat16", default=False),
+    TrainingLayer("train-layer-32x128-w384", "a layer and its gradients, of a batch", (32, 128, 384)),
+    TrainingLayer("train-layer-32x128-w768", "the same, wider", (32, 128, 768), default=False),
+    TrainingLayer("train-layer-32x128-w1024", "the same, wider", (32, 128, 1024), default=False),
     Packed("packed-64", "64 sequences of 16 to 512 tokens in one array", PACKED),
     Packed("packed-64-each", "the same, a dense call for each", PACKED, each=True),
     Attention("packed-64-padded", "the same, padded to 512: what not knowing lengths costs", (64, 8, 8, 512, 512, 64)),

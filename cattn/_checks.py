@@ -559,8 +559,9 @@ def check_of_forward(grad_out, out, logsumexp, grad_logsumexp, rows_shape, head_
             continue
         array = as_array(name, given)
         if array.dtype != expected:
-            what = "dtype of query" if name in ("grad_out", "out") else "dtype computed in"
-            cure = f"; {cast_cure(name, given, expected)} casts" if is_number(array.dtype) else ""
+            what, like = ("dtype computed in", f"np.{expected}") if shape is rows_shape else (
+                "dtype of query", "query.dtype")
+            cure = f"; {cast_cure(name, given, like)} casts" if is_number(array.dtype) else ""
             raise TypeError(f"{name}: expected the {what}, {expected}, got {array.dtype}{cure}")
         if array.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")

@@ -16,6 +16,7 @@ from cattn._checks import (
     F64,
     KINDS,
     cast,
+    check_bool,
     check_of_forward,
     check_result,
     check_seed_of_forward,
@@ -120,12 +121,11 @@ def backward(grad_out, query, key, value, out, logsumexp, attn_mask, dropout_p, 
     """`scaled_dot_product_attention_backward`. `kinds` are those of the forward's `attend`; `cast` rounds to them."""
     wanted = check_wanted(wanted, {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks})
     seed = check_seed_of_forward(seed, dropout_p)
-    slopes_shape = np.shape(alibi_slopes)
     problem = check_problem(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, alibi_slopes=alibi_slopes, sinks=sinks,
         seed=seed, kinds=kinds, **options)
     query, key, value, mask = problem.query, problem.key, problem.value, problem.given_mask
-    rows_shape, dtype = problem.rows_shape, problem.dtype
+    rows_shape, dtype, slopes_shape = problem.rows_shape, problem.dtype, np.shape(alibi_slopes)
     if mask is not None and mask.dtype == bool:
         wanted.discard("attn_mask")
     check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
@@ -133,12 +133,14 @@ def backward(grad_out, query, key, value, out, logsumexp, attn_mask, dropout_p, 
         grad_out, out, logsumexp, grad_logsumexp, rows_shape, value.shape[-1], query.dtype, dtype)
 
     full = [problem.leading + x.shape[-(2 if problem.one_head else 3):] for x in (query, key, value)]
-    # What is summed afterwards is not rounded before.
+    # What is summed afterwards is not rounded before, and the copies of a mask may be many.
     kv_dtype = key.dtype if (key.shape, value.shape) == tuple(full[1:]) else dtype
     grad_query, grad_key, grad_value = (
         problem.new_gradient(shape, own_dtype) if name in wanted else None
         for name, shape, own_dtype in zip(Gradients._fields, full, (dtype, kv_dtype, kv_dtype), strict=False))
-    grad_mask = np.zeros(mask.shape, dtype) if "attn_mask" in wanted else None
+    grad_mask = None
+    if "attn_mask" in wanted:
+        grad_mask = np.zeros(mask.shape, dtype if mask.size == problem.attn_mask.size else np.float64)
     of_mask = None if grad_mask is None else np.broadcast_to(grad_mask, problem.attn_mask.shape)
     num_heads = 1 if problem.one_head else rows_shape[-2]
     of_heads = {name: np.zeros((math.prod(problem.leading), num_heads))
@@ -155,8 +157,9 @@ def backward(grad_out, query, key, value, out, logsumexp, attn_mask, dropout_p, 
 def differentiate(problem, grad_out, out, logsumexp, grad_logsumexp=None, grad_query=None, grad_key=None,
                   grad_value=None, grad_mask=None, of_heads=None):
     """The gradients (OUT) of a Problem, those that are not None: with all leading axes, of any strides between rows;
-    the query's and the mask's of the dtype computed in, the others of that or of the keys'; the mask's 0 before, and
-    broadcast as it is. `of_heads`: {"alibi_slopes" or "sinks": array (batch, num_heads)}. Both logsumexps are flat."""
+    the query's of the dtype computed in, the mask's of that or of double, the others of that or of the keys'; the
+    mask's 0 before, and broadcast as it is. `of_heads`: {"alibi_slopes" or "sinks": array (batch, num_heads)}. Both
+    logsumexps are flat."""
     of_heads = of_heads or {}
     names = "grad_out", "out", "grad_query", "grad_key", "grad_value", "grad_mask"
     wide = all(x is None or x.dtype == problem.dtype for x in (grad_key, grad_value))
@@ -223,16 +226,16 @@ def varlen_attention_backward(
     """
     wanted = check_wanted(wanted, {"attn_mask": None, "alibi_slopes": alibi_slopes, "sinks": sinks})
     seed = check_seed_of_forward(seed, dropout_p)
-    slopes_shape = np.shape(alibi_slopes)
     query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(
         query, key, value, cu_seqlens_q, cu_seqlens_kv)
+    is_causal = check_bool("is_causal", is_causal)
     rows_shape, kv_lens = query.shape[:2], np.diff(cu_seqlens_kv)
     check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
     options = check_options(
         q_kind, rows_shape[1], kv_lens.shape, is_causal=is_causal, scale=scale, window=window, softcap=softcap,
         dropout_p=dropout_p, seed=seed, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
     q_offset, q_offsets = check_offset(q_offset, kv_lens.shape, kv_lens, np.diff(cu_seqlens_q))
-    dtype = np.float64 if q_kind == F64 else np.float32
+    dtype, slopes_shape = np.float64 if q_kind == F64 else np.float32, np.shape(alibi_slopes)
     grad_out, out, logsumexp, grad_logsumexp = check_of_forward(
         grad_out, out, logsumexp, grad_logsumexp, rows_shape, value.shape[-1], query.dtype, dtype)
 
@@ -264,19 +267,26 @@ def _summed(array, shape):
     """A gradient in the shape of the input, summed over the axes that it was broadcast along."""
     missing = array.ndim - len(shape)
     axes = tuple(axis for axis in range(array.ndim) if axis < missing or shape[axis - missing] != array.shape[axis])
-    return array.sum(axis=axes, keepdims=True).reshape(shape) if axes else array
+    return _sum(array, axes).reshape(shape) if axes else array
 
 
 def _of_all_splits(parts):
     """(splits, batch, num_heads), summed over the splits one after the other. NumPy's sum does so for several numbers,
     and adds the parts of one in pairs: its bits would depend on how many others there are."""
     total = np.zeros(parts.shape[1:])
-    for part in parts:
-        total += part
+    with np.errstate(all="ignore"):
+        for part in parts:
+            total += part
     return total
 
 
 def _of_heads(gradients, slopes_shape, dtype):
     """The gradients of slopes and sinks, of (batch, num_heads) each."""
-    return {name: (array.sum(axis=0) if name == "sinks" or len(slopes_shape) == 1
-                   else array.reshape(slopes_shape)).astype(dtype) for name, array in gradients.items()}
+    return {name: cast(_sum(array, 0) if name == "sinks" or len(slopes_shape) == 1 else array.reshape(slopes_shape),
+                       dtype) for name, array in gradients.items()}
+
+
+def _sum(array, axes):
+    """In double, as there may be many; in silence, whatever the caller's numpy.errstate."""
+    with np.errstate(all="ignore"):
+        return array.sum(axis=axes, dtype=np.float64)

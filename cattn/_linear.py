@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cattn import _kernels, _threads
-from cattn._checks import F32, F64, as_array, check_linear, check_vector, out_or_new
+from cattn._checks import F32, F64, as_array, check_kind, check_linear, check_vector, out_or_new
 
 __all__ = ["linear"]
 
@@ -88,3 +88,28 @@ def _three_axes(x, out):
         rows = math.prod(x.shape[:-1])
         return [(x.reshape(rows, x.shape[-1]), out.reshape(rows, out.shape[-1]))]
     return ((x[index], out[index]) for index in itertools.product(*map(range, x.shape[:-3])))
+
+
+def linear_backward(grad_out, x, weight, with_bias, num_threads):
+    """(grad_x, grad_weight, grad_bias) of x @ weight^T + bias, given those of the result; grad_bias is None but
+    `with_bias`. x and grad_out: 2 or 3 axes, the dtype of the weight, any strides. As exact as `linear`; grad_bias is
+    summed in float64, of float64 with what rounding takes. The bits depend on no number of threads. Rows of x whose
+    grad_out is 0 everywhere add nothing to grad_weight, whatever stands in them: padding."""
+    kind = check_kind("x", x)
+    module = _kernels.f64() if kind == F64 else _kernels.f32
+    num_threads = 0 if num_threads is None else _threads.checked(num_threads)
+    grad_x, grad_weight = np.empty(x.shape, x.dtype), np.empty(weight.shape, x.dtype)
+    module.linear(grad_out, weight.T, None, None, grad_x, kind, kind, kind, num_threads)
+    rows = math.prod(x.shape[:-1])  # as views, or else copies: of a slice of a batch's sequences, say
+    grad_rows, x_rows = (array.reshape(rows, array.shape[-1]) for array in (grad_out, x))
+    module.linear(grad_rows.T, x_rows.T, None, None, grad_weight, kind, kind, kind, num_threads)
+    if not np.isfinite(grad_weight).all():  # 0 * NaN, perhaps
+        used = grad_rows.any(axis=1, keepdims=True)
+        if not used.all():
+            x_rows = np.where(used, x_rows, x_rows.dtype.type(0))
+            module.linear(grad_rows.T, x_rows.T, None, None, grad_weight, kind, kind, kind, num_threads)
+    grad_bias = None
+    if with_bias:
+        grad_bias = np.empty(len(weight), x.dtype)
+        module.column_sums(grad_out, grad_bias, kind, num_threads)
+    return grad_x, grad_weight, grad_bias

@@ -14,6 +14,7 @@ from cattn import _kernels, reference
 from cattn._attention import check_problem, scaled_dot_product_attention
 from cattn._checks import F64, STORED_KINDS, cast, check_kind
 from cattn._gradients import differentiate
+from cattn._linear import linear_backward
 from cattn._threads import checked
 from cattn.reference import LayerGradients
 from cattn.reference._linear import StoredWeight
@@ -297,6 +298,9 @@ class MultiHeadAttention(reference.MultiHeadAttention):
         differentiate(problem, self._split_heads(grad_heads), self._split_heads(heads), logsumexp.reshape(-1), None,
                       *targets.values())
         return {name: cast(x, q.dtype) for name, x in of_projected.items()}
+
+    def _linear_backward(self, grad_out, x, weight, num_threads, has_bias):
+        return linear_backward(grad_out, x, weight, has_bias, num_threads)
 
     def _linear(self, x, weight, bias, num_threads):
         out = np.empty((*x.shape[:-1], len(weight)), x.dtype)

@@ -37,8 +37,8 @@ class Result:
 
 
 def calls(number=CALLS):
-    """As many problems, always the same: of ten, eight of attention, a layer and a table."""
-    kinds = [Attention] * 8 + [Layer, Table]
+    """As many problems, always the same: of ten, seven of attention, one of its gradients, a layer and a table."""
+    kinds = [Attention] * 7 + [Gradient, Layer, Table]
     for seed in range(number):
         yield kinds[seed % len(kinds)](np.random.default_rng(seed))
 
@@ -213,6 +213,48 @@ class Attention(Call):
         arrays = [f"{name}={_brief(x)}" for name, x in zip(("query", "key", "value"), self.arrays, strict=True)]
         options = [f"{name}={_brief(x)}" for name, x in (self.options | self.everything).items()]
         return f"scaled_dot_product_attention({', '.join([*arrays, *options, f'num_threads={self.num_threads}'])})"
+
+
+class Gradient(Attention):
+    """Those of query, key and value."""
+
+    def __init__(self, rng):
+        super().__init__(rng)
+        self.everything, self.names = {}, ("query", "key", "value")
+        self.grad_out = rng.standard_normal((*self.arrays[0].shape[:-1], self.arrays[2].shape[-1])).astype(self.dtype)
+
+    def run(self):
+        out, logsumexp = cattn.scaled_dot_product_attention(*self.arrays, **self.options, return_logsumexp=True)
+        return cattn.scaled_dot_product_attention_backward(
+            self.grad_out, *self.arrays, out, logsumexp, **self.options, num_threads=self.num_threads)[:3]
+
+    def answer(self, dtype, c):
+        query, key, value = (x.astype(self.compute) for x in self.arrays)
+        arrays = [x.astype(dtype) for x in (query * c, key / c, value)]
+        out, logsumexp = reference.scaled_dot_product_attention(*arrays, **self.options, return_logsumexp=True)
+        if dtype == self.compute:  # the kernel gets it as it is stored
+            out = out.astype(self.dtype).astype(dtype)
+        return reference.scaled_dot_product_attention_backward(
+            self.grad_out.astype(dtype), *arrays, out, logsumexp, **self.options)[:3]
+
+    def scales(self, exact):
+        """Sums of the magnitudes of what is added up."""
+        query, key, value = (np.abs(x.astype(np.float64)) for x in self.arrays)
+        grad_out = np.abs(self.grad_out.astype(np.float64))
+        options = {name: x for name, x in self.options.items() if name not in ("dropout_p", "seed")}
+        _, weights = reference.scaled_dot_product_attention(
+            *(x.astype(np.float64) for x in self.arrays), **options, return_weights=True)
+        group = query.shape[1] // key.shape[1]
+        key, value = (np.repeat(x, group, axis=1) for x in (key, value))
+        enlarged = 1 / (1 - self.options.get("dropout_p", 0.0))
+        of_weights = enlarged * grad_out @ value.swapaxes(-1, -2)
+        of_scores = weights * (of_weights + (weights * of_weights).sum(axis=-1, keepdims=True))
+        of_scores *= abs(self.options.get("scale", 1 / math.sqrt(query.shape[-1])))
+        return ((of_scores @ key).max(), group * (of_scores.swapaxes(-1, -2) @ query).max(),
+                group * enlarged * (weights.swapaxes(-1, -2) @ grad_out).max())
+
+    def __str__(self):
+        return f"gradients of {super().__str__()}"
 
 
 class Layer(Call):

@@ -22,10 +22,27 @@ def default_number_of_threads():
     cattn.set_num_threads(None)
 
 
+def use(isa, monkeypatch):
+    f32, f64 = (_kernels._load(_kernels.module_name(isa, precision)) for precision in ("f32", "f64"))
+    monkeypatch.setattr(_kernels, "f32", f32)
+    monkeypatch.setattr(_kernels, "f64", lambda: f64)
+
+
 @pytest.fixture(params=cattn.available_isas())
 def isa(request, monkeypatch):
     """Runs the test once with the kernels of each instruction set that this CPU has."""
-    f32, f64 = (_kernels._load(_kernels.module_name(request.param, precision)) for precision in ("f32", "f64"))
-    monkeypatch.setattr(_kernels, "f32", f32)
-    monkeypatch.setattr(_kernels, "f64", lambda: f64)
+    use(request.param, monkeypatch)
     return request.param
+
+
+@pytest.fixture
+def on_every_isa(monkeypatch):
+    """A function: what a call returns with each of them, in a list. For what takes longer to judge than to compute."""
+    def results(call):
+        found = []
+        for isa in cattn.available_isas():
+            use(isa, monkeypatch)
+            found.append(call())
+        return found
+
+    return results

@@ -108,6 +108,12 @@ KEYS = sorted({1, 2, 3, 4 * max(_BLOCKS) + 1} | around(*EDGES["tile_rows"], *_LA
 _DIMS = EDGES["narrow_dims"] + EDGES["dims_at_once"]
 HEAD_DIMS = sorted({1, 3, 5, 64, 65, 80, 128, 129, max(_LANES) + 1, 2 * max(_DIMS) + 1, *_LANES}
                    | {dim + step for dim in _DIMS for step in (0, 1)})
+# Those of gradients: panels and blocks of rows; tiles, blocks and splits of keys; heads whose blocks have fewer rows.
+GRADIENT_ROWS = sorted({2} | around(*(n * lanes for lanes in _LANES for n in (1, 2, 3, 4)), *EDGES["gradient_rows"],
+                                    *(2 * rows for rows in EDGES["gradient_rows"])))
+GRADIENT_KEYS = sorted({2} | around(*EDGES["tile_rows"], *_LANES, *EDGES["gradient_keys"], *EDGES["gradient_split"],
+                                    *(2 * keys for keys in EDGES["gradient_split"])))
+GRADIENT_DIMS = sorted({*range(1, 301), *around(*EDGES["gradient_dims"])})
 
 
 def normal(*shape, dtype=np.float32, seed=0):

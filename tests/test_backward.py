@@ -1,11 +1,23 @@
 """Gradients: of attention, dense and packed, and of the layers; against differences, the reference and PyTorch."""
 
+import inspect
 import itertools
 import re
 
 import numpy as np
 import pytest
-from problems import BFLOAT16, DTYPES, FLOATS, INF, NAN, assert_same_bits, random_problem
+from problems import (
+    BFLOAT16,
+    DTYPES,
+    FLOATS,
+    GRADIENT_DIMS,
+    GRADIENT_KEYS,
+    GRADIENT_ROWS,
+    INF,
+    NAN,
+    assert_same_bits,
+    random_problem,
+)
 from tolerance import assert_gradients_close
 
 import cattn
@@ -146,6 +158,23 @@ def test_any_options_together(library, seeds):
 
 
 # What is wanted.
+
+
+def test_signatures():
+    """Those of the forward functions, but for what they return, with what gradients need; and the reference's."""
+    for name in "scaled_dot_product_attention", "varlen_attention":
+        forward, ours, specified = (inspect.signature(function).parameters for function in (
+            getattr(cattn, name), getattr(cattn, f"{name}_backward"), getattr(reference, f"{name}_backward")))
+        own = {"grad_out", "out", "logsumexp", "grad_logsumexp", "wanted"}
+        shared = forward.keys() - {"out", "return_weights", "return_logsumexp"}
+        assert ours.keys() == shared | own
+        assert all((ours[option].kind, ours[option].default) == (forward[option].kind, forward[option].default)
+                   for option in shared)
+        by_position = [name for name, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        assert by_position == ["grad_out", "query", "key", "value", "out", "logsumexp", *[
+            name for name in list(forward)[3:] if forward[name].kind is forward[name].POSITIONAL_OR_KEYWORD]]
+        for option in specified.keys() - {"options"}:
+            assert (ours[option].kind, ours[option].default) == (specified[option].kind, specified[option].default)
 
 
 @every
@@ -421,18 +450,23 @@ def test_without_an_axis_of_heads(library):
 # Dtypes.
 
 
+def check_gradients(arrays, options, rng, library=cattn, on_every_isa=lambda call: call(), spoil=lambda x: x):
+    """They are as exact as they have to be. grad_out is random, spoilt, and so is grad_logsumexp."""
+    out, logsumexp = library.scaled_dot_product_attention(*arrays, **options, return_logsumexp=True)
+    grad_out, grad_logsumexp = spoil(normal(rng, *out.shape).astype(out.dtype)), normal(rng, *logsumexp.shape)
+    given = grad_out, *arrays, out, logsumexp
+    options = options | {"grad_logsumexp": grad_logsumexp.astype(logsumexp.dtype)}
+    gradients = on_every_isa(lambda: library.scaled_dot_product_attention_backward(*given, **options, wanted=ALL))
+    assert_gradients_close(gradients, *given, **options)
+
+
 @every
 @pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES, ids=str)
 def test_dtypes(library, dtype, kv_dtype):
     for seed in range(40):
         rng = np.random.default_rng(seed)
         arrays, options = random_problem(rng, dtype=dtype, kv_dtype=kv_dtype, most_rows=9, most_keys=20, most_dims=12)
-        out, logsumexp = library.scaled_dot_product_attention(*arrays, **options, return_logsumexp=True)
-        grad_out, grad_logsumexp = normal(rng, *out.shape).astype(dtype), normal(rng, *logsumexp.shape)
-        grad_logsumexp = grad_logsumexp.astype(logsumexp.dtype)
-        gradients = library.scaled_dot_product_attention_backward(
-            grad_out, *arrays, out, logsumexp, **options, grad_logsumexp=grad_logsumexp, wanted=ALL)
-        assert_gradients_close(gradients, grad_out, *arrays, out, logsumexp, **options, grad_logsumexp=grad_logsumexp)
+        check_gradients(arrays, options, rng, library)
 
 
 @every
@@ -444,6 +478,84 @@ def test_each_gradient_has_the_dtype_of_its_input(library, mask_dtype):
     assert [x.dtype for x in gradients] == [np.float32, BFLOAT16, BFLOAT16, mask_dtype, np.float32, np.float32]
     gradients = backward(library, problem(), options)
     assert [x.dtype for x in gradients] == [np.float64] * 3 + [mask_dtype] + [np.float64] * 2
+
+
+# Sizes, on every instruction set.
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_large_problems(on_every_isa, seed, dtype, kv_dtype):
+    rng = np.random.default_rng(seed)
+    arrays, options = random_problem(rng, dtype=dtype, kv_dtype=kv_dtype, most_rows=400, most_keys=700, most_dims=40)
+    check_gradients(arrays, options, rng, on_every_isa=on_every_isa)
+
+
+SIZES = {
+    **{f"{n} rows": {"seq_len_q": n, "seq_len_kv": 7} for n in GRADIENT_ROWS},
+    **{f"{n} keys": {"seq_len_q": 7, "seq_len_kv": n} for n in GRADIENT_KEYS},
+    **{f"head_dim {n}": {"seq_len_q": 20, "seq_len_kv": 30, "head_dim": n, "head_dim_v": 1 + 11 * n % 301}
+       for n in GRADIENT_DIMS},
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_sizes(on_every_isa, sizes, dtype):
+    query, key, value = (x.astype(dtype) for x in problem(leading=(), num_heads=1, num_kv_heads=1, **sizes))
+    # Small scores: those of wide heads, in one chain of up to 256 products, lose more than twice what BLAS's sums do.
+    arrays, rng = (query / 4, key, value), np.random.default_rng(1)
+    check_gradients(arrays, {}, rng, on_every_isa=on_every_isa)
+    check_gradients(arrays, {"is_causal": True, "q_offset": "end"}, rng, on_every_isa=on_every_isa)
+
+
+def test_starts_behind_many_splits(on_every_isa):
+    rng = np.random.default_rng(0)
+    arrays = [normal(rng, 2, 1, n, 2).astype(np.float32) for n in (3, 40_000, 40_000)]
+    check_gradients(arrays, {"kv_starts": np.array([39_990, 1000]), "kv_lens": np.array([40_000, 1600])}, rng,
+                    on_every_isa=on_every_isa)
+
+
+MANY_COPIES = {
+    "mask of keys": ((2, 8, 1000, 4), (2, 8, 40, 4), (40,)),
+    "mask of one number": ((2, 2, 200, 4), (2, 2, 140, 4), (1,)),
+    "mask for all heads": ((40, 40, 20, 4), (40, 40, 20, 4), (20, 20)),
+    "query": ((1, 1, 20, 4), (3000, 1, 20, 4), None),
+}
+
+
+@pytest.mark.parametrize(("query_shape", "key_shape", "mask_shape"), MANY_COPIES.values(), ids=MANY_COPIES)
+def test_sums_over_many_copies(query_shape, key_shape, mask_shape):
+    """Of weights, which all have one sign, not one after the other in float32."""
+    rng = np.random.default_rng(0)
+    arrays = [normal(rng, *shape).astype(np.float32) for shape in (query_shape, key_shape, key_shape)]
+    options = {} if mask_shape is None else {"attn_mask": normal(rng, *mask_shape).astype(np.float32)}
+    out, logsumexp = cattn.scaled_dot_product_attention(*arrays, **options, return_logsumexp=True)
+    given = np.zeros_like(out), *arrays, out, logsumexp
+    options["grad_logsumexp"] = np.ones_like(logsumexp)
+    gradients = cattn.scaled_dot_product_attention_backward(*given, **options, wanted=ALL)
+    assert_gradients_close(gradients, *given, **options)
+
+
+def with_odd_numbers(x, rng):
+    """Some that are NaN or infinite, or none."""
+    x = x.copy()
+    for _ in range(rng.integers(4) if x.size else 0):
+        x.reshape(-1)[rng.integers(x.size)] = rng.choice([NAN, INF, -INF])
+    return x
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("seeds", [range(n, n + 10) for n in range(0, 40, 10)], ids=str)
+def test_odd_numbers(on_every_isa, seeds, dtype):
+    """They reach what they reach in the reference, under any masks and beyond one block."""
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        arrays, options = random_problem(rng, dtype=dtype, most_rows=230, most_keys=600, most_dims=12)
+        if "alibi_slopes" in options:
+            options["alibi_slopes"] /= 20  # 0 times infinity is NaN, and no weight is to be 0 in one precision alone
+        check_gradients([with_odd_numbers(x, rng) for x in arrays], options, rng, on_every_isa=on_every_isa,
+                        spoil=lambda x, rng=rng: with_odd_numbers(x, rng))
 
 
 # Packed sequences.

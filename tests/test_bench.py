@@ -18,12 +18,12 @@ from processes import python
 from bench import peers, probes, readme, report, runner, worker
 from bench.__main__ import main
 from bench.files import replaced
-from bench.workloads import WORKLOADS
+from bench.workloads import WORKLOADS, Attention, Layer
 
 
 def shrunk(work):
     """The same workload, small enough for a test."""
-    if work.kind == "attention":
+    if work.kind in ("attention", "training"):
         batch, num_heads, num_kv_heads, seq_len_q, seq_len_kv, head_dim = work.shape
         shape = min(batch, 2), num_heads, num_kv_heads, min(seq_len_q, 37), min(seq_len_kv, 37), head_dim
     elif work.kind in ("packed", "paged"):
@@ -32,6 +32,7 @@ def shrunk(work):
     else:
         shape = {
             "layer": (2, 9, work.shape[-1]),
+            "training_layer": (2, 9, work.shape[-1]),
             "table": (50, 64),
             "cache": work.shape,
             "merge": (*work.shape[:1], 3, 2, 5, 16),
@@ -131,6 +132,42 @@ def test_the_tolerance_notices_a_lost_key(work):
     if "attn_mask" in arrays:
         arrays["attn_mask"] = arrays["attn_mask"][:, :-1]
     assert worker.max_error(work.expected(arrays), expected) > 2 * tolerance
+
+
+@pytest.mark.parametrize(
+    "work", [w for w in WORKLOADS if w.kind in ("training", "training_layer")], ids=lambda work: work.name
+)
+def test_the_tolerance_notices_a_lost_token_in_each_gradient(work):
+    """And in the result. The last key counts for nothing, or the last token of a layer for no parameter."""
+    if work.dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    work = shrunk(work)
+    expected, tolerance = runner.float64_answer(work)
+    arrays = work.arrays()
+    if work.kind == "training":
+        changed, sizes = ["key"], [arrays[name].size for name in ("query", "query", "key", "value")]
+    else:
+        changed = ["x", "grad_out"]
+        sizes = [arrays["x"].size] * 2 + [parameter.size for parameter in arrays["state"].values()]
+    for name in changed:
+        arrays[name] = arrays[name].copy()
+        arrays[name][..., -1, :] = 0
+    difference = np.abs(work.expected(arrays) - expected)
+    assert sum(sizes) == difference.size
+    for part in np.split(difference, np.cumsum(sizes)[:-1]):
+        assert part.max() > 2 * tolerance
+
+
+def test_products_of_training():
+    """Five more than the two of attention; three instead of one of each projection."""
+    for work in WORKLOADS:
+        if work.kind == "training":
+            shape, is_causal = work.shape, work.is_causal
+            assert 2 * work.flops == 7 * Attention("", "", shape, is_causal=is_causal).flops
+        elif work.kind == "training_layer":
+            batch, seq_len, width = work.shape
+            heads = Attention("", "", (batch, width // 64, width // 64, seq_len, seq_len, 64)).flops
+            assert 2 * work.flops == 7 * heads + 6 * (Layer("", "", work.shape).flops - heads)
 
 
 @pytest.mark.parametrize("work", [w for w in WORKLOADS if w.kind == "paged"], ids=lambda work: work.name)

@@ -51,7 +51,8 @@ def inventory(path):
 
 def test_every_public_name_is_in_the_reference(built):
     found = inventory(built / "objects.inv")
-    modules = cattn, cattn.reference, importlib.import_module("cattn.plots")
+    others = "plots", "integrations.onnx"
+    modules = [cattn, cattn.reference, *(importlib.import_module(f"cattn.{name}") for name in others)]
     names = [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
     assert len(names) > 15
     assert [name for name in names if name not in found] == []
@@ -78,7 +79,8 @@ def functions(path):
 def test_pages_name_tests():
     """Those that hold the promises; `test_file.py: test_a` is one of that file."""
     files = {path.stem: functions(path) for path in TESTS.glob("test_*.py")}
-    everything = set(files).union(*files.values()) | {"test_aarch64", "test_avx512"}  # scripts in tools/
+    scripts = {"test_aarch64", "test_avx512", "test_integrations"}  # in tools/
+    everything = set(files).union(*files.values()) | scripts
     named = {(page.name, name) for page, text in TEXTS.items() for name in re.findall(r"\btest_[a-z0-9_]+\b", text)}
     assert len({name for _, name in named}) > 40
     assert [pair for pair in sorted(named) if pair[1] not in everything] == []

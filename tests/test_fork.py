@@ -18,6 +18,7 @@ from processes import ROOT
 
 import cattn
 from cattn import _kernels
+from cattn._linear import linear_backward
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -67,12 +68,26 @@ def test_serving_in_a_child():
         results = [
             cattn.varlen_attention(query, key, key, cu_seqlens, num_threads=2),
             cattn.linear(query, weight, weight_scales=scales, num_threads=2),
+            *linear_backward(query, query, query[:64, 0], True, 2),
             cattn.rotary_embedding(query, *tables, positions=np.arange(150)[:, None], interleaved=True, num_threads=2),
             *cattn.merge_states([query, query], [query[..., 0], query[..., 1]], num_threads=2)]
         for dtype, cache in caches.items():
             child = cache.fork(sequences[dtype])
             results.append(cache.attend(0, cache.extend(child, 150), query, key, key, num_threads=2))
         return np.concatenate([x.ravel() for x in results])
+
+    expected = compute()
+    for _ in range(2):
+        assert exit_status_of_child(compute, expected) == 0
+        np.testing.assert_array_equal(compute(), expected)
+
+
+def test_gradients_in_a_child():
+    out, logsumexp = cattn.scaled_dot_product_attention(*ARRAYS, is_causal=True, return_logsumexp=True)
+
+    def compute():
+        return np.stack(cattn.scaled_dot_product_attention_backward(
+            out, *ARRAYS, out, logsumexp, is_causal=True, num_threads=2)[:3])
 
     expected = compute()
     for _ in range(2):

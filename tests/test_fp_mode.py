@@ -21,6 +21,7 @@ SETUP = """
 import ctypes, mmap, sys
 import numpy as np, cattn
 from cattn import _kernels
+from cattn._linear import linear_backward
 code = [bytes.fromhex(text) for text in ({set_code!r}, {get_code!r})]
 memory = mmap.mmap(-1, 8192, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 memory[:len(code[0])], memory[4096:4096 + len(code[1])] = code
@@ -83,8 +84,12 @@ def results():
     yield from served()
     for arrays, options in cases:
         yield cattn.scaled_dot_product_attention(*arrays, return_weights=True, return_logsumexp=True, **options)
+    for arrays, options in cases[::4]:
+        out, logsumexp = cattn.scaled_dot_product_attention(*arrays, return_logsumexp=True, **options)
+        yield cattn.scaled_dot_product_attention_backward(out, *arrays, out, logsumexp, **options)[:3]
     for layer, x in layers:
         yield layer(x, num_threads=1), layer(x, num_threads=2)
+        yield linear_backward(x, x, layer.out_proj_weight, True, 2)
     for outputs, logsumexps in states:
         yield cattn.merge_states(outputs, logsumexps, sinks=logsumexps[0])
     yield cattn.sinusoidal_encoding(300, 50),

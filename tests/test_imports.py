@@ -19,15 +19,16 @@ PARTS = {
     "_attention": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_linear": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_serving": ({"_checks", "_kernels", "_attention"}, {"numpy"}),
+    "_gradients": ({"_checks", "_kernels", "_attention", "_serving", "reference"}, {"numpy"}),
     "_cache": ({"_checks", "_kernels", "_threads", "_attention"}, {"numpy"}),
     "_merge": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
-    "_multihead": ({"_checks", "_kernels", "_threads", "_attention", "reference"}, {"numpy"}),
+    "_multihead": ({"_checks", "_kernels", "_threads", "_attention", "_gradients", "_linear", "reference"}, {"numpy"}),
     "_positional": ({"_checks", "_kernels", "reference"}, {"numpy"}),
     "_rotary": ({"_checks", "_kernels", "_threads"}, {"numpy"}),
     "_config": ({"_checks", "_kernels", "_threads", "__init__"}, {"numpy", "threadpoolctl"}),  # late: the version
     "_preload": ({"_kernels", "_threads", "_attention"}, {"numpy"}),
 }
-ON_TOP = {"__init__", "__main__", "__pyinstaller", "_plain", "_selfcheck", "_speed", "plots"}
+ON_TOP = {"__init__", "__main__", "__pyinstaller", "_plain", "_selfcheck", "_speed", "integrations", "plots"}
 
 
 def imported(path):
@@ -48,6 +49,15 @@ def test_who_imports_whom(part):
     others = {first for first, *_ in names} - {"cattn"} - sys.stdlib_module_names
     assert (of_cattn, others) == PARTS[part]
     assert of_cattn - {"__init__"} <= set(list(PARTS)[: list(PARTS).index(part)])
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "integrations").glob("*.py")), ids=lambda path: path.stem)
+def test_integrations_import_their_libraries_late(path):
+    """None where they are imported, so that each can say what it needs."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [name for node in nodes for name in ([node.module] if isinstance(node, ast.ImportFrom) else
+                                                 [alias.name for alias in node.names])]
+    assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names <= {"cattn", "numpy"}
 
 
 def test_every_part_has_a_place():

@@ -32,6 +32,9 @@ def repeated(*shape, dtype=np.float32):
     return np.broadcast_to(normal(*shape[:-2], 1, shape[-1], dtype=dtype), shape)
 def attention(query, key, **options):
     return cattn.scaled_dot_product_attention(query, key, key, **options)
+def gradients(query, key, **options):
+    out, logsumexp = np.broadcast_to(np.float32(0), query.shape), np.broadcast_to(np.float32(0), query.shape[:-1])
+    return cattn.scaled_dot_product_attention_backward(query, query, key, key, out, logsumexp, **options)
 SMALL = normal(2, 4, 200, 64)
 expected = attention(SMALL, SMALL)
 def say(word):
@@ -61,6 +64,14 @@ LONG_CALLS = {
     "pages of 8 bits": "cattn.paged_attention(normal(64, 8, 64), *[np.broadcast_to(np.int8(1), (2, 16, 8, 64))] * 2, "
                        "np.zeros((1, 2_000_000), int), [32_000_000], [0, 64], num_threads=2, "
                        "**dict.fromkeys(('key_scales', 'value_scales'), np.ones((2, 16, 8), np.float32)))",
+    "gradients": "gradients(normal(1, 8, 4096, 64), repeated(1, 8, 1_000_000, 64), num_threads=2, wanted=['query'])",
+    # Each thread waits for the other at every block of rows.
+    "gradients of one head": "gradients(normal(1, 1, 100_000, 64), repeated(1, 1, 100_000, 64), num_threads=2, "
+                             "dropout_p=0.5, seed=0)",
+    "gradients of one task": "gradients(repeated(1, 1, 20_000_000, 8), repeated(1, 1, 400, 8), num_threads=1, "
+                             "dropout_p=0.5, seed=0, wanted=['key'])",
+    "gradients of a mask": "gradients(repeated(300_000, 1, 96, 8), repeated(300_000, 1, 400, 8), num_threads=2, "
+                           "attn_mask=normal(400), wanted=['attn_mask'])",
     "table": "[cattn.sinusoidal_encoding(1_000_000, 64, out=np.empty((1_000_000, 64), np.float32)) "
              "for _ in range(1000)]",
     "rotary": "(lambda x, *tables: [cattn.rotary_embedding(x, *tables, interleaved=True, out=x) "
@@ -71,6 +82,8 @@ LONG_CALLS = {
     "projection": "projection(4000, 65536, 8192, np.float32, num_threads=2)",
     "projection of few rows": "[projection(1, 8192, 8192, np.float64, num_threads=1) for _ in range(10_000)]",
     "projection of long rows": "projection(4000, 1 << 24, 4000, np.float32, num_threads=2)",
+    "projection of transposed views": "projection(4000, 1 << 24, 4000, np.float32, num_threads=2, transposed=True)",
+    "sums of columns": "cattn._kernels.f32.column_sums(repeated(1 << 36, 256), np.empty(256, np.float32), 0, 2)",
     "positions": "cattn.PositionalEncoding(64, dropout=0.5)(repeated(20_000, 1000, 64), training=True)",
 }
 
@@ -103,10 +116,14 @@ def layer_of(dtype):
 layers = {dtype: cattn.MultiHeadAttention(2048, 16, dtype=dtype) for dtype in ("float32", "float16")}
 """,
     "projection": """
-def projection(rows, in_features, out_features, dtype, num_threads):
+def projection(rows, in_features, out_features, dtype, num_threads, transposed=False):
     module = cattn._kernels.f32 if dtype == np.float32 else cattn._kernels.f64()
     x, weight, out = (np.broadcast_to(dtype(0), (1, 1, *shape)) for shape in (
         (rows, in_features), (out_features, in_features), (rows, out_features)))
+    if transposed:      # columns of adjacent numbers, which overlap
+        item = dtype(0).itemsize
+        x, weight = (np.lib.stride_tricks.as_strided(np.zeros(n + 2 * in_features, dtype), (n, in_features),
+                                                     (item, 2 * item)) for n in (rows, out_features))
     kind = 0 if dtype == np.float32 else 1
     module.linear(x, weight, None, None, out.copy(), kind, kind, kind, num_threads)
 cattn.preload()

@@ -157,17 +157,31 @@ def test_padding_behind_the_lengths(isa, shape, dtype, kv_dtype):
                 assert not weights[..., length:].any()
 
 
-def gradients_of(arrays, options, row=slice(None), num_threads=None):
-    """All that there are, of a forward pass over these batch rows."""
+def differentiate(*given, wanted=cattn.Gradients._fields, backward=cattn.scaled_dot_product_attention_backward,
+                  **options):
+    """{name: gradient} of those that there are."""
+    gradients = backward(*given, **options, wanted=wanted)
+    return {name: gradient for name, gradient in gradients._asdict().items() if gradient is not None}
+
+
+def forward_of(arrays, options, row=slice(None)):
+    """What `differentiate` takes of a forward pass over these batch rows, and their options."""
     query, key, value = (x[row] for x in arrays)
     options = {name: option[row] if name in ("q_offset", "alibi_slopes", "kv_lens", "attn_mask") and np.ndim(option)
                else option for name, option in options.items()}
     out, logsumexp = attention(query, key, value, **options, return_logsumexp=True)
     grad_out = normal(len(arrays[0]), *out.shape[1:], dtype=out.dtype, seed=1)[row]
-    gradients = cattn.scaled_dot_product_attention_backward(
-        grad_out, query, key, value, out, logsumexp, **options, wanted=cattn.Gradients._fields,
-        num_threads=num_threads)
-    return {name: gradient for name, gradient in gradients._asdict().items() if gradient is not None}
+    return (grad_out, query, key, value, out, logsumexp), options
+
+
+def gradients_of(arrays, options, row=slice(None), **more):
+    given, options = forward_of(arrays, options, row)
+    return differentiate(*given, **options, **more)
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    assert_same_bits(tuple(found.values()), tuple(expected.values()))
 
 
 @all_dtypes
@@ -177,9 +191,7 @@ def test_gradients_by_any_threads(isa, shape, dtype, kv_dtype):
     for options in ({}, {"is_causal": True, "q_offset": 0}, options_of(shape) | {"dropout_p": 0.1, "seed": 1}):
         expected = gradients_of(arrays, options, num_threads=1)
         for num_threads in (2, 3, 7):
-            found = gradients_of(arrays, options, num_threads=num_threads)
-            assert found.keys() == expected.keys()
-            assert_same_bits(tuple(found.values()), tuple(expected.values()))
+            assert_same_gradients(gradients_of(arrays, options, num_threads=num_threads), expected)
 
 
 @all_dtypes
@@ -194,6 +206,134 @@ def test_gradients_of_batch_mates(isa, shape, dtype, kv_dtype):
             assert alone.keys() == expected.keys()
             for name in alone.keys() - {"sinks"}:
                 assert_same_bits(alone[name], expected[name][row])
+
+
+@shapes
+def test_gradients_again_and_at_once(isa, shape):
+    given, options = forward_of(arrays_of(shape), options_of(shape))
+    expected = differentiate(*given, **options)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(differentiate, *given, **options, num_threads=1 + number % 2) for number in range(8)]
+        for future in futures:
+            assert_same_gradients(future.result(), expected)
+
+
+@all_dtypes
+@shapes
+def test_gradients_wanted_alone(isa, shape, dtype, kv_dtype):
+    given, options = forward_of(arrays_of(shape, dtype, kv_dtype), options_of(shape))
+    expected = differentiate(*given, **options)
+    for name in expected:
+        assert_same_bits(differentiate(*given, **options, wanted=[name])[name], expected[name])
+
+
+@shapes
+def test_gradients_of_other_rows_and_heads(isa, shape):
+    """NaN in one query reaches the gradients of its own head's keys, and no other row's."""
+    arrays = arrays_of(shape)
+    (grad_out, query, *given), _ = forward_of(arrays, {})
+    expected = differentiate(grad_out, query, *given)
+    query = query.copy()
+    query[:, 0, 0] = NAN
+    found = differentiate(grad_out, query, *given)
+    assert np.isnan(found["query"][:, 0, 0]).all() and np.isnan(found["key"][:, 0]).all()
+    assert_same_bits(found["query"][:, 0, 1:], expected["query"][:, 0, 1:])
+    assert_same_bits(found["query"][:, 1:], expected["query"][:, 1:])
+    for name in "key", "value":
+        assert_same_bits(found[name][:, 1:], expected[name][:, 1:])
+
+
+@all_dtypes
+@pytest.mark.parametrize("shape", ["prefill", "decode", "grouped"])
+def test_gradients_of_padding(isa, shape, dtype, kv_dtype):
+    """Longer arrays with any garbage at and past kv_lens: the same bits, and 0 behind."""
+    query, key, value = arrays_of(shape, dtype, kv_dtype)
+    for length in (300, 129, 128, 3):
+        (grad_out, *_, out, logsumexp), _ = forward_of((query, key[:, :, :length], value[:, :, :length]), {})
+        expected = differentiate(grad_out, query, key[:, :, :length], value[:, :, :length], out, logsumexp)
+        for more, garbage in ((1, NAN), (600, INF)):
+            padded = [np.full((2, x.shape[1], length + more, x.shape[3]), garbage, kv_dtype) for x in (key, value)]
+            for long, short in zip(padded, (key, value), strict=True):
+                long[:, :, :length] = short[:, :, :length]
+            found = differentiate(grad_out, query, *padded, out, logsumexp, kv_lens=np.full(2, length))
+            assert not found["key"][:, :, length:].any() and not found["value"][:, :, length:].any()
+            assert_same_gradients(
+                {name: x if name == "query" else x[:, :, :length] for name, x in found.items()}, expected)
+
+
+@all_dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_any_layout(isa, layout, dtype, kv_dtype):
+    for shape in ("decode", "grouped"):
+        arrays = [x[:1, :, :, :17] for x in arrays_of(shape, dtype, kv_dtype)]
+        mask = normal(1, 1, arrays[0].shape[2], arrays[1].shape[2], dtype=dtype)
+        given, _ = forward_of(arrays, {"attn_mask": mask})
+        expected = differentiate(*given, attn_mask=mask)
+        strided = [*(LAYOUTS[layout](x) for x in given[:-1]), LAYOUTS[layout](given[-1][..., None])[..., 0]]
+        assert_same_gradients(differentiate(*strided, attn_mask=LAYOUTS[layout](mask)), expected)
+        for number, x in enumerate(strided):
+            one = (*given[:number], x, *given[number + 1:])
+            assert_same_gradients(differentiate(*one, attn_mask=mask), expected)
+
+
+@all_dtypes
+@pytest.mark.parametrize("lens", [(1, 2, 700, 0, 90, 130, 33), (300, 200, 100)], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, {"is_causal": True}, {"window": (100, 20), "softcap": 3.0, "sinks": np.ones(4)},
+], ids=["nothing", "causal", "options"])
+def test_gradients_of_packed_sequences(isa, options, lens, dtype, kv_dtype):
+    """Each sequence's are those that it has alone. What they share has the sum over them."""
+    cu_seqlens_kv, lens_q = np.cumsum([0, *lens]), [2 * n // 3 for n in lens[::-1]]
+    cu_seqlens_q = np.cumsum([0, *lens_q])
+    query, grad_out = (normal(cu_seqlens_q[-1], 4, 40, dtype=dtype, seed=seed) for seed in (0, 1))
+    key, value = (normal(cu_seqlens_kv[-1], 2, 40, dtype=kv_dtype, seed=seed) for seed in (2, 3))
+    options = options | {"alibi_slopes": np.linspace(0, 0.1, 4 * len(lens)).reshape(-1, 4), "q_offset": "end"}
+    out, logsumexp = cattn.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_kv, **options,
+                                            return_logsumexp=True)
+    packed = differentiate(grad_out, query, key, value, out, logsumexp, cu_seqlens_q, cu_seqlens_kv, **options,
+                           backward=cattn.varlen_attention_backward)
+    for number in range(len(lens)):
+        q, kv = (slice(*cu[number : number + 2]) for cu in (cu_seqlens_q, cu_seqlens_kv))
+        own = [x[rows].swapaxes(0, 1)[None] for x, rows in zip(
+            (grad_out, query, key, value, out, logsumexp), (q, q, kv, kv, q, q), strict=True)]
+        alone = differentiate(*own, **options | {"alibi_slopes": options["alibi_slopes"][number]})
+        for name, rows in ("query", q), ("key", kv), ("value", kv):
+            assert_same_bits(packed[name][rows].swapaxes(0, 1), alone[name][0])
+        assert_same_bits(packed["alibi_slopes"][number], alone["alibi_slopes"])
+
+
+@all_dtypes
+def test_gradients_of_grouped_and_repeated_heads(isa, dtype, kv_dtype):
+    """Those of the queries: keys have the sum over their group."""
+    for seq_len_q in (1, 5, 50, 200):
+        query, key, value = problem(seq_len_q, 300, 40, num_heads=6, num_kv_heads=2, dtype=dtype, kv_dtype=kv_dtype)
+        repeated = [np.repeat(x, 3, axis=1) for x in (key, value)]
+        for options in ({}, some_options(6, 2, 300), {"dropout_p": 0.2, "seed": 4}):
+            assert_same_bits(gradients_of((query, key, value), options)["query"],
+                             gradients_of((query, *repeated), options)["query"])
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES[2:], ids=str)
+def test_gradients_of_sixteen_bits_are_wide_ones_rounded(isa, dtype, kv_dtype):
+    for shape in SHAPES:
+        given, options = forward_of(arrays_of(shape, dtype, kv_dtype), options_of(shape))
+        wide = differentiate(*(x.astype(np.float32) for x in given), **options)
+        dtypes = {"query": dtype, "key": kv_dtype, "value": kv_dtype}
+        assert_same_gradients(differentiate(*given, **options),
+                              {name: x.astype(dtypes.get(name, x.dtype)) for name, x in wide.items()})
+
+
+@pytest.mark.skipif(not {"avx512", "avx512_intel"} <= set(cattn.available_isas()), reason="this CPU has no AVX-512")
+@pytest.mark.parametrize("head_dim", [1, 17, 32, 33, 65, 129, 257, 300])
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_gradients_of_tiles(head_dim, dtype, on_every_isa):
+    """Those of avx512 and avx512_intel."""
+    for seq_len_kv in (*range(1, 34), 128, 137, 144, 530):
+        arrays = problem(23, seq_len_kv, head_dim, head_dim // 2 + 1, dtype=dtype)
+        for options in ({}, {"is_causal": True, "q_offset": seq_len_kv - 20}, {"softcap": 2.0}):
+            found = dict(zip(cattn.available_isas(), on_every_isa(
+                lambda arrays=arrays, options=options: gradients_of(arrays, options)), strict=True))
+            assert_same_gradients(found["avx512_intel"], found["avx512"])
 
 
 def growing(x):
@@ -347,6 +487,12 @@ def test_one_mask_in_many_forms(isa, shape, scale):
         written_out = np.broadcast_to(mask, (2, arrays[0].shape[1], seq_len_q, seq_len_kv)).copy()
         assert_same_bits(everything(*arrays, attn_mask=written_out, scale=scale), right)
         assert_same_bits(everything(*arrays, attn_mask=mask, scale=scale, **said), right)
+    expected = gradients_of(arrays, said | {"scale": scale})
+    for number, mask in enumerate((seen, *additive)):
+        found = differentiate(*forward_of(arrays, said | {"scale": scale})[0], attn_mask=mask, scale=scale,
+                              wanted=("query", "key", "value"))
+        if number == 0 or scale == 0.125:
+            assert_same_gradients(found, expected)
 
 
 @shapes

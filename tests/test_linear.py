@@ -13,17 +13,21 @@ from tolerance import HALF_ULP
 import cattn
 from cattn import _kernels, reference
 from cattn._checks import STORED_KINDS, check_kind
+from cattn._linear import linear_backward
 from cattn.reference._linear import StoredWeight, quantize_rows, to_bfloat16
 
 # On both sides of every edge: half a vector of rows are few; vectors and panels of them; blocks. Features: vectors,
-# tasks. Dimensions: vectors, blocks.
+# tasks. Dimensions: vectors, blocks, chunks.
 (BLOCK_ROWS,), (FEATURES,), (BLOCK_DIMS,) = (EDGES[name] for name in ("block_rows", "features", "block_dims"))
+(CHUNK_DIMS,), (SUM_COLUMNS,) = EDGES["chunk_dims"], EDGES["sum_columns"]
 MOST_LANES = max(EDGES["lanes"])
+F32, F64 = np.float32, np.float64
 ROWS = sorted({1, 2, 3, 5, 24, 31, 33, 49, BLOCK_ROWS + 8} | around(*(n // 2 for n in EDGES["lanes"]), BLOCK_ROWS)
               | {n + step for n in EDGES["lanes"] for step in (0, 1)})
 OUT = sorted({1, 7, 8, 2 * FEATURES + 1, 3 * FEATURES + 6} | around(MOST_LANES, FEATURES))
 # And of int8: groups of 32, and as many scales as are transposed at once, or two more.
 IN = sorted({1, 3, 8, MOST_LANES + 1, BLOCK_DIMS // 2, 2 * BLOCK_DIMS, 300, 576} | around(BLOCK_DIMS))
+LONG_IN = sorted({2 * CHUNK_DIMS + BLOCK_DIMS + 1} | around(CHUNK_DIMS))
 
 
 def linear(x, weight, bias=None, *, num_threads=0, out=None):
@@ -251,6 +255,135 @@ def test_to_bfloat16():
     assert np.isnan(to_bfloat16(numbers).view(ml_dtypes.bfloat16)[nan]).all()
 
 
+# Transposed views, and the gradients, which are their products.
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_transposed_views(isa, dtype):
+    """Of x, of the weight, or of both: the bits of the same arrays otherwise, also where sums go on in other chunks."""
+    shapes = [*((rows, 130, 50) for rows in ROWS), *((20, 140, n) for n in OUT),
+              *((rows, n, FEATURES + 3) for n in IN + LONG_IN for rows in (1, 33, BLOCK_ROWS + 8))]
+    for shape in shapes:
+        x, weight, bias = problem(*shape, dtype)
+        expected, turned = linear(x, weight, bias), np.asfortranarray(x)
+        for arrays in (x, np.asfortranarray(weight)), (turned, weight), (turned, np.asfortranarray(weight)):
+            assert_same_bits(linear(*arrays, bias), expected)
+        if len(x) % 2 == 0:
+            batch = turned.reshape(2, -1, x.shape[1])
+            assert np.shares_memory(batch, turned)
+            assert_same_bits(linear(batch, weight, bias).reshape(expected.shape), expected)
+
+
+def test_a_wide_transposed_view(isa):
+    """Of more features than have room for what they are from one chunk to the next: there is one."""
+    x, weight, _ = problem(2, CHUNK_DIMS + 1, 1, np.dtype(np.float32))
+    column = np.repeat(weight, 2)[::2]      # not rows of adjacent numbers, which are read in place
+    wide = np.broadcast_to(column, (20_000, len(column)))
+    assert_same_bits(linear(x, wide), np.broadcast_to(linear(x, weight), (2, 20_000)).copy())
+
+
+def gradient_problem(rows, in_features, out_features, dtype):
+    """grad_out, x, weight."""
+    x, weight, _ = problem(rows, in_features, out_features, dtype)
+    return normal(rows, out_features, dtype=dtype, seed=3), x, weight
+
+
+def assert_summed(result, x):
+    """The sums of columns: within the rounding of n sums of doubles, or, of float64, u^2 as much (Ogita, Rump and Oishi
+    2005, proposition 4.5), and of the result."""
+    exact, magnitude = (np.array([math.fsum(column) for column in a.astype(float).T]) for a in (x, np.abs(x)))
+    unit = len(x) * 2.0**-53
+    compute = np.finfo(np.result_type(x.dtype, np.float32))
+    bound = (unit**2 if x.dtype == np.float64 else unit) * magnitude
+    for relative, absolute in ((float(compute.eps) / 2, float(compute.smallest_subnormal) / 2),
+                               HALF_ULP.get(x.dtype.name, (0, 0))):
+        bound += np.maximum(relative * (np.abs(exact) + bound), absolute)
+    assert result.dtype == x.dtype
+    assert (np.abs(result.astype(float) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradients(isa, dtype):
+    shapes = [*itertools.product((0, 1, 9, FEATURES + 1, 130), repeat=3), *((rows, 33, 50) for rows in ROWS),
+              *((20, 40, n) for n in (*OUT, *around(SUM_COLUMNS), 2 * SUM_COLUMNS + 1)), *((20, n, 40) for n in IN),
+              *((rows, FEATURES + 3, BLOCK_ROWS + 2) for rows in LONG_IN)]
+    for shape in shapes:
+        grad_out, x, weight = arrays = gradient_problem(*shape, dtype)
+        grad_x, grad_weight, grad_bias = linear_backward(*arrays, True, None)
+        assert [a.dtype for a in (grad_x, grad_weight, grad_bias)] == [dtype] * 3
+        assert [a.shape for a in (grad_x, grad_weight, grad_bias)] == [x.shape, weight.shape, weight.shape[:1]]
+        assert_exact(grad_x, grad_out, weight.T, np.zeros(shape[1]))
+        assert_exact(grad_weight, grad_out.T, x.T, np.zeros(shape[1]))
+        assert_summed(grad_bias, grad_out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradients_have_the_same_bits(isa, dtype):
+    """Whatever the layout, the number of axes and of threads."""
+    arrays = gradient_problem(4 * CHUNK_DIMS // 3, 70, 3 * FEATURES, dtype)
+    expected = linear_backward(*arrays, True, 1)
+    for num_threads in (2, 7):
+        assert_same_bits(linear_backward(*arrays, True, num_threads), expected)
+    grad_out, x, weight = arrays
+    *without, none = linear_backward(*arrays, False, None)
+    assert none is None
+    assert_same_bits(tuple(without), expected[:2])
+    for layout, other in zip(LAYOUTS.values(), reversed(LAYOUTS.values()), strict=True):
+        batch = (layout(grad_out.reshape(2, -1, grad_out.shape[1])), other(x.reshape(2, -1, x.shape[1])))
+        grad_x, *rest = linear_backward(*batch, weight, True, 2)
+        assert_same_bits((grad_x.reshape(x.shape), *rest), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_is_not_finite_goes_where_it_belongs(isa, dtype):
+    grad_out, x, weight = gradient_problem(CHUNK_DIMS + 9, 70, 60, dtype)
+    expected = linear_backward(grad_out, x, weight, True, None)
+    x[2, 50], weight[49, 3], grad_out[CHUNK_DIMS + 1, 59] = np.nan, np.inf, -np.inf
+    reached = [np.zeros(a.shape, bool) for a in expected]
+    for a, index in zip((0, 0, 1, 1, 2), (np.s_[CHUNK_DIMS + 1], np.s_[:, 3], np.s_[:, 50], 59, 59), strict=True):
+        reached[a][index] = True
+    for result, before, there in zip(linear_backward(grad_out, x, weight, True, None), expected, reached, strict=True):
+        assert not np.isfinite(result[there].astype(float)).any()
+        assert_same_bits(result[~there], before[~there])
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_long_sums_of_columns(isa, dtype):
+    rows = 1 << 20
+    bits = np.finfo(dtype).nmant + 1
+    x = np.ones((rows, 5), dtype)
+    x[:, 1] += normal(rows) * 1e-3
+    x[0, 2], x[-1, 2] = 2.0**bits, -(2.0**bits)     # which a 1 does not change
+    x[1::2, 3] = normal(rows // 2) * 1e-6
+    x[:, 4] = normal(rows, seed=1)
+    out = np.empty(5, dtype)
+    module = _kernels.f64() if dtype == np.float64 else _kernels.f32
+    module.column_sums(x, out, check_kind("x", x), 0)
+    assert_summed(out, x)
+    assert out[0] == rows and out[2] == rows - 2
+
+
+def test_sums_that_are_not_finite(isa):
+    largest = np.finfo(F64).max
+    columns = [([np.inf, 1, 2], np.inf), ([1, -np.inf, 2], -np.inf), ([np.inf, -np.inf, 2], np.nan),
+               ([np.nan, 1, np.inf], np.nan), ([largest, largest, 1], np.inf), ([1, 2, 3], 6)]
+    for module, dtype, kind in ((_kernels.f32, F32, 0), (_kernels.f64(), F64, 1)):
+        out = np.empty(len(columns), dtype)
+        with np.errstate(over="ignore"):
+            module.column_sums(np.array([column for column, _ in columns]).T.astype(dtype), out, kind, 1)
+        np.testing.assert_array_equal(out, [result for _, result in columns])
+    x = np.array([[np.finfo(F32).max] * 2, [np.finfo(F32).max, 1], [-np.finfo(F32).max, 0]], F32)
+    _kernels.f32.column_sums(x, out := np.empty(2, F32), 0, 1)
+    np.testing.assert_array_equal(out, np.finfo(F32).max)       # between, it is twice as much
+
+
+@pytest.mark.parametrize("shapes", [((5, 8), (7,)), ((5, 8), (1, 2, 8)), ((2, 2, 5, 8), (8,))], ids=str)
+def test_sums_that_do_not_fit(isa, shapes):
+    x, out = (np.zeros(shape, np.float32) for shape in shapes)
+    with pytest.raises(ValueError, match=r"column_sums: x of shape .* and out of shape .* do not fit together"):
+        _kernels.f32.column_sums(x, out, 0, 0)
+
+
 # The door.
 
 
@@ -285,9 +418,6 @@ def test_bias_in_the_dtype_computed_in(isa):
 
 def test_lists():
     assert cattn.linear([[1.0, 2.0]], [[3.0, 4.0]], [0.5]).tolist() == [[11.5]]
-
-
-F32, F64 = np.float32, np.float64
 
 
 def zeros(*shape, dtype=F32):

@@ -223,13 +223,13 @@ def test_a_reader_that_goes_away():
 
 
 def test_calls_cover_the_arguments():
-    """Of attention, every option; layers and tables; every dtype that NumPy has."""
+    """Of attention, every option; gradients, layers and tables; every dtype that NumPy has."""
     calls = list(_selfcheck.calls())
     attention = [call for call in calls if isinstance(call, _selfcheck.Attention)]
     options = set().union(*(call.options for call in attention))
     assert options >= {"attn_mask", "is_causal", "window", "softcap", "alibi_slopes", "sinks", "kv_lens", "scale",
                        "dropout_p", "q_offset"}
-    for kind in (_selfcheck.Attention, _selfcheck.Layer, _selfcheck.Table):
+    for kind in (_selfcheck.Attention, _selfcheck.Gradient, _selfcheck.Layer, _selfcheck.Table):
         dtypes = {call.dtype.name for call in calls if isinstance(call, kind)}
         assert dtypes == {"float16", "float32", "float64"}
     assert any(not call.options and not call.everything for call in attention)
@@ -242,7 +242,7 @@ def test_every_isa_computes_its_own_calls(monkeypatch):
     run = _selfcheck.Call.run if hasattr(_selfcheck.Call, "run") else None
     assert run is None  # each kind of call has its own
 
-    for kind in (_selfcheck.Attention, _selfcheck.Layer, _selfcheck.Table):
+    for kind in (_selfcheck.Attention, _selfcheck.Gradient, _selfcheck.Layer, _selfcheck.Table):
         def counted(call, run=kind.run):
             isa = _kernels.f32.__name__.rpartition(".")[2]
             asked[isa] += 1
@@ -258,7 +258,7 @@ def planted(kernel, change):
     """`kernel`, and what it leaves in the array that it is to write changed."""
     def wrong(*arguments):
         result = kernel(*arguments)
-        change(result, arguments)
+        change(result[0] if isinstance(result, tuple) else result, arguments)
         return result
     return wrong
 
@@ -288,7 +288,8 @@ def test_a_wrong_kernel(small, monkeypatch, capsys, as_json):
             assert "40 of 40 calls right" in next(line for line in out.splitlines() if line.startswith(f"{isa} "))
     found = failures.pop(wrong_isa)
     assert not any(failures.values())
-    assert all(re.search(r"out\[[\d, ]+\] is \S+, exactly \S+: more than \S+ apart$", text) for text in found)
+    number = r"(out|query|key|value)\[[\d, ]+\] is \S+, exactly \S+: more than \S+ apart$"
+    assert all(re.search(number, text) for text in found)
     assert any(text.startswith("scaled_dot_product_attention(query=float") for text in found)
 
 
@@ -342,7 +343,8 @@ def test_a_module_that_cannot_be_loaded(monkeypatch, capsys):
 def test_the_bound_notices_small_errors(call):
     """The reference itself is right, and an error of 100 eps of the largest number is not."""
     plain, exact = call.plain_and_exact()
-    dtypes = [call.dtype, call.dtype, call.compute][: len(exact)]
+    of_logsumexp = call.dtype if isinstance(call, _selfcheck.Gradient) else call.compute
+    dtypes = [call.dtype, call.dtype, of_logsumexp][: len(exact)]
     rounded = [array.astype(dtype) for array, dtype in zip(exact, dtypes, strict=True)]
     assert _selfcheck.judge(call, rounded, (plain, exact))[1] == ""
     for number, (array, scale) in enumerate(zip(exact, call.scales(exact), strict=True)):

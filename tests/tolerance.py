@@ -105,7 +105,7 @@ def assert_close(results, query, key, value, **options):
 @np.errstate(all="ignore")
 def assert_gradients_close(gradients, grad_out, query, key, value, out, logsumexp, attn_mask=None, **options):
     """err(kernel) <= 2 * err(plain) + 4 * eps * scale for each of the Gradients that is there, of a backward function
-    that was given all of this, and the wanted left away.
+    that was given all of this, and the wanted left away; or of each in a list of several.
 
     The plain and the exact ones are the reference on these very numbers, out and logsumexp among them, whose own errors
     are not those of the gradients. `scale` is the largest number that the last sum of a gradient may have come to: that
@@ -120,7 +120,8 @@ def assert_gradients_close(gradients, grad_out, query, key, value, out, logsumex
     for name in "alibi_slopes", "sinks":
         if options.get(name) is not None:
             options[name] = np.asarray(options[name]).astype(compute)
-    wanted = [name for name, gradient in gradients._asdict().items() if gradient is not None]
+    several = gradients if isinstance(gradients, list) else [gradients]
+    wanted = [name for name, gradient in several[0]._asdict().items() if gradient is not None]
     arrays = [x.astype(compute) for x in (grad_out, query, key, value, out)]
     sizes = _sizes(*(x.astype(wide) for x in arrays), logsumexp.astype(wide), attn_mask, **options)
 
@@ -136,7 +137,8 @@ def assert_gradients_close(gradients, grad_out, query, key, value, out, logsumex
 
     problems = [(1.0, plain_and_exact(compute.type(1)))]
     for name in wanted:
-        result, right = getattr(gradients, name), getattr(problems[0][1][1], name)
+        result = np.stack([getattr(gradients, name) for gradients in several])
+        right = getattr(problems[0][1][1], name)[None].repeat(len(several), axis=0)
         dtype = inputs[name].dtype if name in inputs else compute
         assert (result.dtype, result.shape) == (dtype, right.shape), name
         error = errors(result, right, dtype)

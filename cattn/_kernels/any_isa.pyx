@@ -18,7 +18,7 @@ Read in this order, in which they are included:
     attention/backward.pxi  the gradients
     attention/entry.pxi     the entries from Python
     merge.pxi               partial results over disjoint keys, merged
-    linear.pxi              the layer's projections
+    linear.pxi              the layer's projections, and the products that are their gradients
     sinusoid.pxi            the table of positional encodings
     rotary.pxi              pairs of numbers turned by such a table
     measure.pxi             the machine's limits, for the benchmark and for the test that the build flags are in force
@@ -32,7 +32,7 @@ from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyO
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY, cos as c_cos, exp, fabs, log, pow, rint, sin as c_sin, sqrt, tanh
 from libc.stdint cimport int8_t, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc, qsort
+from libc.stdlib cimport free, labs, malloc, qsort
 from libc.string cimport memcpy, memset
 
 from numpy import dtype, empty, ndarray, zeros

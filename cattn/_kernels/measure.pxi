@@ -95,7 +95,9 @@ def edges():
         "lanes": LANES, "tile_rows": ATTEND_ROWS, "block_rows": MAX_ROWS, "decode_rows": MAX_DECODE_ROWS,
         "block_keys": keys_per_block(1, 1), "wide_block_keys": keys_per_block(NARROW_DIMS + 1, 1),
         "split_keys": SPLIT_KEYS, "narrow_dims": NARROW_DIMS, "dims_at_once": DIMS_AT_ONCE,
-        "features": FEATURES, "block_dims": BLOCK_DIMS, "table_rows": STEPS, "table_columns": 2 * STRIP,
+        "features": FEATURES, "block_dims": BLOCK_DIMS, "chunk_dims": CHUNK_DIMS,
+        "sum_columns": SUM_COLUMNS, "table_rows": STEPS, "table_columns": 2 * STRIP,
         "rotary_pairs": PIECE, "rotary_run": RUN,
-        "merge_dims": MERGE_DIMS,
+        "merge_dims": MERGE_DIMS, "gradient_rows": BACKWARD_ROWS, "gradient_keys": BACKWARD_KEYS,
+        "gradient_split": BACKWARD_SPLIT, "gradient_dims": MAX_BLOCK // BACKWARD_ROWS,
     }

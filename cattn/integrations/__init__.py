@@ -1,1 +1,5 @@
-"""cattn inside other libraries: a module for each, imported by nothing here; each needs its library."""
+"""cattn under other libraries. `import cattn` imports nothing of this, and each module its library only when used.
+
+    onnx     new_ops(): ONNX's Attention and RotaryEmbedding, for onnx's reference evaluator
+    torch    enable(): under torch.nn.functional.scaled_dot_product_attention; attention(): tensors with every option
+"""

@@ -31,8 +31,8 @@ cdef enum:
     # the less scratch, and the less a task waits for another of its head. Fewer beyond head_dim 682
     BACKWARD_ROWS = 96
     BACKWARD_KEYS = 128         # in a block; 64 are equal
-    # Keys in a split, for which Q and dO are packed anew: 256 are 4 to 5 % slower, 1024 2 % faster (3 to 4 % at head_dim
-    # 128), with half as many tasks for the threads: one causal head of 1024 rows is two
+    # Keys in a split, for which Q and dO are packed anew: 256 are 4 to 5 % slower, 1024 2 % faster (3 to 4 % at
+    # head_dim 128), with half as many tasks for the threads: one causal head of 1024 rows is two
     BACKWARD_SPLIT = 512
     MAX_PANELS = 24             # of BACKWARD_ROWS rows: of 6 lanes at least, but the last two
 
@@ -41,7 +41,7 @@ cdef struct Backward:
     Tensor d_out                # IN, as out
     Tensor d_logsumexp          # IN, as logsumexp; or not given
     Tensor dq, dk, dv           # OUT, as q, k, v, those that are wanted; dq: of reals
-    Tensor d_mask               # OUT, as mask, of reals, 0 before; or not given
+    Tensor d_mask               # OUT, as mask, of reals or of doubles, 0 before; or not given
     double* d_slopes            # OUT [split][batch][num_heads], 0 before; or NULL
     double* d_sinks             # likewise
     double scale                # the problem's, with its sign
@@ -77,7 +77,7 @@ cdef struct BackwardScratch:
     RowPanel panels[MAX_PANELS]
     int num_panels
     bint k_finite_split         # no NaN or infinity in k_rows
-    bint q_finite, d_out_finite # nor in a block's rows; else they are 0 in *_dims
+    bint q_finite, d_out_finite     # nor in a block's rows; else they are 0 in *_dims
 
 
 cdef size_t carve_backward(BackwardScratch* s, char* base, const Backward* b) noexcept nogil:
@@ -118,6 +118,7 @@ cdef void plan_backward(Backward* b) noexcept nogil:
     """Of a described problem, and what is wanted of it."""
     cdef Problem* p = &b.p
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v), panel = ATTEND_VECTORS * LANES
+    cdef fp_mode callers = own_mode()
     # Rows may see nothing also where nothing is masked, see weigh_rows.
     p.same_keys, p.may_mask = False, True
     p.block_rows, p.block_kv, p.split_kv = BACKWARD_ROWS, BACKWARD_KEYS, BACKWARD_SPLIT
@@ -135,6 +136,7 @@ cdef void plan_backward(Backward* b) noexcept nogil:
         b.task_heads = p.num_kv_heads if b.d_mask.stride[1] == 0 else 1
     p.num_tasks = (p.num_splits // b.task_splits * (p.batch_size // b.task_batches)
                    * (p.num_kv_heads // b.task_heads))
+    set_mode(callers)
 
 
 cdef inline Py_ssize_t first_turn(const Backward* b, Py_ssize_t batch, Py_ssize_t kv_head) noexcept nogil:
@@ -160,7 +162,7 @@ cdef void describe_panels(BackwardScratch* s, const Task* task) noexcept nogil:
 
 
 cdef void pack_dimensions(real* packed, Py_ssize_t block_rows, Py_ssize_t row, const real* rows, Py_ssize_t dim,
-                    Py_ssize_t stride) noexcept nogil:
+                          Py_ssize_t stride) noexcept nogil:
     """packed (OUT)[panel of dimensions][row][width] = LANES rows, `row` and those after it."""
     cdef Py_ssize_t vectors = ceil_div(dim, LANES), first = 0, i, v
     cdef int panel
@@ -202,9 +204,9 @@ cdef bint pack_both(const Backward* b, const BackwardScratch* s, const Tensor* t
 
 
 cdef void weigh_rows(const Backward* b, const BackwardScratch* s, const Task* task, bint first_of_block,
-                        Py_ssize_t split) noexcept nogil:
-    """reference, factor, delta and sign (OUT) of the block's rows; d_sinks, where it is wanted (IN/OUT), gets their parts
-    from the first split that they see."""
+                     Py_ssize_t split) noexcept nogil:
+    """reference, factor, delta and sign (OUT) of the block's rows; d_sinks, where it is wanted (IN/OUT), gets their
+    parts from the first split that they see."""
     cdef const Problem* p = &b.p
     cdef Py_ssize_t row = 0, i, d, stride = b.dv_stride
     cdef real* d_out = s.w.rows
@@ -258,9 +260,9 @@ cdef inline double* part_of(const Backward* b, double* parts, Py_ssize_t split, 
 
 cdef inline void differentiate(const int VECTORS, real* probs, real* d_scores, Py_ssize_t n, const real* reference,
                                const real* delta, real unit) noexcept nogil:
-    """probs (IN: scores; OUT) = exp2((s - reference) * unit); d_scores (IN: dP; OUT) = probs * (dP - delta); both 0 where
-    the score is -inf. The difference is exact where both are large, as biases of -1e9 are in a row that has no other;
-    and sums of products that start at 0 have half the error of those that start at -reference."""
+    """probs (IN: scores; OUT) = exp2((s - reference) * unit); d_scores (IN: dP; OUT) = probs * (dP - delta); both 0
+    where the score is -inf. The difference is exact where both are large, as biases of -1e9 are in a row that has no
+    other; and sums of products that start at 0 have half the error of those that start at -reference."""
     cdef vf references[MAX_PANEL]
     cdef vf deltas[MAX_PANEL]
     cdef vf zero = vset1(<real> 0.0), masked = vset1(<real> -INFINITY), units = vset1(unit)
@@ -278,6 +280,15 @@ cdef inline void differentiate(const int VECTORS, real* probs, real* d_scores, P
                    vselect(vequal(score, masked), zero, prob * (vload(d_scores + v * LANES) - deltas[v])))
         probs += VECTORS * LANES
         d_scores += VECTORS * LANES
+
+
+cdef void tell_from_masked(const Problem* p, const BackwardScratch* s, const Tile* t) noexcept nogil:
+    """Scores of -inf (IN/OUT) of pairs that are seen become LOWEST: their probability is 0, or NaN in a row that is."""
+    cdef Py_ssize_t i
+    find_visible(p, &s.w, t)
+    for i in range(t.n * t.width):
+        if s.w.visible[i] != -INFINITY and t.scores[i] == -INFINITY:
+            t.scores[i] = <real> LOWEST
 
 
 cdef void make_keep(const Problem* p, const BackwardScratch* s, const Tile* t) noexcept nogil:
@@ -325,14 +336,17 @@ cdef void add_to_mask(const Backward* b, const Tile* t, Py_ssize_t rows) noexcep
     for i in range(rows):
         entry = entry_of(&b.d_mask, t.lanes + i, t.key_start)
         for j in range(t.n):
-            (<real*> entry)[0] += t.scores[j * t.width + i]
+            if b.d_mask.kind == F64:
+                (<double*> entry)[0] += t.scores[j * t.width + i]
+            else:
+                (<float*> entry)[0] += <float> t.scores[j * t.width + i]
             entry += b.d_mask.stride[3]
 
 
 cdef void repair_keys(const Backward* b, const BackwardScratch* s, const Tile* t, Py_ssize_t rows, const Tensor* x,
                       Py_ssize_t dim, const real* factor, real* acc, Py_ssize_t stride) noexcept nogil:
-    """acc (IN/OUT), row j of it for key j of the tile, gets the products with the NaN and infinities of the rows of Q or
-    dO, from the pairs that are seen."""
+    """acc (IN/OUT), row j of it for key j of the tile, gets the products with the NaN and infinities of the rows of Q
+    or dO, from the pairs that are seen."""
     cdef Py_ssize_t i, j, d
     cdef real value
     cdef const char* row
@@ -361,8 +375,8 @@ cdef void repair_tile(const Backward* b, const BackwardScratch* s, const RowPane
                     b.dk_stride)
 
 
-cdef inline void add_query_products(const int VECTORS, const Backward* b, const BackwardScratch* s, const RowPanel* panel,
-                             const Tile* t, Py_ssize_t key) noexcept nogil:
+cdef inline void add_query_products(const int VECTORS, const Backward* b, const BackwardScratch* s,
+                                    const RowPanel* panel, const Tile* t, Py_ssize_t key) noexcept nogil:
     """dQ (IN/OUT) of the panel += its dS times rows of K, from `key` of the split on."""
     cdef ValueRun run
     cdef Softmax nothing
@@ -407,6 +421,8 @@ cdef inline void differentiate_panel(const int VECTORS, const Backward* b, const
     score_tile(VECTORS, d.scores, ignored, s.d_out + panel.first * p.head_dim_v, s.v_rows + key * b.v_stride,
                b.v_stride, t.n, p.head_dim_v)
     modify_tile(p, &s.w, &t)
+    if not (s.q_finite and s.k_finite_split):
+        tell_from_masked(p, s, &t)
     if p.dropout:
         make_keep(p, s, &t)
         multiply_tile(d.scores, s.keep, t.n * width)
@@ -431,8 +447,8 @@ cdef inline void differentiate_panel(const int VECTORS, const Backward* b, const
 
 cdef inline void add_key_tile(const int VECTORS, const BackwardScratch* s, Py_ssize_t tile_keys, const real* tiles,
                               Py_ssize_t key, const real* dims, real* acc, Py_ssize_t stride) noexcept nogil:
-    """acc (IN/OUT)[TILE_ROWS][VECTORS] += the keys' rows of P or dS, `tiles`, times a panel of dimensions of the block's
-    rows: one chain over all of them."""
+    """acc (IN/OUT)[TILE_ROWS][VECTORS] += the keys' rows of P or dS, `tiles`, times a panel of dimensions of the
+    block's rows: one chain over all of them."""
     cdef vf sums[MAX_TILE]
     cdef const RowPanel* panel
     cdef const real* a
@@ -575,8 +591,8 @@ cdef void do_head(const Backward* b, BackwardScratch* s, Py_ssize_t split, Py_ss
     cdef Task task
     cdef Block keys
     task.batch, task.kv_head, task.first_row = batch, kv_head, 0
-    low = start if p.kv_starts == NULL else max(start, p.kv_starts[batch])
-    high = max(low, min(num_keys(p, batch), start + p.split_kv))
+    high = max(start, min(num_keys(p, batch), start + p.split_kv))
+    low = start if p.kv_starts == NULL else min(high, max(start, p.kv_starts[batch]))
     keys.key_start, keys.n = low, high - low
     copy_rows(s.k_rows + (low - start) * b.k_stride, p, &p.k, &task, &keys, p.head_dim, b.k_stride)
     copy_rows(s.v_rows + (low - start) * b.v_stride, p, &p.v, &task, &keys, p.head_dim_v, b.v_stride)
@@ -613,6 +629,8 @@ cdef void do_backward_task(const Backward* b, BackwardScratch* s, Py_ssize_t num
     for split in range(first_split, first_split + b.task_splits):
         for batch in range(first_batch, first_batch + b.task_batches):
             for head in range(first_head, first_head + b.task_heads):
+                if stopped_by_signal(b.p.call):
+                    return
                 do_head(b, s, split, batch, head)
 
 

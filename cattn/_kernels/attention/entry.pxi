@@ -141,17 +141,17 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
 
 def attend_backward(*, grad_out, query, key, value, out, mask, const real[::1] logsumexp,
                     const real[::1] grad_logsumexp, grad_query, grad_key, grad_value, grad_mask, bint wide,
-                    bint slopes_wanted, bint sinks_wanted, Kind q_kind, Kind kv_kind, Kind mask_kind, scale, double softcap,
-                    Py_ssize_t window_left, Py_ssize_t window_right, Py_ssize_t q_offset, const int64_t[::1] q_offsets,
-                    const int64_t[::1] kv_lens, const real[:, ::1] slopes, const real[::1] sinks, double dropout_p,
-                    uint64_t seed, Py_ssize_t batch_offset, Py_ssize_t num_threads, const int64_t[::1] kv_starts=None,
+                    bint slopes_wanted, bint sinks_wanted, Kind q_kind, Kind kv_kind, Kind mask_kind, scale,
+                    double softcap, Py_ssize_t window_left, Py_ssize_t window_right, Py_ssize_t q_offset,
+                    const int64_t[::1] q_offsets, const int64_t[::1] kv_lens, const real[:, ::1] slopes,
+                    const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
+                    Py_ssize_t num_threads, const int64_t[::1] kv_starts=None,
                     const int64_t[::1] cu_seqlens_q=None, const int64_t[::1] cu_seqlens_kv=None):
     """The gradients (OUT; None: not wanted) of what attend has computed with these arguments: grad_query of reals,
-    grad_key and grad_value of kv_kind, or (wide) of reals, grad_mask of reals, 0 before, with a stride of 0 where it is
-    broadcast.
+    grad_key and grad_value of kv_kind, or (wide) of reals, grad_mask of reals or of doubles, 0 before, with a stride of
+    0 where it is broadcast.
     Returns those of slopes and sinks, (splits, batch, num_heads), of which the sums over the first axis are meant."""
     cdef Backward b
-    cdef double[:, :, ::1] slopes_parts, sinks_parts
     memset(&b, 0, sizeof(b))
     describe_problem(&b.p, query, key, value, out, mask, q_kind, kv_kind, mask_kind, q_offset, q_offsets, kv_lens,
                      kv_starts, cu_seqlens_q, cu_seqlens_kv, dropout_p, seed, batch_offset)
@@ -172,7 +172,7 @@ def attend_backward(*, grad_out, query, key, value, out, mask, const real[::1] l
         describe(&b.dv, grad_value, real_kind() if wide else kv_kind)
         pack_like(&b.dv, &b.p.v)
     if grad_mask is not None:
-        describe(&b.d_mask, grad_mask, real_kind())
+        describe(&b.d_mask, grad_mask, F64 if grad_mask.itemsize == sizeof(double) else F32)
     plan_backward(&b)
     shape = (b.p.num_splits, b.p.batch_size, b.p.num_kv_heads * b.p.group_size)
     of_slopes, of_sinks = ZEROS(shape if slopes_wanted else 0), ZEROS(shape if sinks_wanted else 0)

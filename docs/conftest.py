@@ -1,0 +1,11 @@
+"""Pages whose code needs another library are skipped where it is not installed."""
+
+import pytest
+
+NEEDS = {"onnx.md": "onnx"}
+
+
+@pytest.fixture(autouse=True)
+def library(request):
+    if request.path.name in NEEDS:
+        pytest.importorskip(NEEDS[request.path.name])

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The tests of cattn.integrations, in a fresh virtual environment that has the libraries. Elsewhere they are skipped where
+# one is missing; here a skip is a failure.
+#
+#     tools/test_integrations.sh
+#
+# Needs gcc and the network.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+python3 -m venv "$work/venv"
+"$work/venv/bin/pip" install -q -e '.[onnx,test]'
+
+tests() {
+    "$work/venv/bin/python" -m pytest -q -rs "$@" | tee "$work/log"
+    if grep "^SKIPPED" "$work/log"; then
+        exit 1
+    fi
+}
+
+tests tests/test_integration_onnx.py docs/onnx.md
+"$work/venv/bin/pip" install -q 'onnx==1.22.*'  # the oldest that is supported
+tests tests/test_integration_onnx.py -k 'not beside_onnx'
