@@ -202,7 +202,7 @@ def _mask_class():
 
 
 def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
-          allow_is_bidirectional_skip=False, dtype=None, device="cpu", **others):
+          allow_is_causal_skip=True, allow_is_bidirectional_skip=False, dtype=None, device="cpu", **others):
     """What transformers' create_causal_mask and its like return: a _Mask, or None where all is visible and that may be
     said so.
 
