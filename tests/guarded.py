@@ -12,7 +12,7 @@ from test_linear import problem as linear_problem
 from tolerance import everything
 
 import cattn
-from cattn import _attention, _checks
+from cattn import _attention, _checks, _gradients
 from cattn._linear import linear_backward
 from cattn.reference._linear import StoredWeight
 
@@ -49,7 +49,7 @@ class GuardedNumpy:
 
     def __getattr__(self, name):
         function = getattr(np, name)
-        if name not in ("empty", "array", "ascontiguousarray"):
+        if name not in ("empty", "zeros", "array", "ascontiguousarray"):
             return function
         return lambda *args, **options: guarded(function(*args, **options), self.at_end)
 
@@ -100,10 +100,11 @@ def calls(head_dims, kernels):
             yield f"in place, {[(x.shape, str(x.dtype)) for x in arrays]}", arrays, {}
 
 
-def attention(head_dims, kernels=("decode", "prefill")):
-    def allocate_by(numpy):
-        _attention.np = _checks.np = numpy
+def allocate_by(numpy):
+    _attention.np = _checks.np = _gradients.np = numpy
 
+
+def attention(head_dims, kernels=("decode", "prefill")):
     for description, arrays, options in calls(head_dims, kernels):
         allocate_by(np)
         expected = everything(*arrays, **options)
@@ -115,6 +116,47 @@ def attention(head_dims, kernels=("decode", "prefill")):
             results = everything(*(guarded(x, at_end) for x in arrays), **same)
             assert_same_bits(tuple(x.copy() for x in results), expected)
     allocate_by(np)
+
+
+def gradients(head_dims):
+    names = cattn.Gradients._fields
+    for description, arrays, options in calls(head_dims, ["prefill"]):
+        out, logsumexp = cattn.scaled_dot_product_attention(
+            *arrays, **{name: x for name, x in options.items() if name != "out"}, return_logsumexp=True)
+        given = options.pop("out", out).copy() + out.dtype.type(1), *arrays, out, logsumexp
+        expected = cattn.scaled_dot_product_attention_backward(*given, **options, wanted=names)
+        for at_end in (True, False):
+            print("gradients at the end" if at_end else "gradients at the start", description, flush=True)
+            allocate_by(GuardedNumpy(at_end))
+            same = {name: guarded(x, at_end) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+            found = cattn.scaled_dot_product_attention_backward(
+                *(guarded(x, at_end) for x in given), **same, wanted=names)
+            allocate_by(np)
+            for one, other in zip(found, expected, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    assert_same_bits(one.copy(), other)
+    for dim, dtype, seq_len_kv in itertools.product((1, 24, 64), FLOATS, (7, 130, 600)):
+        query, key, value = problem(9, seq_len_kv, dim, leading=(1,), num_heads=1, dtype=dtype)
+        out, logsumexp = cattn.scaled_dot_product_attention(query, key, value, return_logsumexp=True)
+        expected = cattn.scaled_dot_product_attention_backward(out, query, key, value, out, logsumexp)
+        for behind in (True, False):
+            print("gradients of keys that do not exist", dim, dtype, seq_len_kv, behind, flush=True)
+            more = [beyond(guarded(x, behind), behind) for x in (key, value)]
+            lengths = {"kv_lens": seq_len_kv} if behind else {"kv_starts": 600}
+            found = cattn.scaled_dot_product_attention_backward(out, query, *more, out, logsumexp, **lengths)
+            rows = slice(seq_len_kv) if behind else slice(600, None)
+            for one, other in zip(found[1:3], expected[1:3], strict=True):
+                assert np.count_nonzero(one) == np.count_nonzero(one[:, :, rows])
+                if behind:  # else the blocks are others
+                    assert_same_bits(one[:, :, rows], other)
+
+
+def beyond(x, behind):
+    """`x` with 600 more rows, behind or before its own: in no memory."""
+    x = x if behind else x[:, :, ::-1]
+    x = np.lib.stride_tricks.as_strided(x, (1, 1, x.shape[2] + 600, x.shape[3]), x.strides)
+    return x if behind else x[:, :, ::-1]
 
 
 def tables(dims):
@@ -149,7 +191,7 @@ def projections(in_features):
             assert_same_bits(linear(x, weight, bias[0], out=out).copy(), expected)
 
 
-def gradients(in_features):
+def linear_gradients(in_features):
     """grad_out, x and the weight, of every dtype; as they are, and as views."""
     layouts = [layout for name, layout in LAYOUTS.items() if "heads" not in name]
     for number, (width, dtype, rows) in enumerate(itertools.product(in_features, FLOATS, (1, 3, 17, 50, 200))):

@@ -16,7 +16,7 @@ import cattn
 from cattn import _kernels
 
 MIB = 2**20
-attention = cattn.scaled_dot_product_attention
+attention, backward = cattn.scaled_dot_product_attention, cattn.scaled_dot_product_attention_backward
 
 
 class MallInfo(ctypes.Structure):
@@ -115,6 +115,9 @@ def kinds():
     both = {"return_weights": True, "return_logsumexp": True}
     out = np.empty((2, 2, 3, 8), np.float32)
     beyond = np.broadcast_to(np.float32(0), (2**45, 8))
+    result, logsumexp = attention(*small, **options, return_logsumexp=True)
+    given = result, *small, result, logsumexp
+    packed = [x[0].swapaxes(0, 1) for x in given]
     layer = cattn.MultiHeadAttention(16, 4, dropout=0.1, seed=0)
     encoding = cattn.PositionalEncoding(16)
     x = normal(2, 5, 16)
@@ -132,6 +135,11 @@ def kinds():
         "error in the first check": lambda: refused(small[0].astype(int), *small[1:]),
         "error in the last check": lambda: refused(*small, **options, out=out[:1]),
         "no memory for out": lambda: refused(beyond, small[1][0, 0], small[2][0, 0]),
+        "gradients": lambda: backward(*given, **options)[:3],
+        "gradients of everything": lambda: backward(*given, **options | {"attn_mask": np.ones((3, 5), half[0].dtype)},
+                                                    grad_logsumexp=logsumexp, wanted=cattn.Gradients._fields),
+        "gradients of packed sequences": lambda: cattn.varlen_attention_backward(*packed, [0, 1, 3], [0, 3, 5])[:3],
+        "error in the gradients' last check": lambda: refused(*given[:-1], logsumexp[:1], function=backward),
         "layer": lambda: layer(x, is_causal=True, training=True, seed=3, return_weights=True),
         "encoding": lambda: encoding(x),
         "merge": lambda: cattn.merge_states([small[0]] * 3, [small[0][..., 0]] * 3, sinks=0.5, num_threads=2),
@@ -177,8 +185,10 @@ def no_page_more(small_calls, large_calls, bound):
 def no_page_more_each_call():
     """What the system hands out anew, page by page, while the same call is made again and again."""
     inputs, layer, tokens = problem(128, 128, 64), cattn.MultiHeadAttention(128, 2), normal(2, 32, 128)
+    small, logsumexp = [x[..., :1] for x in inputs], inputs[0][..., 0]
     out, calls = np.empty_like(inputs[0]), 100
     for name, call in (("attention", lambda: attention(*inputs, out=out, num_threads=2)),
+                       ("gradients", lambda: backward(small[0], *small, small[0], logsumexp, num_threads=2)),
                        ("layer", lambda: layer(tokens, num_threads=2)),
                        ("table", lambda: cattn.sinusoidal_encoding(16, 512))):
         for _ in range(50):
@@ -205,6 +215,10 @@ def out_of_memory(repeats):
         x = np.broadcast_to(0.0, (9, head_dim))
         attention(x, x, x[:, :1], num_threads=1)
 
+    def differentiate():
+        x = np.broadcast_to(np.float32(0), (9, head_dim))
+        backward(x, x, x, x, x, x[:, 0], num_threads=1)
+
     def table():
         cattn.set_num_threads(64)  # with 2.1 MiB of scratch each
         try:
@@ -221,6 +235,8 @@ def out_of_memory(repeats):
         (attend, 160, f"shape ({rows},)"),  # logsumexp
         (attend, 200, "attention: no memory for 1 x "),
         (attend_wide, 32, "attention: no memory for 1 x "),
+        (differentiate, 8, f"shape (9, {head_dim})"),  # the query's gradient
+        (differentiate, 60, "attention: no memory for 1 x "),
         (table, 32, f"shape ({2**14}, {rows // 2**14})"),
         (table, 96, "sinusoidal_encoding: no memory for 64 x "),
     ]:
@@ -256,12 +272,14 @@ def too_few_threads():
 def pool_kinds():
     arrays = problem(512, 512, 64, leading=(1,), num_heads=8)
     wide = [x.astype(np.float64) for x in arrays]
+    query, key, value = problem(300, 1600, 16, leading=(1,))  # in 4 splits, which wait for each other
     layer = cattn.MultiHeadAttention(768, 12, seed=0)
     x = normal(100, 768)
     out = np.empty((20_000, 64), np.float32)
     return {
         "float32": lambda n: attention(*arrays, num_threads=n),
         "float64": lambda n: attention(*wide, num_threads=n),
+        "gradients": lambda n: backward(query, query, key, value, query, query[..., 0], num_threads=n)[:3],
         "layer": lambda n: layer(x, num_threads=n),
         "table": lambda n: cattn.set_num_threads(n) or cattn.sinusoidal_encoding(20_000, 64, out=out).copy(),
         "fma": lambda n: np.array(_kernels.fma_flops(10, n)) / n,
@@ -328,9 +346,10 @@ def fewer_than_asked():
     """OpenMP gives a region fewer threads than it was asked for, as long as it is told to adjust their number."""
     openmp = openmp_library()
     kinds = pool_kinds()
-    expected = kinds["float32"](1)
+    expected, gradients = kinds["float32"](1), kinds["gradients"](1)
     openmp.omp_set_dynamic(1)
     assert_same_bits(kinds["float32"](200), expected)
+    assert_same_bits(kinds["gradients"](200), gradients)
     assert threads_alive() < 200
     openmp.omp_set_dynamic(0)
     with Room(60 * MIB):  # scratch for 200 takes 35
@@ -487,6 +506,8 @@ def scratch_stays_small():
                                                   kv_lens=np.array([5, 3]))),
         ("few of many keys, many rows", 2, lambda: attention(zeros(2, 1, 40, 64), *[zeros(2, 1, 2**31, 64)] * 2,
                                                              num_threads=2, kv_lens=np.array([5, 3]))),
+        ("gradients, of 12 MiB, twice", 28, lambda: np.stack(backward(
+            *[zeros(1, 1, 2**14, 64)] * 5, zeros(1, 1, 2**14), is_causal=True, num_threads=2)[:3])),
     ]:
         resource.setrlimit(resource.RLIMIT_AS, (address_space() + room * MIB, resource.RLIM_INFINITY))
         result = call()

@@ -1,5 +1,6 @@
 """Gradients: of attention, dense and packed, and of the layers; against differences, the reference and PyTorch."""
 
+import inspect
 import itertools
 import re
 
@@ -157,6 +158,23 @@ def test_any_options_together(library, seeds):
 
 
 # What is wanted.
+
+
+def test_signatures():
+    """Those of the forward functions, but for what they return, with what gradients need; and the reference's."""
+    for name in "scaled_dot_product_attention", "varlen_attention":
+        forward, ours, specified = (inspect.signature(function).parameters for function in (
+            getattr(cattn, name), getattr(cattn, f"{name}_backward"), getattr(reference, f"{name}_backward")))
+        own = {"grad_out", "out", "logsumexp", "grad_logsumexp", "wanted"}
+        shared = forward.keys() - {"out", "return_weights", "return_logsumexp"}
+        assert ours.keys() == shared | own
+        assert all((ours[option].kind, ours[option].default) == (forward[option].kind, forward[option].default)
+                   for option in shared)
+        by_position = [name for name, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        assert by_position == ["grad_out", "query", "key", "value", "out", "logsumexp", *[
+            name for name in list(forward)[3:] if forward[name].kind is forward[name].POSITIONAL_OR_KEYWORD]]
+        for option in specified.keys() - {"options"}:
+            assert (ours[option].kind, ours[option].default) == (specified[option].kind, specified[option].default)
 
 
 @every

@@ -35,6 +35,20 @@ def call(query=None, key=None, value=None, **options):
     return cattn.scaled_dot_product_attention(query, key, value, **options)
 
 
+def differentiate(**changes):
+    """The same for its gradients; and for these, which is None, packed: 3 sequences."""
+    arguments = {"grad_out": zeros(2, 4, 3, 6), "query": zeros(2, 4, 3, 8), "key": zeros(2, 2, 5, 8),
+                 "value": zeros(2, 2, 5, 6), "out": zeros(2, 4, 3, 6), "logsumexp": zeros(2, 4, 3)}
+    return cattn.scaled_dot_product_attention_backward(**arguments | changes)
+
+
+def differentiate_packed(**changes):
+    arguments = {"grad_out": zeros(6, 4, 3), "query": zeros(6, 4, 8), "key": zeros(9, 2, 8), "value": zeros(9, 2, 3),
+                 "out": zeros(6, 4, 3), "logsumexp": zeros(6, 4), "cu_seqlens_q": [0, 3, 4, 6],
+                 "cu_seqlens_kv": [0, 5, 7, 9]}
+    return cattn.varlen_attention_backward(**arguments | changes)
+
+
 def read_only(array):
     array.flags.writeable = False
     return array
@@ -329,6 +343,142 @@ def test_bad_call(changes, error, message):
     assert raised.type is error
     assert str(raised.value) == message
     assert (out == 7).all()
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """A call that entered one would end in an AttributeError."""
+    monkeypatch.setattr(cattn._kernels, "f32", SimpleNamespace())
+    monkeypatch.setattr(cattn._kernels, "f64", SimpleNamespace)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    case for case in BAD_CALLS if "return_weights" not in case[0] and not case[2].startswith("out: ")
+], ids=lambda case: case[:60] if isinstance(case, str) else "")
+def test_bad_call_of_gradients(no_kernels, changes, error, message):
+    """The forward's, word for word."""
+    with pytest.raises((ValueError, TypeError)) as raised:
+        differentiate(**{name: value for name, value in changes.items() if name != "out"})
+    assert raised.type is error
+    assert str(raised.value) == message
+
+
+NAMES = "query, key, value, attn_mask, alibi_slopes, sinks"
+BAD_GRADIENTS = [  # (of 2 batch rows or of 3 sequences, what is wrong, the error, its text)
+    (differentiate, {"grad_out": zeros(2, 4, 3, 6, dtype=F64)}, KIND,
+     "grad_out: expected the dtype of query, float32, got float64; grad_out.astype(query.dtype) casts"),
+    (differentiate, {"grad_out": zeros(2, 4, 3, 6).tolist()}, KIND,
+     "grad_out: expected the dtype of query, float32, got float64; np.asarray(grad_out, query.dtype) casts"),
+    (differentiate, {"grad_out": "text"}, KIND, "grad_out: expected the dtype of query, float32, got <U4"),
+    (differentiate, {"grad_out": None}, KIND, "grad_out: expected an array, got None"),
+    (differentiate, {"grad_out": zeros(4, 3, 6)}, SHAPE,
+     "grad_out: expected shape (2, 4, 3, 6), got shape (4, 3, 6)"),
+    (differentiate, {"grad_out": zeros(2, 4, 3, 8)}, SHAPE,
+     "grad_out: expected shape (2, 4, 3, 6), got shape (2, 4, 3, 8)"),
+    (differentiate, {"out": zeros(2, 4, 3, 6, dtype=np.float16)}, KIND,
+     "out: expected the dtype of query, float32, got float16; out.astype(query.dtype) casts"),
+    (differentiate, {"out": zeros(2, 4, 3, 6, dtype=">f4")}, KIND,
+     "out: expected the dtype of query, float32, got >f4; out.astype(query.dtype) casts"),
+    (differentiate, {"out": None}, KIND, "out: expected an array, got None"),
+    (differentiate, {"out": zeros(1, 4, 3, 6)}, SHAPE, "out: expected shape (2, 4, 3, 6), got shape (1, 4, 3, 6)"),
+    (differentiate, {"logsumexp": zeros(2, 4, 3, dtype=F64)}, KIND,
+     "logsumexp: expected the dtype computed in, float32, got float64; logsumexp.astype(np.float32) casts"),
+    (differentiate, {"logsumexp": zeros(2, 4, 3, dtype=bool)}, KIND,
+     "logsumexp: expected the dtype computed in, float32, got bool"),
+    (differentiate, {"logsumexp": None}, KIND, "logsumexp: expected an array, got None"),
+    (differentiate, {"logsumexp": zeros(2, 4, 3, 1)}, SHAPE,
+     "logsumexp: expected shape (2, 4, 3), got shape (2, 4, 3, 1)"),
+    (differentiate, {"grad_logsumexp": zeros(2, 4, 3, dtype=np.float16)}, KIND,
+     "grad_logsumexp: expected the dtype computed in, float32, got float16; grad_logsumexp.astype(np.float32) casts"),
+    (differentiate, {"grad_logsumexp": zeros(3)}, SHAPE, "grad_logsumexp: expected shape (2, 4, 3), got shape (3,)"),
+    *((differentiate, {"wanted": wanted}, KIND, f"wanted: expected a collection of names, got {text}")
+      for wanted, text in [("query", "'query'; wanted=('query',) wants one"), ("all", "'all'"), (None, "None"),
+                           (3, "3"), ([["query"]], "[['query']]")]),
+    *((differentiate, {"wanted": wanted}, ValueError, f"wanted: expected names out of {NAMES}, got {text}")
+      for wanted, text in [(["query", "values"], "'values'"), ({"grad_out"}, "'grad_out'"), (b"key", "101"),
+                           ([None], "None")]),
+    *((call, {"dropout_p": 0.5}, ValueError,
+       "seed: expected the seed that the forward call had, with dropout_p = 0.5, got None; draw one for both")
+      for call in (differentiate, differentiate_packed)),
+    (differentiate_packed, {"grad_out": zeros(1, 6, 4, 3)}, SHAPE,
+     "grad_out: expected shape (6, 4, 3), got shape (1, 6, 4, 3)"),
+    (differentiate_packed, {"out": zeros(6, 4, 3, dtype=F64)}, KIND,
+     "out: expected the dtype of query, float32, got float64; out.astype(query.dtype) casts"),
+    (differentiate_packed, {"logsumexp": zeros(4, 6)}, SHAPE, "logsumexp: expected shape (6, 4), got shape (4, 6)"),
+    (differentiate_packed, {"grad_logsumexp": zeros(6, 4, dtype=F64)}, KIND,
+     "grad_logsumexp: expected the dtype computed in, float32, got float64; grad_logsumexp.astype(np.float32) casts"),
+    (differentiate_packed, {"wanted": "key"}, KIND,
+     "wanted: expected a collection of names, got 'key'; wanted=('key',) wants one"),
+    (differentiate_packed, {"wanted": ["out"]}, ValueError, f"wanted: expected names out of {NAMES}, got 'out'"),
+    (differentiate_packed, {"query": zeros(6, 8)}, SHAPE,
+     "query: expected (total_q, num_heads, head_dim), got shape (6, 8)"),
+    (differentiate_packed, {"key": zeros(9, 2, 8, dtype=F64)}, KIND,
+     "value: expected the dtype of key, float64, got float32; key.astype(query.dtype) casts"),
+    (differentiate_packed, {"value": zeros(8, 2, 3)}, SHAPE,
+     "value: expected (9, 2, head_dim_v), got shape (8, 2, 3)"),
+    (differentiate_packed, {"cu_seqlens_q": [0, 3, 2, 6]}, ValueError,
+     "cu_seqlens_q: expected numbers that never decrease, got 3 before 2"),
+    (differentiate_packed, {"cu_seqlens_kv": [0, 9]}, ValueError,
+     "cu_seqlens_kv: expected 4 numbers, one more than there are sequences, got 2"),
+    (differentiate_packed, {"is_causal": 1}, KIND, "is_causal: expected a bool, got 1"),
+    (differentiate_packed, {"q_offset": "start"}, ValueError,
+     "q_offset: expected an int, an int array or \"end\", got 'start'"),
+    (differentiate_packed, {"scale": math.nan}, ValueError,
+     "scale: expected 0 or a number from -8.51e+37 to 8.51e+37, got nan"),
+    (differentiate_packed, {"window": 3}, ValueError,
+     "window: expected None or (left, right), got 3; for that many keys on each side: (3, 3)"),
+    (differentiate_packed, {"softcap": -1.0}, ValueError,
+     "softcap: expected 0 or a number from 1.18e-38 to 8.51e+37, got -1.0"),
+    (differentiate_packed, {"alibi_slopes": zeros(3)}, ValueError,
+     "alibi_slopes: expected shape (4,) or (3, 4), got shape (3,)"),
+    (differentiate_packed, {"sinks": zeros(3, 4)}, ValueError, "sinks: expected shape (4,), got shape (3, 4)"),
+    (differentiate_packed, {"dropout_p": 1.0}, ValueError, "dropout_p: expected a float in [0, 1), got 1.0"),
+    (differentiate_packed, {"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
+    (differentiate_packed, {"num_threads": 0}, ValueError,
+     "num_threads: expected 1 to 2147483647, got 0; None takes the default"),
+]
+
+
+@pytest.mark.parametrize(("call", "changes", "error", "message"), BAD_GRADIENTS,
+                         ids=[case[3][:60] for case in BAD_GRADIENTS])
+def test_bad_gradients(no_kernels, call, changes, error, message):
+    with pytest.raises((ValueError, TypeError)) as raised:
+        call(**changes)
+    assert raised.type is error
+    assert str(raised.value) == message
+
+
+def test_good_gradients():
+    """What the cases above differ from, other forms of it, and what is cast as their messages say."""
+    rng = np.random.default_rng(0)
+    grad_out, logsumexp = rng.standard_normal((2, 4, 3, 6)), rng.standard_normal((2, 4, 3))
+    given = {"grad_out": grad_out.astype(F32), "logsumexp": logsumexp.astype(F32)}
+    expected = differentiate(**given)
+    assert expected.value.any() and expected.attn_mask is None
+    for wanted in (["value"], {"value": 0}, (name for name in ("value", "value"))):
+        found = differentiate(**given, wanted=wanted)
+        np.testing.assert_array_equal(found.value, expected.value)
+        assert found.query is None
+    assert differentiate(wanted=()) == (None,) * 6
+    cured = {"grad_out": np.asarray(grad_out.tolist(), given["grad_out"].dtype), "logsumexp": np.float32(logsumexp)}
+    np.testing.assert_array_equal(differentiate(**cured).value, expected.value)
+    assert not differentiate_packed().query.any()
+
+
+OF_GRADIENTS = "grad_out", "query", "key", "value", "out", "logsumexp", "grad_logsumexp", "alibi_slopes", "sinks"
+
+
+@pytest.mark.parametrize("call", [differentiate, differentiate_packed])
+@pytest.mark.parametrize("which", OF_GRADIENTS)
+def test_gradients_of_what_makes_no_array(call, which):
+    for given, error, text in (
+            ([[1.0], [2.0, 3.0]], ValueError, "an array, got a list that makes none: "),
+            (Raises(RuntimeError("no")), TypeError, "an array, got a Raises that makes none: no"),
+            ({"a": 1}, TypeError, "an array, got a dict, which NumPy does not read as one"),
+            (Tensor(requires_grad=True), TypeError, "an array, got a torch tensor that requires grad; pass its .det"),
+            (np.ma.masked_array(zeros(4), True), TypeError, "a plain array, got a masked array, whose mask would")):
+        with pytest.raises(error, match=f"^{which}: expected {text}"):
+            call(**{which: given})
 
 
 def test_cures():
@@ -851,6 +1001,28 @@ def test_errstate_raises_nothing(dtype, options):
             results = cattn.scaled_dot_product_attention(*arrays, **options)
         for result, right in zip(results, expected, strict=True):
             assert result.tobytes() == right.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, np.float16, ml_dtypes.bfloat16])
+def test_errstate_raises_nothing_in_gradients(dtype):
+    """Sums over copies, heads and splits have infinities of both signs in them, and numbers beyond the dtype."""
+    rng = np.random.default_rng(0)
+    query, grad_out = (rng.standard_normal((2, 4, 3, 8)).astype(dtype) for _ in range(2))
+    key, value = (rng.standard_normal((1, 2, 700, 8)).astype(dtype) for _ in range(2))
+    mask = rng.standard_normal(700).astype(dtype)
+    options = {"alibi_slopes": np.ones(4), "sinks": np.ones(4)}
+    out, logsumexp = cattn.scaled_dot_product_attention(query, key, value, mask, **options, return_logsumexp=True)
+    grad_out[0] = 0.3 * float(ml_dtypes.finfo(dtype).max)
+    grad_out[:, :, 0, 0], grad_out[:, :, 1, 1] = [[np.inf], [-np.inf]], -np.inf
+    with np.errstate(all="ignore"):
+        expected = cattn.scaled_dot_product_attention_backward(
+            grad_out, query, key, value, out, logsumexp, mask, **options, wanted=cattn.Gradients._fields)
+    assert all(np.isnan(x).any() for x in expected)
+    with np.errstate(all="raise"):
+        found = cattn.scaled_dot_product_attention_backward(
+            grad_out, query, key, value, out, logsumexp, mask, **options, wanted=cattn.Gradients._fields)
+    for one, other in zip(found, expected, strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 OUT_OF_RANGE = {

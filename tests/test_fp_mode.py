@@ -84,6 +84,9 @@ def results():
     yield from served()
     for arrays, options in cases:
         yield cattn.scaled_dot_product_attention(*arrays, return_weights=True, return_logsumexp=True, **options)
+    for arrays, options in cases[::4]:
+        out, logsumexp = cattn.scaled_dot_product_attention(*arrays, return_logsumexp=True, **options)
+        yield cattn.scaled_dot_product_attention_backward(out, *arrays, out, logsumexp, **options)[:3]
     for layer, x in layers:
         yield layer(x, num_threads=1), layer(x, num_threads=2)
         yield linear_backward(x, x, layer.out_proj_weight, True, 2)

@@ -31,14 +31,15 @@ def test_guards_work(at_end):
 def test_some_head_dims(isa):
     """Each with every dtype and both kernels."""
     assert_clean("guarded.attention(range(1, 131, 7)); guarded.many_keys(); guarded.tables([1, 2, 9, 16, 33]); "
-                 "guarded.projections([1, 9, 16, 96, 130]); guarded.gradients([1, 9, 48, 130]); "
-                 "guarded.rotary([2, 3, 16, 33, 64, 66, 530]); guarded.packed([1, 8, 16, 32, 48, 64, 80]); "
-                 "guarded.merges([1, 5, 16, 33, 64, 130])", isa)
+                 "guarded.gradients(range(1, 131, 7)); guarded.linear_gradients([1, 9, 48, 130]); "
+                 "guarded.projections([1, 9, 16, 96, 130]); guarded.rotary([2, 3, 16, 33, 64, 66, 530]); "
+                 "guarded.packed([1, 8, 16, 32, 48, 64, 80]); guarded.merges([1, 5, 16, 33, 64, 130])", isa)
 
 
 @pytest.mark.slow
 @each_isa
 def test_every_head_dim(isa):
-    assert_clean("guarded.attention(list(range(1, 131)) * 5); guarded.tables(range(1, 131)); "
-                 "guarded.projections(range(1, 270)); guarded.gradients(range(1, 131)); "
-                 "guarded.rotary(range(2, 131)); guarded.packed(range(1, 131)); guarded.merges(range(1, 131))", isa)
+    assert_clean("guarded.attention(list(range(1, 131)) * 5); guarded.gradients(range(1, 131)); "
+                 "guarded.linear_gradients(range(1, 131)); guarded.tables(range(1, 131)); "
+                 "guarded.projections(range(1, 270)); guarded.rotary(range(2, 131)); guarded.packed(range(1, 131)); "
+                 "guarded.merges(range(1, 131))", isa)

@@ -259,6 +259,37 @@ def test_any_call(isa, call):
     run_call(*call)
 
 
+@st.composite
+def hostile_gradients(draw):
+    """(what the backward function is given, options), whatever the forward's results were."""
+    (query, key, value), options = draw(hostile_calls())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    query, key, value = (np.asarray(x) for x in (query, key, value))  # some are lists
+    core = 2 if query.ndim < 4 else 3
+    leading = np.broadcast_shapes(*(x.shape[:-core] for x in (query, key, value)))
+    rows, dtype = (*leading, *query.shape[-core:-1]), np.result_type(query.dtype, np.float32)
+    grad_out, out = (placed(draw, rng, filled(draw, rng, (*rows, value.shape[-1]), query.dtype)) for _ in range(2))
+    logsumexp = placed(draw, rng, filled(draw, rng, rows, dtype))
+    if draw(st.booleans()):
+        options["grad_logsumexp"] = placed(draw, rng, filled(draw, rng, rows, dtype))
+    return (grad_out, query, key, value, out, logsumexp), options
+
+
+@normal_suite
+@given(call=hostile_gradients())
+def test_any_gradients(isa, call):
+    """Never a crash, inputs stay as they are, and the memory that they lie in does not matter, nor do threads."""
+    given, options = call
+    copies = [plain(x) for x in given]
+    plain_options = {name: plain(x) if name in ("attn_mask", "grad_logsumexp") else x for name, x in options.items()}
+    found, others = (
+        [x for x in cattn.scaled_dot_product_attention_backward(*arrays, **own, wanted=cattn.Gradients._fields)
+         if x is not None] for arrays, own in ((given, options), (copies, plain_options | {"num_threads": 5})))
+    same_numbers(map(plain, given), copies)
+    same_numbers(found, others)
+    assert [x.shape for x in found[:3]] == [x.shape for x in copies[1:4]]
+
+
 @pytest.mark.slow
 @slow_suite
 @given(call=hostile_calls().flatmap(out_layouts))
@@ -330,7 +361,7 @@ mask = np.random.default_rng(3).random((1, 8, 64, 64)) < 0.7
 layer = cattn.MultiHeadAttention(64, 8, seed=0)
 inputs = np.random.default_rng(4).standard_normal((2, 96, 64), np.float32)
 encoding = cattn.PositionalEncoding(64)
-attention = cattn.scaled_dot_product_attention
+attention, attention_backward = cattn.scaled_dot_product_attention, cattn.scaled_dot_product_attention_backward
 
 
 def attend_query(): return attention(x, y[:, :1], y[:, :1], mask[:1, :1])
@@ -338,6 +369,7 @@ def attend_keys(): return attention(y, x, x, mask[:1, :1])
 def attend_mask(): return attention(y, y, y, mask)
 def attend_into(): return attention(y, y, y, np.ones((64, 64), bool), out=out).copy()
 def attend_shortly(): return attention(x, y[:, :1], y[:, :1])
+def differentiate(): return attention_backward(y, y, x, x, y, y[..., 0]).key
 def project(): return layer(inputs)
 def encode(): return encoding(inputs)
 def change_weight(): return layer(np.ones((2, 3, 64), np.float32))
@@ -345,7 +377,8 @@ def change_weight(): return layer(np.ones((2, 3, 64), np.float32))
 
 for call, array, shapes in [
         (attend_query, x, (A, B)), (attend_keys, x, (A, B)), (attend_mask, mask, (A, (1, 8, 4096, 1))),
-        (attend_into, out, (A, B)), (attend_shortly, x, (A, B)), (project, inputs, ((2, 96, 64), (96, 2, 64))),
+        (attend_into, out, (A, B)), (attend_shortly, x, (A, B)), (differentiate, x, (A, B)),
+        (project, inputs, ((2, 96, 64), (96, 2, 64))),
         (encode, inputs, ((2, 96, 64), (96, 2, 64))), (change_weight, layer.out_proj_weight, ((64, 64), (4096, 1)))]:
     right = {}
     for shape in shapes:
@@ -430,6 +463,28 @@ def test_junk_in_calls(replaced):
     kind, _ = outcome(cattn.scaled_dot_product_attention, **arguments)
     if kind != "result" and "out" not in replaced:
         assert (arguments["out"] == 7).all()
+
+
+@settings(normal_suite, max_examples=500)
+@given(replaced=replaced_arguments([
+    "grad_out", "out", "logsumexp", "grad_logsumexp", "wanted",
+    *(name for name in ATTENTION_ARGUMENTS if name not in ("out", "return_weights", "return_logsumexp"))]))
+def test_junk_in_gradients(replaced):
+    x = np.ones((3, 4), np.float32)
+    arguments = {**dict.fromkeys(("grad_out", "query", "key", "value", "out"), x), "logsumexp": x[:, 0]} | replaced
+    outcome(cattn.scaled_dot_product_attention_backward, **arguments)
+
+
+@settings(normal_suite, max_examples=300)
+@given(replaced=replaced_arguments([
+    "grad_out", "query", "key", "value", "out", "logsumexp", "cu_seqlens_q", "cu_seqlens_kv", "is_causal", "q_offset",
+    "scale", "window", "softcap", "alibi_slopes", "sinks", "dropout_p", "seed", "grad_logsumexp", "wanted",
+    "num_threads"]))
+def test_junk_in_gradients_of_packed_sequences(replaced):
+    x = np.ones((3, 2, 4), np.float32)
+    arguments = {**dict.fromkeys(("grad_out", "query", "key", "value", "out"), x), "logsumexp": x[..., 0],
+                 "cu_seqlens_q": [0, 1, 3]} | replaced
+    outcome(cattn.varlen_attention_backward, **arguments)
 
 
 def same_errors(name, args, options):

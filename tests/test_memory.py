@@ -72,7 +72,8 @@ def test_scratch_stays_small():
 @starts_threads
 @pytest.mark.parametrize(("large", "small"), [
     ("float64", "float32"), ("float32", "float64"), ("float32", "fma"), ("float64", "read"), ("fma", "float32"),
-    ("read", "layer"), ("layer", "table"), ("table", "layer")])
+    ("read", "layer"), ("layer", "table"), ("table", "layer"),
+    ("float32", "gradients")])
 def test_one_pool(large, small):
     """Each thread that calls has one, whichever modules it calls in: a region of fewer threads ends the others."""
     run(f"leaks.one_pool({large!r}, {small!r})")

@@ -72,6 +72,11 @@ for dtype in dtypes:
         {"q_offset": np.arange(8)},
     ):
         attention(x, x, x, **options)
+    given = x, x, x, x, x, x[..., 0].astype(np.float64 if dtype == np.float64 else np.float32)
+    cattn.scaled_dot_product_attention_backward(*given, np.zeros((256, 256), dtype), sinks=np.ones(8),
+                                                wanted=cattn.Gradients._fields)
+    cattn.varlen_attention_backward(*(x[0, :7] for x in given), [0, 3, 7])
+    refused(cattn.scaled_dot_product_attention_backward, *given, wanted="x")
     for seed in (None, 0, np.random.default_rng(0)):
         layer = cattn.MultiHeadAttention(64, 4, dropout=0.5, dtype=dtype, seed=seed)
     layer(np.ones((2, 70, 64), dtype), training=True, seed=1)

@@ -203,6 +203,8 @@ keys = np.random.default_rng(1).standard_normal((2, 8, 20000, 64), np.float32)
 for call in (
     lambda: layer(x, num_threads=threads), lambda: wide(x[:1, :40], num_threads=threads),
     lambda: cattn.scaled_dot_product_attention(one_query, keys, keys, num_threads=threads),
+    lambda: cattn.scaled_dot_product_attention_backward(
+        x[:1], x[:1], *[keys[0, :1, :3000]] * 2, x[:1], x[:1, :, 0], num_threads=threads).key,
     lambda: cattn.set_num_threads(threads) or cattn.sinusoidal_encoding(5000, 64),
 ):
     results = []
@@ -290,6 +292,23 @@ def test_the_call_comes_first(monkeypatch):
     cattn.scaled_dot_product_attention(x, x, x, num_threads=np.uint8(5))
     cattn.scaled_dot_product_attention(x, x, x)
     assert used == [0, 0, 2, 5, 0]  # 0: the kernel takes a share of the default
+
+
+def test_the_call_of_gradients_comes_first(monkeypatch):
+    used = []
+
+    def note(*, num_threads, **others):
+        used.append(num_threads)
+        return None, None
+
+    monkeypatch.setattr(_kernels, "f32", SimpleNamespace(attend_backward=note))
+    x = np.zeros((3, 4), np.float32)
+    dense, packed = (x, x, x, x, x, x[:, 0]), (*[x[:, None]] * 5, x[:, :1], [0, 3])
+    for backward, given in ((cattn.scaled_dot_product_attention_backward, dense),
+                            (cattn.varlen_attention_backward, packed)):
+        backward(*given)
+        backward(*given, num_threads=2)
+    assert used == [0, 2, 0, 2]
 
 
 def test_limits_of_threadpoolctl(openmp_libraries):
@@ -439,6 +458,8 @@ def test_eight_python_threads_at_once(isa):
                 return_weights=True, return_logsumexp=True, num_threads=1 + number % 3)
         for number, (dtype, kv_dtype) in enumerate(DTYPES) for shape in shapes
     ]
+    given = normal(2, 2, 70, 40, seed=3), *problem(70, 600, 40), normal(2, 2, 70, 40, seed=4), normal(2, 2, 70)
+    calls += [lambda: cattn.scaled_dot_product_attention_backward(*given, num_threads=2)[:3]]
     calls += [partial(layer, normal(3, 20, 32), is_causal=True), partial(cattn.sinusoidal_encoding, 300, 64)]
     alone = [call() for call in calls]
     together = threading.Barrier(8)

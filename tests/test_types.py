@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 
 import cattn
-from cattn import _attention, _cache, _linear, _merge, _multihead, _positional, _rotary, _serving, reference
+from cattn import (
+    _attention,
+    _cache,
+    _gradients,
+    _linear,
+    _merge,
+    _multihead,
+    _positional,
+    _rotary,
+    _serving,
+    reference,
+)
 
 CALLABLES = [name for name in cattn.__all__ if callable(getattr(cattn, name))]
 FOLDER = os.path.dirname(cattn.__file__)
@@ -41,6 +52,11 @@ def of_arrays(flag: bool) -> None:
     assert_type(attend(q, q, q, return_weights=True, return_logsumexp=flag), np.ndarray | tuple[np.ndarray, ...])
     assert_type(cattn.merge_states([q, q], [q[0], q[0]], sinks=[0.5], out=q), tuple[np.ndarray, np.ndarray])
     assert_type(cattn.merge_states(q, q[0], num_threads=1), tuple[np.ndarray, np.ndarray])
+    gradients = cattn.scaled_dot_product_attention_backward(out, q, q, q, out, logsumexp, wanted=("key", "sinks"))
+    assert_type(gradients, cattn.Gradients)
+    assert_type(gradients.key, np.ndarray | None)
+    cattn.varlen_attention_backward(out[0], q[0], q[0], q[0], out[0], logsumexp[0], [0, 2], seed=None, num_threads=1)
+    cattn.varlen_attention_backward(out, q, q, q, out, logsumexp)  # type: ignore[call-arg]
     attend([[1.0]], [[1.0]], [[1.0]], q_offset=[0], kv_lens=np.array([1]), out=q)
     attend(q, q, q, return_weights=True).shape  # type: ignore[attr-defined]
     attend(q, q)  # type: ignore[call-overload]
@@ -94,8 +110,9 @@ def documented(docstring):
 # Docstrings.
 
 
-@pytest.mark.parametrize("module", [_attention, _cache, _linear, _merge, _multihead, _positional, _rotary, _serving],
-                         ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [
+    _attention, _cache, _gradients, _linear, _merge, _multihead, _positional, _rotary, _serving,
+], ids=lambda module: module.__name__)
 def test_docstrings_stand_in_the_source(module):
     with open(module.__file__) as file:
         tree = ast.parse(file.read())
@@ -113,7 +130,7 @@ def test_docstrings_stand_in_the_source(module):
     cattn.MultiHeadAttention, cattn.MultiHeadAttention.__call__, cattn.MultiHeadAttention.state_dict,
     cattn.MultiHeadAttention.load_state_dict, cattn.PositionalEncoding, cattn.PositionalEncoding.__call__,
     cattn.rotary_table, cattn.rotary_embedding, cattn.varlen_attention, cattn.paged_attention, cattn.KVCache,
-    cattn.KVCache.attend,
+    cattn.KVCache.attend, cattn.scaled_dot_product_attention_backward, cattn.varlen_attention_backward,
 ], ids=lambda function: function.__qualname__)
 def test_every_parameter_is_described(function):
     assert sorted(documented(function.__doc__)) == sorted(name for name in parameters(function) if name != "self")
@@ -123,16 +140,17 @@ def test_every_parameter_is_described(function):
     "scaled_dot_product_attention", "varlen_attention", "paged_attention", "merge_states", "linear",
     "MultiHeadAttention",
     "sinusoidal_encoding", "PositionalEncoding", "rotary_table", "rotary_embedding",
-    "KVCache"])
+    "KVCache", "scaled_dot_product_attention_backward", "varlen_attention_backward"])
 def test_reference_points_to_the_public_one(name):
     text = getattr(reference, name).__doc__
     assert f"`cattn.{name}`" in text
     assert "Parameters\n" not in text
-    assert len(text) < 1200
+    assert len(text) < 1700
 
 
 SHOWN = {
     "scaled_dot_product_attention(": "softmax(scale * query @ key^T + mask) @ value, for each head.",
+    "scaled_dot_product_attention_backward(": "The gradients of `scaled_dot_product_attention`",
     "linear(": "x @ weight^T + bias, with weights of 32, 16 or 8 bits",
     "merge_states(": "Attention over all keys, from results over parts of them",
     "sinusoidal_encoding(": "P[r, 2i] = sin(pos / base^(2i / dim))",

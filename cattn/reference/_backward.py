@@ -67,7 +67,8 @@ def scaled_dot_product_attention_backward(
     gradient (None), and a bias that was clipped has that of the clipped one. Masked pairs add nothing to any gradient,
     nor do rows that see nothing, where logsumexp is -inf, whatever stands there.
 
-    The other arguments are those of the forward, with the seed that it used. This checks nothing and warns of nothing.
+    The other arguments are those of the forward, with the seed that it used: see
+    `cattn.scaled_dot_product_attention_backward`. This checks nothing and warns of nothing.
     """
     inputs = [np.asarray(x) for x in (query, key, value)]
     one_head = inputs[0].ndim < 4
@@ -132,6 +133,7 @@ def varlen_attention_backward(
     wanted: Collection[str] = ("query", "key", "value"), **options,
 ) -> Gradients:
     """The gradients of `varlen_attention`: those of each sequence on its own, summed where they share slopes and sinks.
+    See `cattn.varlen_attention_backward`.
 
     grad_out, out : arrays (total_q, num_heads, head_dim_v)
     logsumexp, grad_logsumexp : arrays (total_q, num_heads)

@@ -118,6 +118,7 @@ cdef void plan_backward(Backward* b) noexcept nogil:
     """Of a described problem, and what is wanted of it."""
     cdef Problem* p = &b.p
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v), panel = ATTEND_VECTORS * LANES
+    cdef fp_mode callers = own_mode()
     # Rows may see nothing also where nothing is masked, see weigh_rows.
     p.same_keys, p.may_mask = False, True
     p.block_rows, p.block_kv, p.split_kv = BACKWARD_ROWS, BACKWARD_KEYS, BACKWARD_SPLIT
@@ -135,6 +136,7 @@ cdef void plan_backward(Backward* b) noexcept nogil:
         b.task_heads = p.num_kv_heads if b.d_mask.stride[1] == 0 else 1
     p.num_tasks = (p.num_splits // b.task_splits * (p.batch_size // b.task_batches)
                    * (p.num_kv_heads // b.task_heads))
+    set_mode(callers)
 
 
 cdef inline Py_ssize_t first_turn(const Backward* b, Py_ssize_t batch, Py_ssize_t kv_head) noexcept nogil:
