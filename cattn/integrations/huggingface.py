@@ -53,8 +53,8 @@ def register() -> None:
         model.set_attn_implementation("sdpa")   # and back
     """
     _need_transformers()
-    transformers.AttentionInterface.register(_NAME, torch.compiler.disable(_attention))
-    transformers.AttentionMaskInterface.register(_NAME, torch.compiler.disable(_mask))
+    for registry, function in (transformers.AttentionInterface, _attention), (transformers.AttentionMaskInterface, _mask):
+        registry.register(_NAME, torch.compiler.disable(function, reason="its numbers are NumPy's"))
 
 
 transformers = torch = masking_utils = _collector = _Mask = _patterns = None    # by _need_transformers
@@ -93,6 +93,7 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
                s_aux=None, position_bias=None, output_attentions=False, **others):
     """What layers call, with tensors (batch, heads, seq, head_dim): the result (batch, seq, heads, head_dim), and the
     weights or None."""
+    _refuse_graphs()
     for name in _UNSUPPORTED:
         if others.get(name) is not None:
             raise ValueError(f'attn_implementation="{_NAME}": {type(module).__name__} passes {name}, which it does not '
@@ -124,6 +125,13 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     else:
         out, weights = attention(query, key, value, _joined(visible, bias), **limits, **options, return_weights=True)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_graphs():
+    """Of torch.jit.trace and torch.export: in them, what NumPy computes would be a constant."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise RuntimeError(f'attn_implementation="{_NAME}" is not for traced or exported models; '
+                           f'model.set_attn_implementation("sdpa") is')
 
 
 def _joined(visible, bias):
@@ -209,6 +217,9 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_functio
     Query i and key j have the positions q_offset + i and kv_offset + j. `mask_function` says of two positions whether
     one sees the other; attention_mask, booleans (batch, positions), which keys are no padding.
     """
+    _refuse_graphs()
+    mask_function = mask_function or masking_utils.causal_mask_function
+
     def everything():
         return masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -217,8 +228,8 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_functio
 
     options, visible = _options_of(mask_function), None
     padded = attention_mask is not None
-    if options is None or padded and (attention_mask.dtype is not torch.bool or attention_mask.ndim != 2
-                                      or len(attention_mask) != batch_size or not attention_mask.is_cpu):
+    if options is None or (padded and (attention_mask.dtype is not torch.bool or attention_mask.ndim != 2
+                                       or len(attention_mask) != batch_size or not attention_mask.is_cpu)):
         visible, options = everything(), {}
     else:
         if padded:

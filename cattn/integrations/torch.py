@@ -379,7 +379,7 @@ def _attention(inputs, return_weights, return_logsumexp, options):
         options["seed"] = int(torch.randint(2**63 - 1, ()))
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     query, key, value, *_ = inputs
-    out = None  # by PyTorch's habit, the heads of a row beside each other: what joins them copies nothing
+    out = None  # else laid out as by PyTorch's own kernel, the heads of a row together: joining them copies nothing
     if query.ndim == key.ndim == value.ndim == 4 and len(query) == len(key) == len(value):
         shape = *query.shape[:3], value.shape[3]
         out = _array(torch.empty_permuted(shape, (0, 2, 1, 3), dtype=query.dtype))
