@@ -4,7 +4,8 @@
 
 computes causal attention of 131072 tokens on 2 workers of 1 thread each, and by one process of 2 threads, in turns. It
 tells the speed of both, what a worker takes in memory, how much the workers send each other, and whether the results
-agree. `--workers`, `--tokens`, `--chunk` and `--heads` change the problem; the link to dask's dashboard is printed first.
+agree. `--workers`, `--tokens`, `--chunk` and `--heads` change the problem; the link to dask's dashboard is printed
+first.
 """
 
 import argparse

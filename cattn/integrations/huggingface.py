@@ -53,7 +53,8 @@ def register() -> None:
         model.set_attn_implementation("sdpa")   # and back
     """
     _need_transformers()
-    for registry, function in (transformers.AttentionInterface, _attention), (transformers.AttentionMaskInterface, _mask):
+    for registry, function in ((transformers.AttentionInterface, _attention),
+                               (transformers.AttentionMaskInterface, _mask)):
         registry.register(_NAME, torch.compiler.disable(function, reason="its numbers are NumPy's"))
 
 
