@@ -61,9 +61,14 @@ def _warn(message):
     """A UserWarning at the line that called the library, through however many functions of its own: what is shown once
     per place is shown once for each such line. So the text has no numbers, which change from token to token."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
+    while frame.f_back is not None and _is_of_package(str(frame.f_globals.get("__name__"))):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _is_of_package(module):
+    """Or stands between two functions of it, as what keeps torch.compile from looking into the second does."""
+    return module.partition(".")[0] == _PACKAGE or module == "torch._dynamo.eval_frame"
 
 
 # Arrays and their dtypes.

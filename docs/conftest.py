@@ -2,7 +2,7 @@
 
 import pytest
 
-NEEDS = {"onnx.md": "onnx"}
+NEEDS = {"onnx.md": "onnx", "pytorch.md": "torch"}
 
 
 @pytest.fixture(autouse=True)

@@ -48,13 +48,13 @@ def enable() -> None:
     would go past it in eval mode: their fast path (torch.backends.mha) is switched off until `disable`. With
     need_weights=True, their default, they never call it.
 
-    Also `torch.nn.attention.activate_flash_attention_impl("cattn")`, once this module is imported. Not while other
-    threads compute attention, as `disable`.
+    `torch.nn.attention.activate_flash_attention_impl("cattn")` does the same, where this module was imported after
+    torch. Neither this nor `disable` is to be called while other threads compute attention.
 
     Raises
     ------
     ImportError
-        Where there is no torch of 2.11 or later.
+        Where torch is missing or older than 2.11.
 
     Examples
     --------
@@ -141,7 +141,7 @@ def attention(
     ----------
     query, key, value : tensors of float32, float64, float16 or bfloat16
         As there: any number of leading axes, which broadcast.
-    attn_mask, alibi_slopes, sinks : tensors, or what NumPy reads as arrays
+    attn_mask, alibi_slopes, sinks : tensors, optional
         As there. Those that require grad have a gradient.
     dropout_p, is_causal, scale, enable_gqa, q_offset, window, softcap, kv_lens, kv_starts
         As there.
@@ -163,7 +163,7 @@ def attention(
     ValueError, TypeError
         Naming the argument, the rule and what came.
     ImportError
-        Where there is no torch of 2.11 or later.
+        Where torch is missing or older than 2.11.
 
     Notes
     -----
@@ -190,7 +190,7 @@ def _need_torch():
     else:
         missing = "" if imported.__version__ >= _OLDEST else f"this is {imported.__version__}"
     if missing:
-        raise ImportError(f'cattn.integrations.torch: needs torch {".".join(map(str, _OLDEST))} or later ({missing}): '
+        raise ImportError(f'cattn.integrations.torch: needs torch {".".join(map(str, _OLDEST))} or newer ({missing}): '
                           f'`pip install "cattn[torch]"`')
     # PyTorch 2.13 on an AMD EPYC with AVX-512 (Zen 5), one thread, head_dim 32 to 128.
     wide = (2**17, 2**18), (64, 512), (2**21, np.inf), 2**20, 16, np.inf
@@ -294,8 +294,8 @@ def _backward(keys, grad_out, query, key, value, out, logsumexp, dropout_p, is_c
     """The operator's gradients by query, key and value, in PyTorch's layout."""
     limits = _DTYPES.get(query.dtype)
     reason = _reason(limits, query, key, value, dropout_p, attn_mask, scale, False)
-    if not (grad_out.shape == out.shape == query.shape and logsumexp.shape == query.shape[:3]
-            and grad_out.dtype is out.dtype is query.dtype):
+    if not (grad_out is not None and grad_out.shape == out.shape == query.shape
+            and logsumexp.shape == query.shape[:3] and grad_out.dtype is out.dtype is query.dtype):
         reason = "unusual"
     _counts["backward"][reason or "cattn"] += 1
     if reason:
@@ -441,6 +441,8 @@ def _cast(array, dtype):
 
 
 def _function(torch):
+    """The autograd function of `attention`."""
+
     class Attention(torch.autograd.Function):
         """Makes tensors that have been computed the results of these inputs."""
 
@@ -453,18 +455,27 @@ def _function(torch):
             return tuple(results)
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx, grad_out, *others):
-            *inputs, out, logsumexp = ctx.saved_tensors
+            wanted = [name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=False) if needed]
+            return *AttentionBackward.apply(grad_out, others[-1], *ctx.saved_tensors, wanted, ctx.options), None, None
+
+    class AttentionBackward(torch.autograd.Function):
+        """The gradients, which have none: an error says so where PyTorch asks for them."""
+
+        @staticmethod
+        def forward(ctx, grad_out, grad_logsumexp, *saved):
+            *inputs, out, logsumexp, wanted, options = saved
             grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-            grad_logsumexp = others[-1]
             gradients = backward(
                 _array(grad_out), **_arrays(inputs), out=_array(out), logsumexp=_array(logsumexp),
-                grad_logsumexp=None if grad_logsumexp is None else _array(grad_logsumexp),
-                wanted=[name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=False) if needed],
-                kinds=_KINDS, cast=_cast, **ctx.options)
-            return *(None if gradient is None else _tensor(gradient).to(x.dtype)
-                     for x, gradient in zip(inputs, gradients, strict=True)), None, None
+                grad_logsumexp=None if grad_logsumexp is None else _array(grad_logsumexp), wanted=wanted, kinds=_KINDS,
+                cast=_cast, **options)
+            return tuple(None if gradient is None else _tensor(gradient).to(x.dtype)
+                         for x, gradient in zip(inputs, gradients, strict=True))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError("cattn.integrations.torch.attention: its gradients have no derivative")
 
     return Attention
 
