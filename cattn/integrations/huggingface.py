@@ -53,9 +53,9 @@ def register() -> None:
         model.set_attn_implementation("sdpa")   # and back
     """
     _need_transformers()
-    for registry, function in ((transformers.AttentionInterface, _attention),
-                               (transformers.AttentionMaskInterface, _mask)):
-        registry.register(_NAME, torch.compiler.disable(function, reason="its numbers are NumPy's"))
+    for interface, function in ((transformers.AttentionInterface, _attention),
+                                (transformers.AttentionMaskInterface, _mask)):
+        interface.register(_NAME, torch.compiler.disable(function, reason="NumPy is in it"))
 
 
 transformers = torch = masking_utils = _collector = _Mask = _patterns = None    # by _need_transformers
