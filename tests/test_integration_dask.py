@@ -1,12 +1,14 @@
 """Attention over dask arrays: any problem in any chunks, the same bits whoever computes them, which tasks there are,
 threads, a cluster that loses a worker, layers, errors; and the program that measures it."""
 
+import importlib.util
 import inspect
 import itertools
 import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,10 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from problems import BFLOAT16, FLOATS, assert_same_bits, problem, random_problem
-from processes import python
+from processes import ROOT, line_of_error, python
 from tolerance import assert_close, assert_within, everything
 
 import cattn
+from bench import dask as bench_dask
 from cattn import _kernels, _threads, reference
 from cattn.integrations import dask as integration
 
@@ -586,3 +589,36 @@ def test_errors_of_layers(changed, error, message):
     with pytest.raises(error) as caught:
         integration.multi_head_attention(**call | changed)
     assert str(caught.value) == message
+
+
+# The program that measures it.
+
+
+def test_bench():
+    for module in ("distributed", "tqdm"):
+        pytest.importorskip(module)
+    options = {"--tokens": 300, "--chunk": 40, "--key-chunk": 100, "--heads": 2, "--repeats": 2}
+    done = subprocess.run([sys.executable, "-m", "bench.dask", *(str(x) for option in options.items() for x in option)],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    link, problem_line, by_dask, by_cattn, last = done.stdout.splitlines()
+    assert re.fullmatch(r"dashboard: http://127\.0\.0\.1:\d+/status", link)
+    # Of a head's 8 chunks of queries 2 see keys of one chunk, 3 of two, 3 of three.
+    assert problem_line.startswith("300 tokens, 2 heads of 64, chunks of 40 queries and 100 keys: 34 tasks; ")
+    assert re.match(r"dask: [\d.]+ s on 2 workers of 1 thread, ", by_dask)
+    assert re.match(r"cattn: [\d.]+ s in one process of 2 threads, ", by_cattn)
+    assert re.match(r"dask has [\d.]+ of its speed; results agree: ", last)
+
+
+@pytest.mark.parametrize("arguments", [["--tokens", "0"], ["--workers", "x"], ["--chunk=-1"], ["words"]], ids=" ".join)
+def test_wrong_arguments_of_bench(capsys, arguments):
+    with pytest.raises(SystemExit) as error:
+        bench_dask.main(arguments)
+    assert error.value.code == 2
+    assert "bench.dask: error: " in capsys.readouterr().err
+
+
+def test_packages_that_bench_needs(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tqdm" else name)
+    error = line_of_error(capsys, bench_dask.main, [], "bench.dask")
+    assert 'not installed: tqdm (pip install "cattn[dask]" tqdm)' in error
