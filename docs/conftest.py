@@ -2,7 +2,7 @@
 
 import pytest
 
-NEEDS = {"onnx.md": "onnx", "pytorch.md": "torch"}
+NEEDS = {"dask.md": "distributed", "onnx.md": "onnx", "pytorch.md": "torch"}
 
 
 @pytest.fixture(autouse=True)

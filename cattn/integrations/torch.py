@@ -374,11 +374,16 @@ def _attention(inputs, return_weights, return_logsumexp, options):
     if options["seed"] is None and options["dropout_p"] != 0:
         options["seed"] = int(torch.randint(2**63 - 1, ()))
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    query, key, value, *_ = inputs
+    out = None  # else laid out as by PyTorch's own kernel, the heads of a row together: joining them copies nothing
+    if query.ndim == key.ndim == value.ndim == 4 and len(query) == len(key) == len(value):
+        shape = *query.shape[:3], value.shape[3]
+        out = _array(torch.empty_permuted(shape, (0, 2, 1, 3), dtype=query.dtype))
     door = scaled_dot_product_attention
     if any(x is not None and x.dtype is torch.bfloat16 for x in inputs[:4]):
-        door = functools.partial(attend, out=None, kinds=_KINDS)
+        door = functools.partial(attend, kinds=_KINDS)
     # Not in _Attention.forward: a warning names the line of the caller.
-    results = door(**arrays, **options, return_weights=return_weights,
+    results = door(**arrays, **options, out=out, return_weights=return_weights,
                    return_logsumexp=return_logsumexp or differentiated)
     results = [_tensor(x) for x in (results if isinstance(results, tuple) else (results,))]
     if differentiated:
