@@ -2,7 +2,7 @@
 
 import pytest
 
-NEEDS = {"onnx.md": "onnx", "pytorch.md": "torch"}
+NEEDS = {"onnx.md": "onnx", "pytorch.md": "torch", "huggingface.md": "transformers"}
 
 
 @pytest.fixture(autouse=True)

@@ -23,3 +23,9 @@ tests() {
 tests tests/test_integration_onnx.py docs/onnx.md
 "$work/venv/bin/pip" install -q 'onnx==1.22.*'  # the oldest that is supported
 tests tests/test_integration_onnx.py -k 'not beside_onnx'
+
+"$work/venv/bin/pip" install -q torch==2.13.0  # of CPUs alone: another version may bring gigabytes for GPUs
+"$work/venv/bin/pip" install -q -e '.[huggingface]'
+tests tests/test_integration_huggingface.py docs/huggingface.md
+"$work/venv/bin/pip" install -q 'transformers==5.4.*'  # the oldest; there, two models have an attention of their own
+tests tests/test_integration_huggingface.py -k 'not modernbert and not t5'
