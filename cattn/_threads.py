@@ -62,6 +62,11 @@ def checked(num_threads) -> int:
     return count
 
 
+def is_chosen() -> bool:
+    """Whether somebody has chosen the number for cattn: by set_num_threads, or CATTN_NUM_THREADS."""
+    return _chosen is not None or _DEFAULT[1] == "CATTN_NUM_THREADS"
+
+
 def source() -> str:
     """Where the number of get_num_threads() comes from, in words."""
     limit = _kernels.f32.default_num_threads()[1]

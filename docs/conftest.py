@@ -2,7 +2,7 @@
 
 import pytest
 
-NEEDS = {"onnx.md": "onnx", "pytorch.md": "torch", "huggingface.md": "transformers"}
+NEEDS = {"dask.md": "distributed", "huggingface.md": "transformers", "onnx.md": "onnx", "pytorch.md": "torch"}
 
 
 @pytest.fixture(autouse=True)

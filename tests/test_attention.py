@@ -32,6 +32,7 @@ from tolerance import assert_within, check, everything
 
 import cattn
 from cattn import reference
+from cattn._attention import check_problem
 from cattn.reference import dropout_keep
 
 F16, F32, F64 = (np.dtype(name) for name in ("float16", "float32", "float64"))
@@ -414,6 +415,25 @@ def test_dropout_keeps_what_the_reference_keeps(isa, seed, dropout_p):
     query, key, value = problem(50, 141, 8, leading=(3,), num_heads=4, num_kv_heads=2)
     weights = everything(0 * query, key, value, dropout_p=dropout_p, seed=seed)[1]
     np.testing.assert_array_equal(weights != 0, dropout_keep(int(seed), dropout_p, 3, 4, 50, 141))
+
+
+@pytest.mark.parametrize("rows", [50, 1])
+@pytest.mark.parametrize("key_offset", range(4))
+def test_dropout_of_a_part_of_a_problem(isa, key_offset, rows):
+    """The kernel is told which batch row, head, query and key come first: of the result, and of the weights."""
+    num_keys, (batch, heads) = 90, (3, 4)
+    query, key, value = problem(rows, num_keys, 8, leading=(batch,), num_heads=heads, num_kv_heads=2)
+    value = np.broadcast_to(np.eye(num_keys, dtype=value.dtype), (*key.shape[:2], num_keys, num_keys))
+    part = check_problem(query, key, value, None, 0.4, False, 0, False, q_offset=None, window=None, softcap=None,
+                         alibi_slopes=None, sinks=None, kv_lens=None, kv_starts=None, num_threads=None, seed=8)
+    out, weights = np.empty((2, batch, heads, rows, num_keys), np.float32)
+    for _, (result,), arguments in part.calls(out):
+        arguments["batch_offset"] += 5
+        part.module.attend(out=result, weights=weights.reshape(-1), narrow_weights=None, logsumexp=None, **arguments,
+                           head_offset=2, query_offset=9, key_offset=key_offset)
+    kept = dropout_keep(8, 0.4, 5 + batch, 2 + heads, 9 + rows, key_offset + num_keys)[5:, 2:, 9:, key_offset:]
+    np.testing.assert_array_equal(weights != 0, kept)
+    np.testing.assert_array_equal(out != 0, kept)
 
 
 @all_dtypes

@@ -197,7 +197,8 @@ print(json.dumps([count() - before, threading.active_count(), sorted(set(sys.mod
     assert more_threads == 0 and python_threads == 1
     packages = {name.split(".")[0] for name in modules}
     assert packages.isdisjoint({"multiprocessing", "concurrent", "subprocess", "asyncio", "torch", "scipy", "ml_dtypes",
-                                "Cython", "setuptools", "matplotlib", "tqdm", "hypothesis", "pytest", "onnx"})
+                                "Cython", "setuptools", "matplotlib", "tqdm", "hypothesis", "pytest", "onnx", "dask",
+                                "distributed"})
     assert not [name for name in modules if name.endswith("_f64") or name.startswith(("numpy.random", "numpy.ma"))]
     assert {"cattn.__pyinstaller", "cattn.integrations"}.isdisjoint(modules)
 

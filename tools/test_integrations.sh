@@ -11,7 +11,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q -e '.[onnx,test]'
+"$work/venv/bin/pip" install -q -e '.[dask,onnx,test]' tqdm
 
 tests() {
     "$work/venv/bin/python" -m pytest -q -rs "$@" | tee "$work/log"
@@ -23,6 +23,10 @@ tests() {
 tests tests/test_integration_onnx.py docs/onnx.md
 "$work/venv/bin/pip" install -q 'onnx==1.22.*'  # the oldest that is supported
 tests tests/test_integration_onnx.py -k 'not beside_onnx'
+
+tests tests/test_integration_dask.py docs/dask.md
+"$work/venv/bin/pip" install -q 'dask==2023.7.*' 'distributed==2023.7.*'  # likewise
+tests tests/test_integration_dask.py docs/dask.md
 
 "$work/venv/bin/pip" install -q torch==2.13.0  # of CPUs alone: another version may bring gigabytes for GPUs
 "$work/venv/bin/pip" install -q -e '.[huggingface]'

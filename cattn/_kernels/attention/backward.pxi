@@ -297,9 +297,7 @@ cdef void make_keep(const Problem* p, const BackwardScratch* s, const Tile* t) n
     for i in range(t.n * t.width):
         s.keep[i] = 1.0
     for i in range(t.width):
-        drop_weights(s.keep + i, t.width, t.key_start, t.n, p.dropout_threshold, 1.0, p.seed,
-                     <uint32_t> t.lanes[i].query, <uint32_t> t.lanes[i].head,
-                     <uint32_t> (p.batch_offset + t.lanes[i].batch))
+        drop_of_lane(p, t.lanes + i, s.keep + i, t.width, t.key_start, t.n, 1.0)
 
 
 cdef void multiply_tile(real* x, const real* y, Py_ssize_t n) noexcept nogil:

@@ -115,14 +115,15 @@ def attend(*, query, key, value, mask, out, real[::1] weights, uint16_t[::1] nar
            const real[:, ::1] slopes, const real[::1] sinks, double dropout_p, uint64_t seed, Py_ssize_t batch_offset,
            Py_ssize_t num_threads, const int64_t[::1] kv_starts=None, const int64_t[::1] cu_seqlens_q=None,
            const int64_t[::1] cu_seqlens_kv=None, const int64_t[:, ::1] block_table=None, key_scales=None,
-           value_scales=None):
+           value_scales=None, Py_ssize_t head_offset=0, Py_ssize_t query_offset=0, Py_ssize_t key_offset=0):
     """out, weights, these again in 16 bits, and logsumexp (OUT; flat, contiguous) of one attention problem; None: not
     given. With cu_seqlens_q, queries, out and logsumexp are packed, (1, heads, total, dim), and so with cu_seqlens_kv
     keys and values; with block_table, these are (pages, heads, page_size, dim). Both come with kv_lens.
-    Those of 8 bits have float32 scales, (pages, heads, page_size, 1)."""
+    Those of 8 bits have float32 scales, (pages, heads, page_size, 1). The offsets are those of Problem."""
     cdef Problem p
     describe_problem(&p, query, key, value, out, mask, q_kind, kv_kind, mask_kind, q_offset, q_offsets, kv_lens,
                      kv_starts, cu_seqlens_q, cu_seqlens_kv, dropout_p, seed, batch_offset)
+    p.head_offset, p.query_offset, p.key_offset = head_offset, query_offset, key_offset
     if key_scales is not None:
         describe(&p.k_scales, key_scales, F32)
         describe(&p.v_scales, value_scales, F32)

@@ -88,7 +88,6 @@ cdef void finish_row(const Problem* p, const Lane* lane, real reference, real ro
         row = weights_row(p, lane)
         finish_weights(row, p.seq_len_kv, reference, p.unit, inverse_sum)
         if p.dropout:
-            drop_weights(row, 1, 0, p.seq_len_kv, p.dropout_threshold, p.keep_scale, p.seed,
-                         <uint32_t> lane.query, <uint32_t> lane.head, <uint32_t> (p.batch_offset + lane.batch))
+            drop_of_lane(p, lane, row, 1, 0, p.seq_len_kv, p.keep_scale)
         if p.narrow_weights != NULL:
             store_row(<char*> (p.narrow_weights + (row - p.weights)), sizeof(uint16_t), row, p.seq_len_kv, p.out.kind)

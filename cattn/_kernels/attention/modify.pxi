@@ -250,12 +250,18 @@ cdef void add_mask(const Problem* p, const Workspace* w, Tile* t) noexcept nogil
                 add_biases(scores + (done + j * LANES + i) * width + v * LANES, scale, square[i])
 
 
+cdef inline void drop_of_lane(const Problem* p, const Lane* lane, real* weights, Py_ssize_t stride,
+                              Py_ssize_t key_start, Py_ssize_t n, real keep_scale) noexcept nogil:
+    """drop_weights of a lane's weights of keys [key_start, key_start + n)."""
+    drop_weights(weights, stride, p.key_offset + key_start, n, p.dropout_threshold, keep_scale, p.seed,
+                 <uint32_t> (p.query_offset + lane.query), <uint32_t> (p.head_offset + lane.head),
+                 <uint32_t> (p.batch_offset + lane.batch))
+
+
 cdef void drop_probs(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(t.width):
-        drop_weights(t.scores + i, t.width, t.key_start, t.n, p.dropout_threshold, p.keep_scale, p.seed,
-                     <uint32_t> t.lanes[i].query, <uint32_t> t.lanes[i].head,
-                     <uint32_t> (p.batch_offset + t.lanes[i].batch))
+        drop_of_lane(p, t.lanes + i, t.scores + i, t.width, t.key_start, t.n, p.keep_scale)
 
 
 cdef void shrink_probs(const Problem* p, const Workspace* w, Tile* t) noexcept nogil:

@@ -60,7 +60,8 @@ cdef struct Problem:
     uint32_t dropout_threshold
     real keep_scale
     uint64_t seed
-    Py_ssize_t batch_offset         # of this call's first batch row, for dropout
+    # For dropout: of this call's first batch row, head, query and key among all, where it is a part of a larger problem
+    Py_ssize_t batch_offset, head_offset, query_offset, key_offset
     # The plan
     const Sequence* sequences       # [num_sequences]; or NULL: all batch rows are equally long
     Py_ssize_t num_sequences, num_tasks
