@@ -115,8 +115,8 @@ def stats() -> dict[str, dict[str, int]]:
     took; and by the reason those that went on to PyTorch's own kernel:
 
     "faster there"
-        Small calls, a single query with a mask, and the gradients of fewer than 16 queries: as measured for 32 and 64
-        bits. Of 16 bits only small calls.
+        Small calls, small and middling ones of a single query, and the gradients of some queries alone, as measured.
+        Of 16 bits hardly any.
     "matrix unit"
         16-bit numbers of 16 queries or more on a CPU that multiplies them as tiles (AMX).
     "unusual"
@@ -192,14 +192,14 @@ def _need_torch():
     if missing:
         raise ImportError(f'cattn.integrations.torch: needs torch {".".join(map(str, _OLDEST))} or newer ({missing}): '
                           f'`pip install "cattn[torch]"`')
-    # PyTorch 2.13 on an AMD EPYC with AVX-512 (Zen 5), one thread, head_dim 32 to 128.
-    wide = (2**17, 2**18), (64, 512), (2**21, np.inf), 2**20, 16, np.inf
-    narrow = (2**15, 2**18), (0, 0), (2**13, 2**13), 2**15, 1
-    # Tiles are untried: they do several times the work that vectors of 32-bit numbers do.
+    # By PyTorch 2.13 on an AMD EPYC with AVX-512 (Zen 5), one thread, head_dim 32 to 128, where handing a call on takes
+    # 5 us, 7 backward. Tiles are untried: they do several times the work that vectors of 32-bit numbers do.
     tiles = imported.cpu.get_capabilities()
-    _DTYPES = {imported.float32: _Limits(F32, *wide), imported.float64: _Limits(F64, *wide),
-               imported.float16: _Limits(F16, *narrow, 16 if tiles.get("amx_fp16") else np.inf),
-               imported.bfloat16: _Limits(BF16, *narrow, 16 if tiles.get("amx_bf16") else np.inf)}
+    of_tiles = {name: 16 if tiles.get(name) else np.inf for name in ("amx_fp16", "amx_bf16")}
+    _DTYPES = {imported.float32: _Limits(F32, (2**16, 2**18), (2**19, 2**22), 2**19, 12, np.inf),
+               imported.float64: _Limits(F64, (2**15, 2**17), (2**20, 2**21), 2**18, 16, np.inf),
+               imported.float16: _Limits(F16, (2**11, 2**12), (2**11, 2**11), 2**13, 1, of_tiles["amx_fp16"]),
+               imported.bfloat16: _Limits(BF16, (2**13, 2**17), (2**12, 2**13), 2**14, 1, of_tiles["amx_bf16"])}
     _TYPES = imported.Tensor, imported.nn.Parameter
     _Attention = _function(imported)
     imported.nn.attention.register_flash_attention_impl("cattn", register_fn=_Handle)
@@ -235,16 +235,15 @@ class _Kernels(NamedTuple):
 
 
 class _Limits(NamedTuple):
-    """Where cattn is not slower than PyTorch's kernel, for a dtype. `work` is the product of the numbers of batch rows,
-    heads, queries, keys and head_dim; pairs are for calls without a mask and with one."""
+    """From where on calls of a dtype are taken: the products of the numbers of batch rows, heads, queries, keys and
+    head_dim. Pairs are for calls without a mask and with one."""
 
     kind: int
-    work: tuple[int, int]               # and 8 times as much,
-    scores: tuple[int, int]             # where queries times keys are fewer
-    work_of_one_query: tuple[float, float]
+    work: tuple[int, int]
+    work_of_one_query: tuple[int, int]
     work_backward: int
     queries_backward: int
-    queries_of_tiles: float             # from as many on it is slower
+    queries_of_tiles: float     # with as many it is PyTorch's that is faster
 
 
 class _Handle:
@@ -330,18 +329,15 @@ def _reason(limits, query, key, value, dropout_p, attn_mask, scale, forward):
     elif rows == 1:
         work = limits.work_of_one_query[masked]
     else:
-        work = limits.work[masked] * (8 if rows * keys < limits.scores[masked] else 1)
+        work = limits.work[masked]
     if batch * heads * rows * keys * head_dim < work:
         return "faster there"
     if rows >= limits.queries_of_tiles:
         return "matrix unit"
     if kv_batch != batch or kv_head_dim != head_dim or not kv_heads or heads % kv_heads:
         return "unusual"
-    if masked:
-        shape = attn_mask.shape
-        if (attn_mask.dtype not in _DTYPES or type(attn_mask) not in _TYPES or len(shape) > 4
-                or any(n not in (1, m) for n, m in zip(shape, (batch, heads, rows, keys)[-len(shape):], strict=False))):
-            return "unusual"
+    if masked and (attn_mask.dtype not in _DTYPES or type(attn_mask) not in _TYPES):
+        return "unusual"
     return None
 
 
