@@ -416,6 +416,13 @@ def test_without_a_mask():
     assert torch.equal(alone, integration._attention(layers[False], query, key, key, None)[0][:, :1])
 
 
+def test_joining_the_heads_copies_nothing():
+    query, key = torch.randn(2, 6, 4, 8), torch.randn(2, 3, 6, 8)
+    for dtype in torch.float32, torch.bfloat16:
+        out = integration.attention(query.to(dtype), key.to(dtype), key.to(dtype))
+        assert out.transpose(1, 2).is_contiguous()
+
+
 def test_functions_that_mean_something_else_are_not_taken_for_numbers(monkeypatch, seen):
     """In another transformers: one key more is visible."""
     def overlay(width):

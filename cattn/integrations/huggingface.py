@@ -21,8 +21,7 @@ import types
 import numpy as np
 
 import cattn
-from cattn.integrations import torch as integration
-from cattn.integrations.torch import attention
+from cattn.integrations.torch import _need_torch, attention
 
 __all__ = ["register"]
 
@@ -77,7 +76,7 @@ def _need_transformers():
     if missing:
         raise ImportError(f'cattn.integrations.huggingface: needs transformers {".".join(map(str, _OLDEST))} or later '
                           f'({missing}): `pip install "cattn[huggingface]"`')
-    integration._need_torch()
+    _need_torch()
     import torch
     from transformers import masking_utils
     from transformers.utils import output_capturing
