@@ -63,8 +63,9 @@ def scaled_dot_product_attention(
 
     Parameters
     ----------
-    query, key, value : dask arrays (..., num_heads, seq_len_q, head_dim), (..., num_kv_heads, seq_len_kv, head_dim) and
-            (..., num_kv_heads, seq_len_kv, head_dim_v)
+    query : dask array (..., num_heads, seq_len_q, head_dim)
+    key : dask array (..., num_kv_heads, seq_len_kv, head_dim)
+    value : dask array (..., num_kv_heads, seq_len_kv, head_dim_v)
         In any chunks, but head_dim in one, and the query's heads in multiples of num_heads / num_kv_heads. Where two
         are cut differently, both are cut at the places of either. NumPy arrays count as one chunk.
     attn_mask : bool or float array of dask or NumPy, broadcastable to the weights
@@ -76,10 +77,9 @@ def scaled_dot_product_attention(
     return_logsumexp : bool
         Return a tuple, with this after the result.
     num_threads : int, optional
-        Threads of each task. When None, the share of a task: a worker of dask.distributed has its own number, which
-        the tasks that it runs share; in a process of dask's scheduler "processes" a task has one; threads of one
-        process share what `cattn.set_num_threads` says, which also counts, as does CATTN_NUM_THREADS, in each process
-        that has it.
+        Threads of each task. When None, in each process: what `cattn.set_num_threads` or CATTN_NUM_THREADS says there,
+        for all tasks at once; else the tasks of a worker of dask.distributed share as many as it has, one of dask's
+        scheduler "processes" has one, and others share what cattn takes by itself.
     dropout_p, is_causal, scale, enable_gqa, softcap, seed
         As there. Without a seed one is drawn now: computing twice gives the same.
 
@@ -104,9 +104,9 @@ def scaled_dot_product_attention(
     Notes
     -----
     A row's bits depend on its query, on the keys that it sees and on how the keys are cut: with keys in one chunk they
-    are those of `cattn.scaled_dot_product_attention`. A task holds its chunks and one part of the result; what waits to
-    be merged is at most 3 parts of a level of the tree for each chunk of queries. With dropout, leading axes before one
-    that is cut are cut into single rows.
+    are those of `cattn.scaled_dot_product_attention`. A task takes one chunk of each array and makes one part, of a
+    chunk of the result and its logsumexp in the dtype computed in; it merges four of them. With dropout, leading axes
+    before one that is cut are cut into single rows.
 
     Examples
     --------
@@ -154,9 +154,10 @@ def multi_head_attention(
     ----------
     layer : cattn.MultiHeadAttention
         As it is now: what is changed in it later changes nothing. Each worker gets it once.
-    query, key, value : dask arrays (batch, seq_len_q, input_dim), (batch, seq_len_kv, kdim) and (batch, seq_len_kv,
-            vdim)
-        Cut along the batch alone. key and value are optional, as in a call of the layer.
+    query : dask array (batch, seq_len_q, input_dim)
+    key : dask array (batch, seq_len_kv, kdim), optional
+    value : dask array (batch, seq_len_kv, vdim), optional
+        Cut along the batch alone.
     attn_mask, key_mask : arrays of dask or NumPy, optional
         As in a call of the layer, in any chunks.
     is_causal, q_offset, window, softcap, alibi_slopes, sinks, kv_lens
@@ -179,7 +180,7 @@ def multi_head_attention(
     Warns
     -----
     UserWarning
-        As `scaled_dot_product_attention` does.
+        As a call of the layer does; of a mask of 0 and 1 where it is computed.
 
     Examples
     --------
