@@ -233,12 +233,20 @@ def scaled_dot_product_attention(
             0 if num_threads is None else _threads.checked(num_threads), KINDS)
         if result is not None:
             return result
-    return_weights = check_bool("return_weights", return_weights)
-    return_logsumexp = check_bool("return_logsumexp", return_logsumexp)
-    problem = check_problem(
+    return attend(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_offset=q_offset, window=window,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, kv_starts=kv_starts,
-        num_threads=num_threads, seed=seed)
+        return_weights=return_weights, return_logsumexp=return_logsumexp, out=out, num_threads=num_threads, seed=seed)
+
+
+def attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *, q_offset, return_weights,
+           return_logsumexp, out, kinds=KINDS, **options):
+    """`scaled_dot_product_attention` but for the short way. `kinds`: an integration's own numbers of dtypes, where
+    uint16 is what holds its bfloat16."""
+    return_weights = check_bool("return_weights", return_weights)
+    return_logsumexp = check_bool("return_logsumexp", return_logsumexp)
+    problem = check_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_offset=q_offset,
+                            kinds=kinds, **options)
     query, key, value = problem.query, problem.key, problem.value
     rows_shape, (seq_len_kv, head_dim_v) = problem.rows_shape, value.shape[-2:]
     check_result(rows_shape, max(head_dim_v, seq_len_kv if return_weights else 1))
@@ -312,13 +320,13 @@ class Problem(NamedTuple):
 
 
 def check_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *, q_offset, window, softcap,
-                  alibi_slopes, sinks, kv_lens, kv_starts, num_threads, seed):
-    """The Problem of these arguments, which are described in `scaled_dot_product_attention`."""
+                  alibi_slopes, sinks, kv_lens, kv_starts, num_threads, seed, kinds=KINDS):
+    """The Problem of these arguments, which are described in `scaled_dot_product_attention` and `attend`."""
     given = query, key, value
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     is_causal = check_bool("is_causal", is_causal)
     check_bool("enable_gqa", enable_gqa)
-    q_kind, kv_kind = check_kinds(query, key, value, given)
+    q_kind, kv_kind = check_kinds(query, key, value, given, kinds=kinds)
     leading = check_shapes(query, key, value)
     one_head = query.ndim < 4
     num_heads, seq_len_q = (1, query.shape[-2]) if one_head else query.shape[-3:-1]
@@ -336,7 +344,7 @@ def check_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, ena
     given_mask, mask_kind = None, BOOL
     if attn_mask is not None:
         given_mask = as_array("attn_mask", attn_mask)
-        attn_mask, mask_kind = check_mask(given_mask, attn_mask, (*rows_shape, seq_len_kv), leading)
+        attn_mask, mask_kind = check_mask(given_mask, attn_mask, (*rows_shape, seq_len_kv), leading, kinds)
     return Problem(
         query, key, value, attn_mask, given_mask, is_causal, leading, one_head, rows_shape,
         np.float64 if q_kind == F64 else np.float32,

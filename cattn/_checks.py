@@ -61,9 +61,14 @@ def _warn(message):
     """A UserWarning at the line that called the library, through however many functions of its own: what is shown once
     per place is shown once for each such line. So the text has no numbers, which change from token to token."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE:
+    while frame.f_back is not None and _is_of_package(str(frame.f_globals.get("__name__"))):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _is_of_package(module):
+    """Or stands between two functions of it, as what keeps torch.compile from looking into the second does."""
+    return module.partition(".")[0] == _PACKAGE or module == "torch._dynamo.eval_frame"
 
 
 # Arrays and their dtypes.
@@ -306,9 +311,9 @@ def check_weight_dtype(dtype):
 # Kinds: dtypes as the kernels number them.
 
 
-def check_kind(name, array, given=None):
-    """The number of its dtype; `given`, what the array was made of, tells how to cast it."""
-    kind = KINDS.get(array.dtype)
+def check_kind(name, array, given=None, kinds=KINDS):
+    """The number of its dtype in `kinds`; `given`, what the array was made of, tells how to cast it."""
+    kind = kinds.get(array.dtype)
     if kind is None:
         if not _is_bfloat16(array.dtype):
             cure = ""
@@ -319,14 +324,14 @@ def check_kind(name, array, given=None):
                 cure = "; tokens are looked up in an embedding first"
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16 in native byte order, "
                             f"got dtype {array.dtype}{cure}")
-        kind = KINDS[array.dtype] = BF16
+        kind = kinds[array.dtype] = BF16
     return kind
 
 
-def check_kinds(query, key, value, given, names=("query", "key", "value")):
+def check_kinds(query, key, value, given, names=("query", "key", "value"), kinds=KINDS):
     """The query's, and that of key and value; `given` are the three that they were made of."""
     _, key_name, value_name = names
-    q_kind, kv_kind = check_kind("query", query, given[0]), check_kind(key_name, key, given[1])
+    q_kind, kv_kind = check_kind("query", query, given[0], kinds), check_kind(key_name, key, given[1], kinds)
     if value.dtype != key.dtype:
         cure = ""
         if value.dtype == query.dtype:
@@ -462,14 +467,14 @@ def raise_mask_dtype(attn_mask, given):
     raise TypeError(f"attn_mask: expected bool (True = attend) or a float dtype (added), got {attn_mask.dtype}{cure}")
 
 
-def check_mask(attn_mask, given, shape, leading):
+def check_mask(attn_mask, given, shape, leading, kinds=KINDS):
     """A view of this shape, and its kind; `given` is what the array was made of."""
     if given is True or given is False:  # is_causal, in the place of attn_mask
         raise TypeError(f"attn_mask: expected an array, got {given}; for the causal mask: is_causal={given}")
     if attn_mask.dtype == bool:
         kind = BOOL
-    elif attn_mask.dtype in KINDS or _is_bfloat16(attn_mask.dtype):
-        kind = check_kind("attn_mask", attn_mask)
+    elif attn_mask.dtype in kinds or _is_bfloat16(attn_mask.dtype):
+        kind = check_kind("attn_mask", attn_mask, kinds=kinds)
     else:
         raise_mask_dtype(attn_mask, given)
     try:

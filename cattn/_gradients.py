@@ -14,6 +14,7 @@ from cattn._checks import (
     BOOL,
     F32,
     F64,
+    KINDS,
     cast,
     check_bool,
     check_of_forward,
@@ -108,12 +109,21 @@ def scaled_dot_product_attention_backward(
     >>> bool(abs(change - (gradients.value * nudge).sum()) < 1e-12)
     True
     """
+    return backward(
+        grad_out, query, key, value, out, logsumexp, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        alibi_slopes=alibi_slopes, sinks=sinks, seed=seed, grad_logsumexp=grad_logsumexp, wanted=wanted,
+        q_offset=q_offset, window=window, softcap=softcap, kv_lens=kv_lens, kv_starts=kv_starts,
+        num_threads=num_threads)
+
+
+def backward(grad_out, query, key, value, out, logsumexp, attn_mask, dropout_p, is_causal, scale, enable_gqa, *,
+             alibi_slopes, sinks, seed, grad_logsumexp, wanted, kinds=KINDS, cast=cast, **options):
+    """`scaled_dot_product_attention_backward`. `kinds` are those of the forward's `attend`; `cast` rounds to them."""
     wanted = check_wanted(wanted, {"attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks})
     seed = check_seed_of_forward(seed, dropout_p)
     problem = check_problem(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_offset=q_offset, window=window,
-        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, kv_lens=kv_lens, kv_starts=kv_starts,
-        num_threads=num_threads, seed=seed)
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, alibi_slopes=alibi_slopes, sinks=sinks,
+        seed=seed, kinds=kinds, **options)
     query, key, value, mask = problem.query, problem.key, problem.value, problem.given_mask
     rows_shape, dtype, slopes_shape = problem.rows_shape, problem.dtype, np.shape(alibi_slopes)
     if mask is not None and mask.dtype == bool:
@@ -137,7 +147,7 @@ def scaled_dot_product_attention_backward(
                 for name in ("alibi_slopes", "sinks") if name in wanted}
     differentiate(
         problem, grad_out, out, logsumexp, grad_logsumexp, grad_query, grad_key, grad_value, of_mask, of_heads)
-    gradients = {name: _summed(array, given) for name, array, given in (
+    gradients = {name: cast(_summed(array, given.shape), given.dtype) for name, array, given in (
         ("query", grad_query, query), ("key", grad_key, key), ("value", grad_value, value)) if array is not None}
     if grad_mask is not None:
         gradients["attn_mask"] = cast(grad_mask, mask.dtype)
@@ -253,14 +263,11 @@ def varlen_attention_backward(
                      value=grad_value, **_of_heads(of_heads, slopes_shape, dtype))
 
 
-def _summed(array, given):
-    """A gradient in the shape and dtype of the input, summed over the axes that it was broadcast along."""
-    missing = array.ndim - given.ndim
-    axes = tuple(axis for axis in range(array.ndim)
-                 if axis < missing or given.shape[axis - missing] != array.shape[axis])
-    if axes:
-        array = _sum(array, axes).reshape(given.shape)
-    return cast(array, given.dtype)
+def _summed(array, shape):
+    """A gradient in the shape of the input, summed over the axes that it was broadcast along."""
+    missing = array.ndim - len(shape)
+    axes = tuple(axis for axis in range(array.ndim) if axis < missing or shape[axis - missing] != array.shape[axis])
+    return _sum(array, axes).reshape(shape) if axes else array
 
 
 def _of_all_splits(parts):

@@ -2,7 +2,7 @@
 
 import pytest
 
-NEEDS = {"dask.md": "distributed", "onnx.md": "onnx"}
+NEEDS = {"dask.md": "distributed", "huggingface.md": "transformers", "onnx.md": "onnx", "pytorch.md": "torch"}
 
 
 @pytest.fixture(autouse=True)

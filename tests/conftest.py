@@ -4,7 +4,8 @@ from hypothesis import HealthCheck, settings
 import cattn
 from cattn import _kernels
 
-collect_ignore = ["guarded.py", "leaks.py"]  # programs of tests, for Linux
+# Programs of tests, for Linux; and this file, since the doctests of two modules of one name cannot be collected.
+collect_ignore = ["guarded.py", "leaks.py", "conftest.py"]
 
 # The same examples each time: what fails, fails again.
 settings.register_profile("normal", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

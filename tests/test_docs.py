@@ -51,7 +51,7 @@ def inventory(path):
 
 def test_every_public_name_is_in_the_reference(built):
     found = inventory(built / "objects.inv")
-    others = "plots", "integrations.dask", "integrations.onnx"
+    others = "plots", *(f"integrations.{name}" for name in ("dask", "huggingface", "onnx", "torch"))
     modules = [cattn, cattn.reference, *(importlib.import_module(f"cattn.{name}") for name in others)]
     names = [f"{module.__name__}.{name}" for module in modules for name in module.__all__]
     assert len(names) > 15

@@ -27,3 +27,9 @@ tests tests/test_integration_onnx.py -k 'not beside_onnx'
 tests tests/test_integration_dask.py docs/dask.md
 "$work/venv/bin/pip" install -q 'dask==2023.7.*' 'distributed==2023.7.*'  # likewise
 tests tests/test_integration_dask.py
+
+"$work/venv/bin/pip" install -q torch==2.13.0  # of CPUs alone: another version may bring gigabytes for GPUs
+"$work/venv/bin/pip" install -q -e '.[huggingface]'
+tests tests/test_integration_huggingface.py docs/huggingface.md
+"$work/venv/bin/pip" install -q 'transformers==5.4.*'  # the oldest; there, two models have an attention of their own
+tests tests/test_integration_huggingface.py -k 'not modernbert and not t5'

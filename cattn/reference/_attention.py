@@ -157,8 +157,8 @@ def weighted_sum(weights, value, visible):
     out = weights @ np.where(finite, value, value.dtype.type(0))
     other_axes = tuple(axis for axis in range(value.ndim) if axis != value.ndim - 2)
     for j in np.flatnonzero(~finite.all(axis=other_axes)):
-        row = np.where(finite[..., j, None, :], 0, value[..., j, None, :])
-        out += np.where(visible[..., j, None], weights[..., j, None] * row, 0)
+        missing = visible[..., j, None] & ~finite[..., j, None, :]
+        out += np.where(missing, weights[..., j, None] * value[..., j, None, :], 0)
     return out
 
 

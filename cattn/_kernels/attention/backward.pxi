@@ -310,9 +310,9 @@ cdef void multiply_tile(real* x, const real* y, Py_ssize_t n) noexcept nogil:
 cdef void differentiate_cap(const Problem* p, const BackwardScratch* s, real* d_scores, Py_ssize_t n) noexcept nogil:
     """d_scores (IN/OUT)[n], of capped scores c: times 1 - (c / softcap)**2. Those of masked pairs stay 0."""
     cdef Py_ssize_t i
-    cdef vf c, d, inverse = vset1(<real> 1.0 / p.softcap), one = vset1(<real> 1.0), zero = vset1(<real> 0.0)
+    cdef vf c, d, cap = vset1(p.softcap), one = vset1(<real> 1.0), zero = vset1(<real> 0.0)
     for i in range(n // LANES):
-        c, d = vload(s.w.capped + i * LANES) * inverse, vload(d_scores + i * LANES)
+        c, d = vload(s.w.capped + i * LANES) / cap, vload(d_scores + i * LANES)     # divided: 1 at the cap itself
         vstore(d_scores + i * LANES, vselect(vequal(d, zero), zero, d * (one - c * c)))
 
 
