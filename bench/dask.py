@@ -8,6 +8,7 @@ agree. The link to dask's dashboard comes first.
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
@@ -117,7 +118,8 @@ def run(args):
     with (LocalCluster(n_workers=args.workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0",
                        memory_limit="auto" if args.memory is None else f"{args.memory}MB", silence_logs=50) as cluster,
           Client(cluster) as client):
-        print(f"dashboard: {client.dashboard_link}", flush=True)
+        note = "" if importlib.util.find_spec("bokeh") else " (bokeh, which draws it, is not installed)"
+        print(f"dashboard: {client.dashboard_link}{note}", flush=True)
         found = measure(client, args)
 
     pairs, megabytes = args.heads * args.tokens * (args.tokens + 1) / 2, args.heads * args.tokens * HEAD_DIM * 4 / 1e6

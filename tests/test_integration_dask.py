@@ -260,6 +260,13 @@ def test_empty_axes(sizes):
     assert_same_bits(logsumexp, np.full((2, 2, rows), -np.inf, np.float32))
 
 
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 2)])
+def test_empty_batches(leading):
+    arrays = problem(5, 6, 4, leading=leading)
+    out, logsumexp = both([da.from_array(x, x.shape) for x in arrays], dropout_p=0.5)
+    assert (out.shape, logsumexp.shape) == ((*leading, 2, 5, 4), (*leading, 2, 5))
+
+
 def test_chunks_without_rows():
     arrays = problem(7, 9, 4)
     chunked = [da.from_array(x, (2, 2, sizes, 4)) for x, sizes in zip(arrays, ((3, 0, 4), (0, 5, 4), (5, 0, 4)),
@@ -607,7 +614,7 @@ def test_bench():
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     link, problem_line, by_dask, by_cattn, last = done.stdout.splitlines()
-    assert re.fullmatch(r"dashboard: http://127\.0\.0\.1:\d+/status", link)
+    assert re.fullmatch(r"dashboard: http://127\.0\.0\.1:\d+/status( \(bokeh, .*\))?", link)
     # Of a head's 8 chunks of queries 2 see keys of one chunk, 3 of two, 3 of three.
     assert problem_line.startswith("300 tokens, 2 heads of 64, chunks of 40 queries and 100 keys: 34 tasks; ")
     assert re.match(r"dask: [\d.]+ s on 2 workers of 1 thread, ", by_dask)

@@ -442,7 +442,7 @@ class _BatchRows:
         elif self._slopes is not None:
             self._slopes = self._slopes[0]
         self._shape = tuple(part.stop - part.start for part in slices)
-        self._first = int(np.ravel_multi_index([part.start for part in slices], leading)) if leading else 0
+        self._first = sum(part.start * math.prod(leading[axis + 1 :]) for axis, part in enumerate(slices))
 
     def seen_keys(self, queries, chunks):
         """The numbers of the chunks in which one of these batch rows has a key that one of these queries sees."""
