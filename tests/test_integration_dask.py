@@ -263,7 +263,8 @@ def test_empty_axes(sizes):
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 2)])
 def test_empty_batches(leading):
     arrays = problem(5, 6, 4, leading=leading)
-    out, logsumexp = both([da.from_array(x, x.shape) for x in arrays], dropout_p=0.5)
+    out, logsumexp = both([da.from_array(x, x.shape) for x in arrays], dropout_p=0.5, is_causal=True, q_offset="end",
+                          alibi_slopes=np.ones((*leading, 2)), kv_lens=np.ones(leading, int))
     assert (out.shape, logsumexp.shape) == ((*leading, 2, 5, 4), (*leading, 2, 5))
 
 

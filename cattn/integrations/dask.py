@@ -308,12 +308,9 @@ def _fitted(x, chunks):
 
 
 def _places(chunks):
-    """The index of each block."""
-    return itertools.product(*(range(len(sizes)) for sizes in chunks))
-
-
-def _slices_at(chunks, index):
-    return tuple(_slices(sizes)[i] for i, sizes in zip(index, chunks, strict=True))
+    """(index, slices) of each block."""
+    for block in itertools.product(*(list(enumerate(_slices(sizes))) for sizes in chunks)):
+        yield tuple(i for i, _ in block), tuple(part for _, part in block)
 
 
 def _block(x, index):
@@ -371,12 +368,12 @@ def _graph(query, key, value, mask, problem, num_threads, return_logsumexp):
     tasks, outs, logsumexps = {}, {}, {}
     of_keys = _slices(key_chunks)
     kernel_sinks, merged_sinks = (options["sinks"], None) if len(of_keys) == 1 else (None, options["sinks"])
-    for batch in _places(leading):
-        rows = _BatchRows(problem, _slices_at(leading, batch))
+    for batch, slices in _places(leading):
+        rows = _BatchRows(problem, slices)
         for i, queries in enumerate(_slices(rows_chunks[-1])):
             seen = rows.seen_keys(queries, of_keys)
-            for head in _places(heads):
-                place, part = (*batch, *head, i), (*_slices_at(heads, head), slice(0, 1))[0]
+            for head, own in _places(heads):
+                place, part = (*batch, *head, i), own[0] if own else slice(0, 1)
                 parts = {}
                 for j in seen:
                     task = functools.partial(
@@ -432,15 +429,14 @@ class _BatchRows:
     """Batch rows of a chunk: a slice of each leading axis."""
 
     def __init__(self, problem, slices):
-        self._problem, self._slices, leading = problem, slices, problem.leading
-        of_batches = problem.of_batches
-        self._lengths = {name: None if of_batches[name] is None else of_batches[name].reshape(leading)[slices]
-                         for name in ("q_offsets", "kv_lens", "kv_starts")}
-        self._slopes = of_batches["slopes"]
-        if self._slopes is not None and len(self._slopes) > 1:
-            self._slopes = self._slopes.reshape(*leading, -1)[slices]
-        elif self._slopes is not None:
-            self._slopes = self._slopes[0]
+        self._problem, leading = problem, problem.leading
+        self._lengths = dict(problem.of_batches)
+        self._slopes = self._lengths.pop("slopes")
+        for name, array in self._lengths.items():
+            self._lengths[name] = None if array is None else array.reshape(leading)[slices]
+        if self._slopes is not None:
+            self._slopes = (self._slopes[0] if len(self._slopes) == 1 else
+                            self._slopes.reshape(*leading, self._slopes.shape[1])[slices])
         self._shape = tuple(part.stop - part.start for part in slices)
         self._first = sum(part.start * math.prod(leading[axis + 1 :]) for axis, part in enumerate(slices))
 
@@ -452,13 +448,14 @@ class _BatchRows:
         offset, end, start = (default if self._lengths[name] is None else self._lengths[name] for name, default in (
             ("q_offsets", options["q_offset"]), ("kv_lens", length), ("kv_starts", 0)))
         left, right = options["window_left"], options["window_right"]
-        low, high = np.asarray(start), np.asarray(end)
+        low, high = (np.reshape(x, -1)[:, None] for x in (start, end))
+        offset = np.reshape(offset, -1)[:, None]
         if left != UNBOUNDED:
             low = np.maximum(low, queries.start + offset - left)
         if right != UNBOUNDED:
             high = np.minimum(high, queries.stop + offset + right)
-        return [j for j, keys in enumerate(chunks)
-                if (np.maximum(low, keys.start) < np.minimum(high, keys.stop)).any()]
+        first, last = np.array([(keys.start, keys.stop) for keys in chunks]).T
+        return np.flatnonzero((np.maximum(low, first) < np.minimum(high, last)).any(axis=0)).tolist()
 
     def options(self, queries, keys, heads):
         """Of _attend, for a task: positions count from the chunk's first key, and what is not cut does not."""
@@ -492,14 +489,14 @@ def _layer_graph(layer, inputs, masks, problem, num_threads):
                                     [(n,) for n in mask.shape])
     blocks = {layer_key: layer}
     for i, part in enumerate(_slices(chunks)):
-        rows = {names: None if x is None else x[part] for names, x in problem.of_batches.items()
-                if names in ("q_offsets", "kv_lens")}
-        slopes = problem.of_batches["slopes"]
+        offsets, kv_lens, slopes = (problem.of_batches[given] for given in ("q_offsets", "kv_lens", "slopes"))
+        if offsets is not None:
+            options["q_offset"] = offsets[part]
+        if kv_lens is not None:
+            options["kv_lens"] = kv_lens[part]
         if slopes is not None:
-            slopes = slopes[part] if len(slopes) > 1 else slopes[0]
-        task = functools.partial(
-            _apply, tuple(arrays), num_threads, alibi_slopes=slopes, kv_lens=rows["kv_lens"],
-            **options | ({} if rows["q_offsets"] is None else {"q_offset": rows["q_offsets"]}))
+            options["alibi_slopes"] = slopes[0] if len(slopes) == 1 else slopes[part]
+        task = functools.partial(_apply, tuple(arrays), num_threads, **options)
         blocks[name, i, 0, 0] = (task, layer_key, *(_block(x, (i, *[0] * (x.ndim - 1))) for x in arrays.values()))
     graph = HighLevelGraph.from_collections(name, blocks, dependencies=list(arrays.values()))
     shape = inputs["query"].shape
