@@ -660,7 +660,7 @@ def test_tensors_elsewhere():
 def test_missing_or_old(found, message, monkeypatch):
     monkeypatch.setattr(integration, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers", found)
-    cure = rf'huggingface: needs transformers 5\.4 or later {message}: `pip install "cattn\[huggingface\]"`'
+    cure = rf'huggingface: needs transformers 5\.4 or newer {message}: `pip install "cattn\[huggingface\]"`'
     with pytest.raises(ImportError, match=cure):
         integration.register()
 

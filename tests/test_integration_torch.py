@@ -534,7 +534,7 @@ def test_what_imports_torch():
 
 @pytest.mark.parametrize(("module", "reason"), [
     ("None", "import of torch halted; None in sys.modules"),
-    ("types.SimpleNamespace(__version__=(2, 10, 1))", "this is (2, 10, 1)"),
+    ("types.SimpleNamespace(__version__='2.10.1')", "this is 2.10.1"),
 ])
 @pytest.mark.parametrize("call", ["enable()", "enabled().__enter__()", "attention(0, 0, 0)"])
 def test_without_torch(module, reason, call):

@@ -18,7 +18,6 @@ import functools
 import itertools
 import math
 import multiprocessing
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +40,7 @@ from cattn._checks import (
     warn_of_0_and_1,
     warn_of_first_keys,
 )
+from cattn.integrations._library import library
 
 __all__ = ["multi_head_attention", "scaled_dot_product_attention"]
 
@@ -230,21 +230,11 @@ def multi_head_attention(
 @functools.cache
 def _dask():
     """The modules of dask that are used."""
-    try:
-        import dask
-        import dask.array
-        from dask.highlevelgraph import HighLevelGraph
-    except ImportError as error:
-        raise ImportError(_needs(str(error))) from error
-    version = re.match(r"(\d+)\.(\d+)", dask.__version__)
-    if version and tuple(map(int, version.groups())) < _OLDEST:
-        raise ImportError(_needs(f"this is {dask.__version__}"))
+    library("dask", _OLDEST, "dask")
+    import dask.array
+    from dask.highlevelgraph import HighLevelGraph
+
     return dask, dask.array, HighLevelGraph
-
-
-def _needs(got):
-    oldest = ".".join(map(str, _OLDEST))
-    return f'cattn.integrations.dask: needs dask {oldest} or newer ({got}): `pip install "cattn[dask]"`'
 
 
 def _is_dask(name, x):

@@ -15,12 +15,12 @@ transformers and torch.
 
 from __future__ import annotations
 
-import re
 import types
 
 import numpy as np
 
 import cattn
+from cattn.integrations._library import library
 from cattn.integrations.torch import _need_torch, attention
 
 __all__ = ["register"]
@@ -41,7 +41,7 @@ def register() -> None:
     Raises
     ------
     ImportError
-        Where there is no transformers of 5.4 or later, or no torch of 2.11 or later.
+        Where there is no transformers of 5.4 or newer, or no torch of 2.11 or newer.
 
     Examples
     --------
@@ -65,17 +65,7 @@ def _need_transformers():
     global transformers, torch, masking_utils, _collector, _Mask, _patterns
     if transformers is not None:
         return
-    try:
-        import transformers as imported
-    except ModuleNotFoundError as error:
-        missing = str(error)
-    else:
-        version = re.match(r"(\d+)\.(\d+)", imported.__version__)
-        old = version is not None and tuple(map(int, version.groups())) < _OLDEST
-        missing = f"this is {imported.__version__}" if old else ""
-    if missing:
-        raise ImportError(f'cattn.integrations.huggingface: needs transformers {".".join(map(str, _OLDEST))} or later '
-                          f'({missing}): `pip install "cattn[huggingface]"`')
+    imported = library("transformers", _OLDEST, "huggingface")
     _need_torch()
     import torch
     from transformers import masking_utils

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from typing import Any
 
 import numpy as np
 
 import cattn
 from cattn._checks import cast, check_int, check_kv_lens, is_float, shown
+from cattn.integrations._library import library
 from cattn.reference._attention import aligned, biased, distances, products, scale_of
 
 __all__ = ["new_ops"]
@@ -67,14 +67,8 @@ def new_ops() -> list[Any]:
 
 @functools.cache
 def _classes():
-    try:
-        import onnx
-        from onnx.reference.op_run import OpRun
-    except ModuleNotFoundError as error:
-        raise ImportError(_needs(str(error))) from error
-    version = re.match(r"(\d+)\.(\d+)", onnx.__version__)
-    if version and tuple(map(int, version.groups())) < _OLDEST:
-        raise ImportError(_needs(f"this is {onnx.__version__}"))
+    library("onnx", _OLDEST, "onnx")
+    from onnx.reference.op_run import OpRun
 
     class Attention(OpRun):
         op_domain = ""
@@ -96,11 +90,6 @@ def _classes():
             return (_rotary_embedding(*inputs, **attributes),)
 
     return Attention, RotaryEmbedding
-
-
-def _needs(got):
-    oldest = ".".join(map(str, _OLDEST))
-    return f'cattn.integrations.onnx: needs onnx {oldest} or newer ({got}): `pip install "cattn[onnx]"`'
 
 
 def _attention(

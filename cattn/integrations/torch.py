@@ -33,6 +33,7 @@ from cattn import _kernels
 from cattn._attention import attend, scaled_dot_product_attention
 from cattn._checks import BF16, BOOL, F16, F32, F64, KINDS, cast
 from cattn._gradients import backward
+from cattn.integrations._library import library
 
 __all__ = ["attention", "disable", "enable", "enabled", "stats"]
 
@@ -183,15 +184,7 @@ def _need_torch():
     global torch, _DTYPES, _TYPES, _Attention
     if torch is not None:
         return
-    try:
-        import torch as imported
-    except ModuleNotFoundError as error:
-        missing = str(error)
-    else:
-        missing = "" if imported.__version__ >= _OLDEST else f"this is {imported.__version__}"
-    if missing:
-        raise ImportError(f'cattn.integrations.torch: needs torch {".".join(map(str, _OLDEST))} or newer ({missing}): '
-                          f'`pip install "cattn[torch]"`')
+    imported = library("torch", _OLDEST, "torch")
     # By PyTorch 2.13 on an AMD EPYC with AVX-512 (Zen 5), one thread, head_dim 32 to 128, where handing a call on takes
     # 5 us, 7 backward. Tiles are untried: they do several times the work that vectors of 32-bit numbers do.
     tiles = imported.cpu.get_capabilities()
