@@ -552,6 +552,18 @@ def check_seed_of_forward(seed, dropout_p):
     return seed
 
 
+def check_form(name, given, shape, dtype, which, dtype_text):
+    """`given` as an array, of this shape and dtype: in an error, `which` says what dtype that is, dtype_text writes
+    it."""
+    array = as_array(name, given)
+    if array.dtype != dtype:
+        cure = f"; {cast_cure(name, given, dtype_text)} casts" if is_number(array.dtype) else ""
+        raise TypeError(f"{name}: expected the {which}, {dtype}, got {array.dtype}{cure}")
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
+    return array
+
+
 def check_of_forward(grad_out, out, logsumexp, grad_logsumexp, rows_shape, head_dim_v, dtype, compute_dtype):
     """The four as arrays, of the forward's result for rows_shape; the last two flat, and None for None."""
     arrays = []
@@ -562,14 +574,8 @@ def check_of_forward(grad_out, out, logsumexp, grad_logsumexp, rows_shape, head_
         if given is None and name == "grad_logsumexp":
             arrays.append(None)
             continue
-        array = as_array(name, given)
-        if array.dtype != expected:
-            what, like = ("dtype computed in", f"np.{expected}") if shape is rows_shape else (
-                "dtype of query", "query.dtype")
-            cure = f"; {cast_cure(name, given, like)} casts" if is_number(array.dtype) else ""
-            raise TypeError(f"{name}: expected the {what}, {expected}, got {array.dtype}{cure}")
-        if array.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
+        array = check_form(name, given, shape, expected, *(
+            ("dtype computed in", f"np.{expected}") if shape is rows_shape else ("dtype of query", "query.dtype")))
         if shape is rows_shape:
             array = np.ascontiguousarray(array).reshape(-1)
             array = array if array.flags.aligned else array.copy()
@@ -1125,13 +1131,7 @@ def check_layer_mask(layer, attn_mask, query, key):
 
 def check_grad_out(grad_out, shape, dtype, dtype_text):
     """A view of the gradient of what a layer returned, of this shape and dtype."""
-    given, grad_out = grad_out, as_array("grad_out", grad_out)
-    if grad_out.dtype != dtype:
-        cure = f"; {cast_cure('grad_out', given, dtype_text)} casts" if is_number(grad_out.dtype) else ""
-        raise TypeError(f"grad_out: expected the dtype of the layer, {dtype}, got {grad_out.dtype}{cure}")
-    if grad_out.shape != shape:
-        raise ValueError(f"grad_out: expected the shape of out, {shape}, got shape {grad_out.shape}")
-    return grad_out
+    return check_form("grad_out", grad_out, shape, dtype, "dtype of the layer", dtype_text)
 
 
 def raise_layer_dtype(name, array, given, dtype, dtype_text, dim):

@@ -939,7 +939,7 @@ def test_layers_for_inference_have_no_gradients(library, weight_dtype):
      "grad_out: expected the dtype of the layer, float32, got int64; np.asarray(grad_out, layer.dtype) casts"),
     (np.array("text"), TypeError, "grad_out: expected the dtype of the layer, float32, got <U4"),
     (None, TypeError, "grad_out: expected an array, got None"),
-    (np.ones((3, 4), np.float32), ValueError, "grad_out: expected the shape of out, (2, 3, 4), got shape (3, 4)"),
+    (np.ones((3, 4), np.float32), ValueError, "grad_out: expected shape (2, 3, 4), got shape (3, 4)"),
 ], ids=["dtype", "list", "text", "None", "shape"])
 def test_grad_out_of_layers_is_checked(library, grad_out, error, message):
     _, pullback = library.MultiHeadAttention(4, 2).vjp(np.ones((2, 3, 4), np.float32))
