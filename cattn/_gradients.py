@@ -243,7 +243,7 @@ def varlen_attention_backward(
     grad_query = new(query.shape, dtype) if "query" in wanted else None
     grad_key, grad_value = (new(x.shape, x.dtype) if name in wanted else None
                             for name, x in (("key", key), ("value", value)))
-    of_heads = {}
+    of_heads = {name: np.zeros((len(kv_lens), rows_shape[1])) for name in ("alibi_slopes", "sinks") if name in wanted}
     if 0 not in rows_shape:
         module = _kernels.f64() if q_kind == F64 else _kernels.f32
         names = "grad_out", "query", "key", "value", "out", "grad_query", "grad_key", "grad_value"
@@ -254,11 +254,8 @@ def varlen_attention_backward(
             wide=kv_kind in (F32, F64), slopes_wanted="alibi_slopes" in wanted, sinks_wanted="sinks" in wanted,
             q_kind=q_kind, kv_kind=kv_kind, mask_kind=BOOL, q_offset=q_offset, q_offsets=q_offsets, kv_lens=kv_lens,
             batch_offset=0, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, **options)
-        of_heads = {name: _of_all_splits(of_splits)
-                    for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True) if name in wanted}
-    else:
-        of_heads = {name: np.zeros((len(kv_lens), rows_shape[1]))
-                    for name in ("alibi_slopes", "sinks") if name in wanted}
+        of_heads |= {name: _of_all_splits(of_splits)
+                     for name, of_splits in zip(("alibi_slopes", "sinks"), parts, strict=True) if name in wanted}
     return Gradients(query=None if grad_query is None else cast(grad_query, query.dtype), key=grad_key,
                      value=grad_value, **_of_heads(of_heads, slopes_shape, dtype))
 

@@ -649,7 +649,7 @@ cdef void do_backward_tasks(const void* what, char* scratch) noexcept nogil:
 
 
 cdef int run_backward(Backward* b, Py_ssize_t num_threads) except -1:
-    """Plans a described problem and does it."""
+    """Does a planned problem."""
     cdef BackwardScratch s
     cdef Call call
     cdef Problem* p = &b.p
@@ -659,7 +659,6 @@ cdef int run_backward(Backward* b, Py_ssize_t num_threads) except -1:
     begin_call(&call, num_threads, count_pairs(p) * p.num_kv_heads * p.group_size
                * (2 * (3 * p.head_dim + 2 * p.head_dim_v) + EXP_FLOPS))
     p.call = &call
-    plan_backward(b)
     if p.num_tasks == 0:
         end_call(&call)
         return 0
