@@ -59,11 +59,11 @@ def command(module, *arguments, num_threads):
 class Process:
     """A worker, asked through pipes."""
 
-    def __init__(self, peer, num_threads):
+    def __init__(self, peer, num_threads, module="bench.worker"):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         # In a session of its own: Ctrl-C goes to this process alone, which then ends that one.
         self.process = subprocess.Popen(
-            **command("bench.worker", peer, num_threads, num_threads=num_threads),
+            **command(module, peer, num_threads, num_threads=num_threads),
             **pipes,
             start_new_session=True,
         )

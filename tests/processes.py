@@ -1,4 +1,4 @@
-"""Programs and their errors; the code of a test in a Python process of its own."""
+"""Programs and their errors; the code of a test in a Python process of its own; what stands in for one of bench."""
 
 import os
 import subprocess
@@ -30,3 +30,21 @@ def line_of_error(capsys, main, arguments, program):
     assert err.startswith(f"{program}: ")
     assert err.count("\n") == 1
     return err
+
+
+class FakeProcess:
+    """Answers as a worker does: each request by its answer, or by the next of a list of them."""
+
+    def __init__(self, **answers):
+        self.answers = answers
+
+    def ask(self, method, *arguments):
+        answer = self.answers[method]
+        if isinstance(answer, list):
+            answer = answer.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self):
+        self.answers = None

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from processes import python
+from processes import FakeProcess, python
 
 from bench import peers, probes, readme, report, runner, worker
 from bench.__main__ import main
@@ -276,6 +276,18 @@ def test_a_slow_call_among_fast_ones_counts_once(monkeypatch):
     assert worker.time_calls(run, seconds=2.5)["calls"] == 1 + 4
 
 
+def test_a_call_that_takes_all_the_time_is_made_once(monkeypatch):
+    now = [0.0]
+
+    def run():
+        now[0] += 3
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert worker.time_calls(run, seconds=2) == {"best": 3.0, "median": 3.0, "calls": 1}
+    assert worker.time_calls(run, seconds=3) == {"best": 3.0, "median": 3.0, "calls": 1}
+    assert now == [3 + 6]
+
+
 def test_what_is_prepared_is_not_timed(monkeypatch):
     """A group has no more calls than one preparation is good for."""
     now, said = [0.0], []
@@ -297,21 +309,6 @@ def test_what_is_prepared_is_not_timed(monkeypatch):
     assert times == {"best": 1.0, "median": 1.0, "calls": 8}
     groups = "".join(word[0] for word in said).split("p")
     assert groups == ["c", "c", "cc", "cccc", "cccc"]
-
-
-class FakeProcess:
-    """Answers as a worker does: each request by its answer, or by the next of a list of them."""
-
-    def __init__(self, **answers):
-        self.answers = answers
-
-    def ask(self, method, *arguments):
-        answer = self.answers[method]
-        if isinstance(answer, list):
-            answer = answer.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
 
 def times(best):
