@@ -613,3 +613,29 @@ WORKLOADS = (
     Rotary("rotary-2048-in-place", "the same, over the queries themselves", ROTARY, in_place=True),
     *(projection(*which) for which in product(LINEAR, (1, 4, 16), ("float32", "float16", "bfloat16", "int8"))),
 )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole model, of bench.models."""
+
+    name: str
+    reason: str
+    family: str  # a function of models_torch, and what it is given
+    arguments: tuple
+
+
+MODELS = (
+    Model("bert-8x128", "BERT-base, a batch of sentences", "bert", (8, 128)),
+    Model("bert-1x384", "BERT-base, a paragraph", "bert", (1, 384)),
+    Model("bert-32x128-padded", "BERT-base, a batch of which half is padding", "bert", (32, 128, True)),
+    Model("bert-8x512-padded", "the same, longer", "bert", (8, 512, True)),
+    Model("vit-1x197", "ViT-B, a picture", "vit", (1,)),
+    Model("vit-8x197", "ViT-B, a batch of pictures", "vit", (8,)),
+    Model("whisper-1500", "the encoder of Whisper-base, 30 seconds of sound", "whisper", ()),
+    Model("llama-prefill-2048", "a Llama of 135 million weights, a prompt", "llama_prefill", (2048,)),
+    Model("llama-decode-2048", "one more token of the same", "llama_decode", (2048,)),
+    Model("llama-generate-4x512", "16 tokens after each of 4 prompts, half of which is padding on the left",
+          "llama_generate", (4, 512, 16)),
+    Model("bert-train-8x128", "BERT-base, a step of training: dropout, gradients, AdamW", "bert_training", (8, 128)),
+)

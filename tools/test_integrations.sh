@@ -4,7 +4,11 @@
 #
 #     tools/test_integrations.sh
 #
-# Needs gcc and the network.
+# Needs gcc and the network. PyTorch's wheels of PyPI bring gigabytes for GPUs on Linux; with
+#
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+#
+# pip finds those without.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -28,8 +32,9 @@ tests tests/test_integration_dask.py docs/dask.md
 "$work/venv/bin/pip" install -q 'dask==2023.7.*' 'distributed==2023.7.*'  # likewise
 tests tests/test_integration_dask.py
 
-"$work/venv/bin/pip" install -q torch==2.13.0  # of CPUs alone: another version may bring gigabytes for GPUs
+"$work/venv/bin/pip" install -q torch==2.13.0
+tests tests/test_integration_torch.py docs/pytorch.md
 "$work/venv/bin/pip" install -q -e '.[huggingface]'
-tests tests/test_integration_huggingface.py docs/huggingface.md
+tests tests/test_integration_huggingface.py tests/test_models.py docs/huggingface.md
 "$work/venv/bin/pip" install -q 'transformers==5.4.*'  # the oldest; there, two models have an attention of their own
 tests tests/test_integration_huggingface.py -k 'not modernbert and not t5'
