@@ -9,7 +9,7 @@ process of its own, whose results are checked against float64 before they are ti
 import argparse
 import sys
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,9 @@ WIDE = "float64"  # sdpa, in float64: eager has a softmax of float32, and NaN fo
 # Part of the largest number of each result by which float32 may differ from float64, beside ten times the error of
 # eager; what a lost key or a wrong mask changes is far beyond that.
 ROUNDING = 4 * 2.0**-23
+# Of glibc: larger blocks are mapped each by itself and given back at once. So memory is what a call needs; else it is
+# also what happens to lie between its blocks, a third more or less.
+EXACT = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 17))
 MOST = 1e-4  # that part, of eager: some dozen layers, one after the other, have 1e-6 to 1e-5
 
 
@@ -57,17 +60,16 @@ def check(model, processes, folder):
     return results | runner.check(model, others, expected, 10 * error + ROUNDING)
 
 
-def measure(model, num_threads, processes, machine, limits, seconds, folder):
-    """The row of a model."""
+def measure(model, num_threads, processes, meters, machine, limits, seconds, folder):
+    """The row of a model; with memory where there are processes to see it."""
     results = check(model, processes, folder)
     before = runner.probe(machine, limits)
     for name, times in runner.take_turns(results, processes, seconds).items():
         results[name] |= times
     after = runner.probe(machine, limits)
-    for name, result in results.items():
-        if "best" in result:
-            with suppress(runner.PeerError):
-                result["memory"] = processes[name].ask("memory")["result"]
+    for name, meter in meters.items():
+        if "best" in results[name]:
+            results[name]["memory"] = meter.ask("memory", model.name)["result"]
     row = {"workload": model.name, "threads": num_threads, "results": results, "share": None}
     if "best" in results["sdpa"]:
         row["share"] = processes["sdpa"].ask("share")["result"]
@@ -77,7 +79,8 @@ def measure(model, num_threads, processes, machine, limits, seconds, folder):
 HEAD = ["model", "threads", "attention", *IMPLEMENTATIONS, *(f"{name}, MB" for name in IMPLEMENTATIONS)]
 LEGEND = """
 Attention: its part of sdpa's time, without that of gradients. sdpa: milliseconds, the median; the others: how many
-times as fast as sdpa. MB: what a call takes beside all that lies there before it. (*) The machine was busy."""
+times as fast as sdpa. MB: what a call takes beside all that lies there before it, with the most threads. (*) The
+machine was busy."""
 
 
 def line(row, limits):
@@ -98,16 +101,16 @@ def line(row, limits):
     return [*cells, *("" if nbytes is None else f"{nbytes / 1e6:.0f}" for nbytes in memory)]
 
 
-def start(num_threads):
-    """{implementation: its process}, and the one that probes the machine."""
-    processes = {name: runner.Process(name, num_threads, MODULE) for name in IMPLEMENTATIONS}
-    return processes, runner.Process("cattn", num_threads)
+def start(num_threads, **variables):
+    """{implementation: its process}"""
+    return {name: runner.Process(name, num_threads, MODULE, **variables) for name in IMPLEMENTATIONS}
 
 
-def rows(models, num_threads, seconds, about):
+def rows(models, num_threads, seconds, about, has_memory):
     """Yields (a line of the table, {implementation: result}) of each model; `about` is told what comes next."""
     about(f"starting on {report.threads(num_threads)}")
-    processes, machine = start(num_threads)
+    processes, machine = start(num_threads), runner.Process("cattn", num_threads)
+    meters = start(num_threads, **EXACT) if has_memory else {}
     try:
         limits = {"fma": 0.0, "nop": 0.0}
         for _ in range(runner.LIMITS):
@@ -115,10 +118,10 @@ def rows(models, num_threads, seconds, about):
         for number, model in enumerate(models):
             about(f"{number} of {len(models)} models done on {report.threads(num_threads)}: {model.name}")
             with tempfile.TemporaryDirectory() as folder:
-                row = measure(model, num_threads, processes, machine, limits, seconds, folder)
+                row = measure(model, num_threads, processes, meters, machine, limits, seconds, folder)
             yield line(row, limits), row["results"]
     finally:
-        for process in [*processes.values(), machine]:
+        for process in [*processes.values(), *meters.values(), machine]:
             process.close()
 
 
@@ -133,8 +136,10 @@ def run(args):
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
     print(f"{runner.cpu_model()}, {cattn.isa}  \ncattn {cattn.__version__}, {versions}\n")
     print(report.markdown_table([HEAD]), flush=True)
-    for count in args.threads or sorted({1, cattn.get_num_threads()}):
-        for cells, results in rows(models, count, args.seconds, partial(progress.show, at_once=True)):
+    counts = args.threads or sorted({1, cattn.get_num_threads()})
+    for count in counts:
+        about = partial(progress.show, at_once=True)
+        for cells, results in rows(models, count, args.seconds, about, has_memory=count == counts[-1]):
             progress.clear()
             print(f"| {' | '.join(cells)} |", flush=True)
             wrong = {name: result for name, result in results.items() if not report.is_right(result)}

@@ -26,10 +26,6 @@ LLAMA = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "nu
          "bos_token_id": 1, "eos_token_id": None}  # as SmolLM2-135M; nothing ends an answer
 WIDE = "float64"
 STEPS = 8  # of decoding, timed together
-CALLS = 3  # to see the memory of
-# Of glibc's mallopt: larger blocks are mapped each by itself, and given back at once, so that memory is what a call
-# needs, not what is left between its blocks. By itself it is raised with each block that is freed, up to 2**25.
-MMAP_THRESHOLD = -3
 
 
 def new_model(config, implementation, make=transformers.AutoModel):
@@ -60,14 +56,22 @@ def first_result(forward, **inputs):
     return partial(forward, **inputs), lambda: [forward(**inputs)[0]]
 
 
-def bert(implementation, batch, seq_len, is_padded=False):
+def bert(implementation, batch, seq_len, padding="none"):
+    """padding: "none"; "half" of the tokens; or "left out", where that can be: sentences one after the other."""
     config = transformers.BertConfig()
     model = new_model(config, implementation)
-    is_token = half_padding(batch, seq_len) if is_padded else torch.ones(batch, seq_len, dtype=torch.long)
-    inputs = {"input_ids": random_tokens(batch, seq_len, config.vocab_size), "attention_mask": is_token}
+    tokens = random_tokens(batch, seq_len, config.vocab_size)
+    is_token = torch.ones_like(tokens) if padding == "none" else half_padding(batch, seq_len)
+    inputs = {"input_ids": tokens, "attention_mask": is_token}
+    if padding == "left out" and implementation == "cattn":
+        collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+        sentences = [row[is_any.bool()].tolist() for row, is_any in zip(tokens, is_token, strict=True)]
+        inputs = dict(collate([{"input_ids": sentence} for sentence in sentences]))
+        del inputs["labels"]
 
     def answer():
-        return [model(**inputs).last_hidden_state[is_token.bool()]]  # what is padding is nobody's
+        result = model(**inputs).last_hidden_state
+        return [result[is_token.bool()] if len(result) == batch else result[0]]  # what is padding is nobody's
 
     return partial(model, **inputs), answer
 
@@ -205,18 +209,19 @@ class Worker:
         self.run = None
 
     def _prepare(self, name):
+        """The function that answers."""
         self.run = None  # drops the model before
         gc.collect()
         model = next(model for model in MODELS if model.name == name)
         self.run, answer = globals()[model.family](self.implementation, *model.arguments)
-        return [x.numpy() for x in answer()]
+        return lambda: [x.numpy() for x in answer()]
 
     def save(self, name, path):
-        np.savez(path, *self._prepare(name))
+        np.savez(path, *self._prepare(name)())
 
     def load(self, name, path):
         """Prepare the model and run it once; the largest error, in units of the largest number of each result."""
-        answers = self._prepare(name)
+        answers = self._prepare(name)()
         with np.load(path) as expected:
             pairs = list(zip(answers, expected.values(), strict=True))
         return max(float(np.abs(answer - right).max() / np.abs(right).max()) for answer, right in pairs)
@@ -224,21 +229,20 @@ class Worker:
     def measure(self, seconds):
         return time_calls(self.run, seconds)
 
-    def memory(self):
-        """Bytes that a call takes, at its peak, beside what lies there before it; the least of some, since the first
-        ones leave things in order for those that follow."""
-        library, taken = ctypes.CDLL(None), []
-        library.mallopt(MMAP_THRESHOLD, 1 << 17)
-        for _ in range(CALLS):
-            self._prepare_call()
-            gc.collect()
-            library.malloc_trim(0)
-            before = status_bytes("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self.run()
-            taken.append(status_bytes("VmHWM") - before)
-        library.mallopt(MMAP_THRESHOLD, 1 << 25)
-        return min(taken)
+    def memory(self, name):
+        """Bytes that a call takes, at its peak, beside what lies there before it: the model, and what the first call
+        has left."""
+        self._prepare(name)
+        self.run()
+        self._prepare_call()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.run()
+        taken = status_bytes("VmHWM") - before
+        self.run = None
+        return taken
 
     def share(self):
         """Of the time of a call, what scaled_dot_product_attention takes; without gradients."""

@@ -46,12 +46,13 @@ class PeerError(Exception):
     """An implementation failed."""
 
 
-def command(module, *arguments, num_threads):
-    """Arguments to start `python -m module` with the size of every thread pool that may be in it set."""
+def command(module, *arguments, num_threads, **variables):
+    """Arguments to start `python -m module` with the size of every thread pool that may be in it set, and these
+    variables."""
     return {
         "args": [sys.executable, "-m", module, *map(str, arguments)],
         "cwd": ROOT,
-        "env": os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads)),
+        "env": os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads)) | variables,
         "text": True,
     }
 
@@ -59,11 +60,11 @@ def command(module, *arguments, num_threads):
 class Process:
     """A worker, asked through pipes."""
 
-    def __init__(self, peer, num_threads, module="bench.worker"):
+    def __init__(self, peer, num_threads, module="bench.worker", **variables):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         # In a session of its own: Ctrl-C goes to this process alone, which then ends that one.
         self.process = subprocess.Popen(
-            **command(module, peer, num_threads, num_threads=num_threads),
+            **command(module, peer, num_threads, num_threads=num_threads, **variables),
             **pipes,
             start_new_session=True,
         )

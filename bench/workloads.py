@@ -628,8 +628,9 @@ class Model:
 MODELS = (
     Model("bert-8x128", "BERT-base, a batch of sentences", "bert", (8, 128)),
     Model("bert-1x384", "BERT-base, a paragraph", "bert", (1, 384)),
-    Model("bert-32x128-padded", "BERT-base, a batch of which half is padding", "bert", (32, 128, True)),
-    Model("bert-8x512-padded", "the same, longer", "bert", (8, 512, True)),
+    Model("bert-32x128-padded", "BERT-base, a batch of which half is padding", "bert", (32, 128, "half")),
+    Model("bert-32x128-packed", "the same batch, which cattn takes without the padding", "bert", (32, 128, "left out")),
+    Model("bert-8x512-padded", "half padding, longer", "bert", (8, 512, "half")),
     Model("vit-1x197", "ViT-B, a picture", "vit", (1,)),
     Model("vit-8x197", "ViT-B, a batch of pictures", "vit", (8,)),
     Model("whisper-1500", "the encoder of Whisper-base, 30 seconds of sound", "whisper", ()),

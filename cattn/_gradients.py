@@ -224,16 +224,25 @@ def varlen_attention_backward(
     >>> gradients.value[:4, 0, 0].round(3)      # of the one token that sees itself alone, 1
     array([0.834, 1.235, 0.931, 1.   ], dtype=float32)
     """
+    return packed_backward(
+        grad_out, query, key, value, out, logsumexp, cu_seqlens_q, cu_seqlens_kv, is_causal=is_causal,
+        q_offset=q_offset, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        dropout_p=dropout_p, seed=seed, grad_logsumexp=grad_logsumexp, wanted=wanted, num_threads=num_threads)
+
+
+def packed_backward(grad_out, query, key, value, out, logsumexp, cu_seqlens_q, cu_seqlens_kv, *, is_causal, q_offset,
+                    alibi_slopes, sinks, dropout_p, seed, grad_logsumexp, wanted, kinds=KINDS, cast=cast, **options):
+    """`varlen_attention_backward`. `kinds` are those of the forward's `attend_packed`; `cast` rounds to them."""
     wanted = check_wanted(wanted, {"attn_mask": None, "alibi_slopes": alibi_slopes, "sinks": sinks})
     seed = check_seed_of_forward(seed, dropout_p)
     query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(
-        query, key, value, cu_seqlens_q, cu_seqlens_kv)
+        query, key, value, cu_seqlens_q, cu_seqlens_kv, kinds)
     is_causal = check_bool("is_causal", is_causal)
     rows_shape, kv_lens = query.shape[:2], np.diff(cu_seqlens_kv)
     check_result(rows_shape, max(query.shape[-1], value.shape[-1]))
     options = check_options(
-        q_kind, rows_shape[1], kv_lens.shape, is_causal=is_causal, scale=scale, window=window, softcap=softcap,
-        dropout_p=dropout_p, seed=seed, alibi_slopes=alibi_slopes, sinks=sinks, num_threads=num_threads)
+        q_kind, rows_shape[1], kv_lens.shape, is_causal=is_causal, dropout_p=dropout_p, seed=seed,
+        alibi_slopes=alibi_slopes, sinks=sinks, **options)
     q_offset, q_offsets = check_offset(q_offset, kv_lens.shape, kv_lens, np.diff(cu_seqlens_q))
     dtype, slopes_shape = np.float64 if q_kind == F64 else np.float32, np.shape(alibi_slopes)
     grad_out, out, logsumexp, grad_logsumexp = check_of_forward(

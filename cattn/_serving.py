@@ -17,6 +17,7 @@ from cattn._checks import (
     BOOL,
     F64,
     I8,
+    KINDS,
     as_array,
     check_block_table,
     check_bool,
@@ -92,14 +93,20 @@ def varlen_attention(
     >>> bool((out[3] == x[3]).all())        # the one token sees itself alone
     True
     """
+    return attend_packed(
+        query, key, value, cu_seqlens_q, cu_seqlens_kv, is_causal=is_causal, q_offset=q_offset, scale=scale,
+        window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
+        return_logsumexp=return_logsumexp, out=out, num_threads=num_threads, seed=seed)
+
+
+def attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_kv, *, kinds=KINDS, out=None, **options):
+    """`varlen_attention`. `kinds`: an integration's own numbers of dtypes, as in _attention.attend."""
     query, key, value, q_kind, kv_kind, cu_seqlens_q, cu_seqlens_kv = check_packed(
-        query, key, value, cu_seqlens_q, cu_seqlens_kv)
+        query, key, value, cu_seqlens_q, cu_seqlens_kv, kinds)
     return _attend(
         query, key.swapaxes(0, 1)[None], value.swapaxes(0, 1)[None], q_kind, kv_kind, cu_seqlens_q,
-        np.diff(cu_seqlens_kv), out, {"query": query, "key": key, "value": value}, is_causal=is_causal,
-        q_offset=q_offset, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        dropout_p=dropout_p, return_logsumexp=return_logsumexp, num_threads=num_threads, seed=seed,
-        keys={"cu_seqlens_kv": cu_seqlens_kv})
+        np.diff(cu_seqlens_kv), out, {"query": query, "key": key, "value": value},
+        keys={"cu_seqlens_kv": cu_seqlens_kv}, **options)
 
 
 def paged_attention(
@@ -204,11 +211,11 @@ def paged_attention(
         return_logsumexp=return_logsumexp, num_threads=num_threads, seed=seed, keys=keys | {"block_table": block_table})
 
 
-def check_packed(query, key, value, cu_seqlens_q, cu_seqlens_kv):
+def check_packed(query, key, value, cu_seqlens_q, cu_seqlens_kv, kinds):
     """Arrays, and the kinds of queries and keys, of a packed problem."""
     given = query, key, value
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
-    q_kind, kv_kind = check_kinds(query, key, value, given)
+    q_kind, kv_kind = check_kinds(query, key, value, given, kinds=kinds)
     check_packed_shapes(query, key, value)
     cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, len(query))
     name, cu_seqlens_kv = ("cu_seqlens_q", cu_seqlens_q) if cu_seqlens_kv is None else ("cu_seqlens_kv", cu_seqlens_kv)

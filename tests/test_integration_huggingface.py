@@ -1,6 +1,7 @@
 """Models of transformers with attention by cattn, tiny and of random weights: results and gradients beside those of
 "eager", masks that are said by numbers, caches, weights, dropout, errors."""
 
+import itertools
 import subprocess
 import sys
 import types
@@ -179,19 +180,25 @@ def layers_of(model):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The arguments of each call of the kernel, and in `masks` those of each mask that was made."""
-    calls = types.SimpleNamespace(options=[], masks=[])
+    """The arguments of each call of the kernel, in `packed` of those for packed sequences, and in `masks` those of each
+    mask that was made."""
+    calls = types.SimpleNamespace(options=[], packed=[], masks=[])
 
     def attention(query, key, value, attn_mask=None, **options):
         calls.options.append({"attn_mask": attn_mask, "kv_heads": key.shape[1], **options})
         return own(query, key, value, attn_mask, **options)
 
+    def varlen_attention(query, key, value, *cu_seqlens, **options):
+        calls.packed.append({"cu_seqlens": cu_seqlens, **options})
+        return own_packed(query, key, value, *cu_seqlens, **options)
+
     def sdpa_mask(**options):
         calls.masks.append(options)
         return own_mask(**options)
 
-    own, own_mask = integration.attention, masking_utils.sdpa_mask
+    own, own_packed, own_mask = integration.attention, integration.varlen_attention, masking_utils.sdpa_mask
     monkeypatch.setattr(integration, "attention", attention)
+    monkeypatch.setattr(integration, "varlen_attention", varlen_attention)
     monkeypatch.setattr(masking_utils, "sdpa_mask", sdpa_mask)
     return calls
 
@@ -313,11 +320,94 @@ def test_masks_of_the_caller(seen):
     assert [options["attn_mask"].dtype for options in seen.options] == [torch.float32] * 2 + [torch.bool] * 2
 
 
-def test_packed_sequences(seen):
+def test_positions_that_start_again(seen):
+    """In more than one row of the batch: a mask."""
     inputs, _ = inputs_of("mistral", "none")
     positions = torch.tensor([[*range(7), *range(5)]] * 3)
     assert_same(*both(model_of("mistral"), **inputs, position_ids=positions, use_cache=False))
     assert [options["attn_mask"].shape for options in seen.options] == [(3, 1, 12, 12)] * 2
+
+
+def flattened(sentences, name, *, lengths):
+    """The arguments of a call, by transformers' own collator."""
+    collate = transformers.DataCollatorWithFlattening(
+        return_flash_attn_kwargs=lengths, position_ids_start=1 if name == "roberta" else 0)
+    inputs = dict(collate([{"input_ids": sentence} for sentence in sentences]))
+    del inputs["labels"]
+    # Beside a cache transformers does not look whether positions start again.
+    return inputs if lengths else inputs | {"use_cache": False}
+
+
+SENTENCES = [[5, 9, 3, 7, 11], [8], [4, 4, 10, 6, 12, 3, 9]]
+
+
+@pytest.mark.parametrize(("name", "lengths"), [
+    *itertools.product(("bert", "roberta", "distilbert", "modernbert", "llama", "mistral", "gpt_oss"), [True]),
+    *itertools.product(("llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3"), [False]),
+])
+def test_packed_sequences(name, lengths, seen):
+    """Each as if it were alone, also by the gradients of all weights; no mask is made. By positions that start again,
+    decoders know it, encoders by lengths."""
+    model = model_of(name)
+    inputs = flattened(SENTENCES, name, lengths=lengths)
+    alone, alone_grads = [], []
+    model.set_attn_implementation("eager")
+    for sentence in SENTENCES:
+        alone.append(model(torch.tensor([sentence])).logits[0])
+    torch.cat(alone).square().sum().backward()
+    alone_grads = [x.grad for x in model.parameters()]
+    model.zero_grad()
+    model.set_attn_implementation("cattn")
+    seen.masks.clear()
+    result = model(**inputs).logits[0]
+    result.square().sum().backward()
+    assert_same(torch.cat(alone), result)
+    for expected, x in zip(alone_grads, model.parameters(), strict=True):
+        if expected is not None:    # sums over all rows, whose roundings are as many
+            assert (x.grad - expected).abs().max() <= 1e-4 * max(x.abs().max() for x in alone_grads if x is not None)
+    assert len(seen.packed) == 2 and not seen.options and not seen.masks
+    assert [list(options["cu_seqlens"][0]) for options in seen.packed] == [[0, 5, 6, 13]] * 2
+
+
+def test_packed_bits_are_each_sentences_own():
+    model = model_of("bert")
+    model.set_attn_implementation("cattn")
+    query, key, value = torch.randn(3, 1, 4, 13, 8)
+    lengths = torch.tensor([0, 5, 6, 13])
+    model.bert.encoder.layer[0].attention.self.is_causal = False
+    out, _ = integration._attention(model.bert.encoder.layer[0].attention.self, query, key, value, None,
+                                    cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+    for start, stop in ((0, 5), (5, 6), (6, 13)):
+        part = slice(start, stop)
+        alone, _ = integration._attention(model.bert.encoder.layer[0].attention.self, query[:, :, part],
+                                          key[:, :, part], value[:, :, part], None)
+        assert torch.equal(out[:, part], alone)
+
+
+def test_weights_of_packed_sequences(seen):
+    """By a mask, where positions say it; lengths alone are none."""
+    model = model_of("llama")
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        inputs = flattened(SENTENCES, "llama", lengths=False)
+        expected = model(**inputs, output_attentions=True)
+        model.set_attn_implementation("cattn")
+        result = model(**inputs, output_attentions=True)
+    assert_same(expected.logits, result.logits)
+    for one, other in zip(result.attentions, expected.attentions, strict=True):
+        assert_same(other, one)
+    assert not seen.packed
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("bert", {"output_attentions": True}), ("bert", {"attention_mask": torch.tensor([[0] * 3 + [1] * 10])}),
+    ("bert", {"input_ids": torch.full((2, 13), 5), "position_ids": torch.arange(13).expand(2, 13)}),
+])
+def test_errors_of_packed_sequences(name, change):
+    model = model_of(name)
+    model.set_attn_implementation("cattn")
+    with pytest.raises(ValueError, match='"cattn": cu_seq_lens_q is for sequences one after the other in a batch of 1'):
+        model(**flattened(SENTENCES, name, lengths=True) | change)
 
 
 def test_decoders_that_see_both_ways(seen):
@@ -433,7 +523,7 @@ def test_functions_that_mean_something_else_are_not_taken_for_numbers(monkeypatc
 
     monkeypatch.setattr(masking_utils, "sliding_window_causal_mask_function", windowed)
     patterns = integration._known_patterns()
-    assert len(patterns) == len(integration._patterns) - 1
+    assert len(patterns) == len(integration._patterns) - 2    # it, and it for packed sequences
     monkeypatch.setattr(integration, "_patterns", patterns)
     assert_same(*both(model_of("mistral"), **inputs_of("mistral", "none")[0]))
     assert [options["attn_mask"].shape for options in seen.options] == [(3, 1, 12, 12)] * 2

@@ -536,7 +536,8 @@ def test_what_imports_torch():
     ("None", "import of torch halted; None in sys.modules"),
     ("types.SimpleNamespace(__version__='2.10.1')", "this is 2.10.1"),
 ])
-@pytest.mark.parametrize("call", ["enable()", "enabled().__enter__()", "attention(0, 0, 0)"])
+@pytest.mark.parametrize("call", ["enable()", "enabled().__enter__()", "attention(0, 0, 0)",
+                                  "varlen_attention(0, 0, 0, 0)"])
 def test_without_torch(module, reason, call):
     done = python(f"import sys, types; sys.modules['torch'] = {module}\nimport cattn.integrations.torch as c\n"
                   f"c.disable()\nprint(c.stats())\nc.{call}")
@@ -1003,3 +1004,109 @@ def test_attention_takes_what_the_door_takes():
     names = list(inspect.signature(cattn.scaled_dot_product_attention).parameters)
     names.remove("out")
     assert list(inspect.signature(integration.attention).parameters) == names
+
+
+# Packed sequences.
+
+
+def packed_problem(rng, dtype, kv_dtype):
+    """(query, key, value), cu_seqlens and options of three sequences, one of them without queries."""
+    num_kv_heads, group_size, head_dim = rng.integers(1, 4, 3)
+    lengths = rng.integers(1, 6, (2, 3))
+    lengths[0, rng.integers(3)] = 0
+    cu_seqlens = [np.cumsum([0, *each]) for each in lengths]
+    arrays = [rng.standard_normal((seqlens[-1], heads, head_dim)).astype(own) for seqlens, heads, own in (
+        (cu_seqlens[0], num_kv_heads * group_size, dtype), (cu_seqlens[1], num_kv_heads, kv_dtype),
+        (cu_seqlens[1], num_kv_heads, kv_dtype))]
+    options = {"is_causal": bool(rng.integers(2)), "softcap": float(rng.integers(2)),
+               "window": (int(rng.integers(1, 5)), None)}
+    if rng.integers(2):
+        options |= {"dropout_p": 0.3, "seed": 3}
+    for name in "alibi_slopes", "sinks":
+        if rng.integers(2):
+            options[name] = rng.standard_normal(num_kv_heads * group_size)
+    return arrays, cu_seqlens, options
+
+
+def call_packed(inputs, cu_seqlens, options, **others):
+    return integration.varlen_attention(*inputs[:3], *cu_seqlens, alibi_slopes=inputs[4], sinks=inputs[5], **options,
+                                        **others)
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES)
+def test_packed_has_the_bits_of_the_door(dtype, kv_dtype):
+    """Results, and the gradients of what requires them, and of nothing else."""
+    rng = np.random.default_rng(13)
+    for _ in range(40):
+        arrays, cu_seqlens, options = packed_problem(rng, dtype, kv_dtype or dtype)
+        inputs, others = tensors_of(arrays, options)
+        asked = [x is not None and rng.random() < 2 / 3 for x in inputs]
+        for x, requires in zip(inputs, asked, strict=True):
+            if requires:
+                x.requires_grad_()
+        results = call_packed(inputs, map(torch.from_numpy, cu_seqlens), others, return_logsumexp=True)
+        expected = cattn.varlen_attention(*arrays, *cu_seqlens, **options, return_logsumexp=True)
+        for one, other in zip(results, expected, strict=True):
+            assert_same_bits(array(one), other)
+        assert results[0].requires_grad == any(asked)
+        if not any(asked):
+            continue
+        grads = [tensor(np.asarray(rng.standard_normal(x.shape)).astype(array(x).dtype)) for x in results]
+        torch.autograd.backward(results, grads)
+        expected = cattn.varlen_attention_backward(
+            array(grads[0]), *arrays, *expected, *cu_seqlens, **options, grad_logsumexp=array(grads[1]),
+            wanted=[name for name, requires in zip(NAMES_OF_INPUTS, asked, strict=True) if requires])
+        for x, right in zip(inputs, expected, strict=True):
+            assert (x is None or x.grad is None) == (right is None)
+            if right is not None:
+                assert_same_bits(array(x.grad), right.astype(array(x).dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_is_each_sequence_by_itself(dtype):
+    """With PyTorch's function and its gradients, by halves."""
+    inputs = [torch.randn(7, heads, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    out = integration.varlen_attention(*inputs, torch.tensor([0, 4, 7]), is_causal=True)
+    ours = torch.autograd.grad(out.square().sum(), inputs)
+    halves = [integration.attention(*(x[part].transpose(0, 1)[None] for x in inputs), is_causal=True)
+              for part in (slice(0, 4), slice(4, 7))]
+    expected = torch.cat([half[0].transpose(0, 1) for half in halves])
+    assert torch.equal(out, expected)
+    for one, other in zip(ours, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_packed_dropout_is_pytorchs_to_seed():
+    def run():
+        torch.manual_seed(5)
+        return integration.varlen_attention(*torch.ones(3, 6, 2, 8), [0, 2, 6], dropout_p=0.5)
+
+    assert torch.equal(run(), run())
+    assert not torch.equal(run(), integration.varlen_attention(*torch.ones(3, 6, 2, 8), [0, 2, 6], dropout_p=0.5))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"query": np.ones((2, 2, 3))}, TypeError,
+     "query: expected a tensor, got a ndarray; torch.as_tensor(query) is one"),
+    ({"query": torch.ones(7, 2)}, ValueError, "query: expected (total_q, num_heads, head_dim), got shape (7, 2)"),
+    ({"cu_seqlens_q": torch.tensor([0, 4, 6])}, ValueError, "cu_seqlens_q: expected "),
+    ({"cu_seqlens_q": torch.tensor([0.0, 7.0])}, TypeError, "cu_seqlens_q: expected "),
+    ({"key": torch.ones(7, 2, 8, dtype=torch.float64)}, TypeError,
+     "key: expected torch.float32, as query has (or a 16-bit one under a float32 query), got torch.float64; "
+     "key.to(query.dtype) casts"),
+])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_errors_of_packed(change, error, message, requires_grad):
+    arguments = {name: torch.ones(7, 2, 8) for name in ("query", "key", "value")}
+    arguments |= {"cu_seqlens_q": torch.tensor([0, 4, 7])} | change
+    if requires_grad and isinstance(arguments["query"], torch.Tensor):
+        arguments["query"].requires_grad_()
+    with pytest.raises(error) as raised:
+        integration.varlen_attention(**arguments)
+    assert str(raised.value).startswith(message)
+
+
+def test_packed_takes_what_the_door_takes():
+    names = list(inspect.signature(cattn.varlen_attention).parameters)
+    names.remove("out")
+    assert sorted(inspect.signature(integration.varlen_attention).parameters) == sorted(names)

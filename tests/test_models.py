@@ -10,7 +10,7 @@ from processes import FakeProcess, line_of_error, python
 from bench import models, runner
 from bench.workloads import MODELS, Model
 
-SMALL = {"bert": (2, 9, True), "vit": (1,), "whisper": (), "llama_prefill": (9,), "llama_decode": (9,),
+SMALL = {"bert": (2, 9, "left out"), "vit": (1,), "whisper": (), "llama_prefill": (9,), "llama_decode": (9,),
          "llama_generate": (2, 9, 3), "bert_training": (2, 9)}
 
 
@@ -53,7 +53,7 @@ def test_families(torch_models, monkeypatch, tmp_path, family):
 
 
 def test_a_lost_token_is_noticed(torch_models, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch_models, "MODELS", [Model("small", "", "bert", (2, 64, False))])
+    monkeypatch.setattr(torch_models, "MODELS", [Model("small", "", "bert", (2, 64))])
     path = str(tmp_path / "expected.npz")
     worker_of(torch_models, torch_models.WIDE).save("small", path)
     worker = worker_of(torch_models, "cattn")
@@ -66,10 +66,12 @@ def test_a_lost_token_is_noticed(torch_models, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="not Linux")
-def test_memory(torch_models):
-    worker = worker_of(torch_models, "sdpa")
-    worker.run = lambda: np.ones(30_000_000, np.int8).sum()
-    assert 29e6 < worker.memory() < 40e6
+def test_memory(torch_models, monkeypatch):
+    monkeypatch.setattr(torch_models, "MODELS", [Model("small", "", "stand_in", ())])
+    monkeypatch.setattr(
+        torch_models, "stand_in", lambda implementation: (lambda: np.ones(30_000_000, np.int8).sum(), None),
+        raising=False)
+    assert 29e6 < worker_of(torch_models, "sdpa").memory("small") < 40e6
 
 
 def result(median):
@@ -90,12 +92,13 @@ def fakes(monkeypatch):
                               memory={"result": 20e6}),
     }
     rates = {"time": 1.0, "fma": 1e9, "nop": 1e9}
-    machine = FakeProcess(probe={"result": {"now": rates, "best": {"fma": 1e9, "nop": 1e9}}})
-    monkeypatch.setattr(models, "start", lambda num_threads: (processes, machine))
-    monkeypatch.setattr(runner, "Process", lambda *arguments: FakeProcess(save={"result": None}))
+    others = {models.WIDE: FakeProcess(save={"result": None}),
+              "cattn": FakeProcess(probe={"result": {"now": rates, "best": {"fma": 1e9, "nop": 1e9}}})}
+    monkeypatch.setattr(models, "start", lambda num_threads, **variables: processes)
+    monkeypatch.setattr(runner, "Process", lambda name, *arguments: others[name])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(models.metadata, "version", lambda name: "2")
-    return processes
+    return processes | {models.WIDE: others[models.WIDE]}
 
 
 def table_of(capsys, *arguments):
@@ -129,8 +132,8 @@ def test_without_sdpa_times_are_times(fakes, capsys):
     assert (status, row[2:6]) == (1, ["", "300.0", "FAILED", "50.00"])
 
 
-def test_without_float64_nothing_is_known(fakes, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "Process", lambda *arguments: FakeProcess(save=runner.PeerError("no memory")))
+def test_without_float64_nothing_is_known(fakes, capsys):
+    fakes[models.WIDE].answers["save"] = runner.PeerError("no memory")
     status, rows, err = table_of(capsys)
     assert (status, rows) == (1, [])
     assert err.endswith("bert-8x128, float64: no memory\n")

@@ -21,7 +21,7 @@ import numpy as np
 
 import cattn
 from cattn.integrations._library import library
-from cattn.integrations.torch import _need_torch, attention
+from cattn.integrations.torch import _need_torch, attention, varlen_attention
 
 __all__ = ["register"]
 
@@ -80,7 +80,8 @@ def _need_transformers():
 
 
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, softcap=None,
-               s_aux=None, position_bias=None, output_attentions=False, **others):
+               s_aux=None, position_bias=None, output_attentions=False, cu_seq_lens_q=None, cu_seq_lens_k=None,
+               **others):
     """What layers call, with tensors (batch, heads, seq, head_dim): the result (batch, seq, heads, head_dim), and the
     weights or None."""
     _refuse_graphs()
@@ -91,9 +92,11 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (x if x.dtype is torch.float64 else x.to(dtype) for x in (query, key, value))
+    weights_wanted = output_attentions or _collects_attentions()
     visible, bias, limits = None, None, {}
     if isinstance(attention_mask, _Mask):
-        visible, bias, limits = attention_mask.meaning((max(len(query), len(key)), 1, query.shape[2], key.shape[2]))
+        visible, bias, limits = attention_mask.meaning(
+            (max(len(query), len(key)), 1, query.shape[2], key.shape[2]), may_be_packed=not weights_wanted)
     elif attention_mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
@@ -106,7 +109,16 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         bias = position_bias if bias is None else position_bias + bias
 
     options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
-    if not (output_attentions or _collects_attentions()):
+    if cu_seq_lens_q is not None and visible is None and bias is None and "cu_seqlens" not in limits:
+        if len(query) != 1 or weights_wanted or limits.keys() & {"kv_lens", "kv_starts"}:
+            raise ValueError(f'attn_implementation="{_NAME}": cu_seq_lens_q is for sequences one after the other in a '
+                             f'batch of 1, without attention_mask and output_attentions')
+        limits = limits | {"cu_seqlens": (cu_seq_lens_q, cu_seq_lens_k)}
+    if "cu_seqlens" in limits:
+        tokens = (x[0].transpose(0, 1) for x in (query, key, value))
+        limits_of_each = {name: limits[name] for name in ("is_causal", "window") if name in limits}
+        return varlen_attention(*tokens, *limits["cu_seqlens"], **limits_of_each, **options)[None], None
+    if not weights_wanted:
         weights = None
         out = attention(query, key, value, _joined(visible, bias), **limits, **options)
     elif torch.is_grad_enabled() and any(
@@ -177,11 +189,13 @@ def _mask_class():
         def __init__(self, shape, dtype, device, *, everything, visible, options):
             self._everything, self._visible, self._options, self._numbers = everything, visible, options, None
 
-        def meaning(self, shape):
-            """(visible, numbers, options), for attention of this shape."""
-            if self._numbers is None and self.shape == shape:
-                return self._visible, None, self._options
-            return None, self._as_numbers(), {}
+        def meaning(self, shape, may_be_packed):
+            """(visible, numbers, options), for attention of this shape; with cu_seqlens where sequences are packed."""
+            if self._numbers is not None or self.shape != shape:
+                return None, self._as_numbers(), {}
+            if "cu_seqlens" in self._options and not may_be_packed:
+                return self._everything(), None, {}
+            return self._visible, None, self._options
 
         def _as_numbers(self):
             if self._numbers is None:
@@ -218,6 +232,8 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_functio
 
     options, visible = _options_of(mask_function), None
     padded = attention_mask is not None
+    if options is not None and "cu_seqlens" in options and (batch_size != 1 or q_length != kv_length or padded):
+        options = None
     if options is None or (padded and (attention_mask.dtype is not torch.bool or attention_mask.ndim != 2
                                        or len(attention_mask) != batch_size or not attention_mask.is_cpu)):
         visible, options = everything(), {}
@@ -253,21 +269,29 @@ def _lengths(is_key, kv_length):
 
 
 def _options_of(mask_function):
-    """What it says, in options of cattn; None where it is none that is known."""
+    """What it says, in options of cattn; None where it is none that is known. Of packed sequences, `cu_seqlens` are
+    theirs of the first batch row."""
     for pattern, options in _patterns:
-        width = _width(mask_function, pattern)
-        if width is not None:
-            return options(width)
+        found = _found(mask_function, pattern)
+        if found is not None:
+            options = options(found.get("width", 0))
+            if options is not None and "sequences" in found:
+                sequences = found["sequences"][0].numpy()
+                changes = np.flatnonzero(np.diff(sequences)) + 1
+                options = options | {"cu_seqlens": (np.array([0, *changes, len(sequences)]), None)}
+            return options
     return None
 
 
-_WIDTH = object()   # in a pattern: any width of a window
+class _Anything(str):
+    """In a pattern: any width of a window, any tensor of positions."""
 
 
-def _width(given, pattern):
-    """What is in a mask function in the place of _WIDTH, or 0, if it was made as `pattern` was; None if it was not."""
-    if pattern is _WIDTH:
-        return given
+def _found(given, pattern):
+    """{name: what is in a mask function in the place of _Anything(name)} if it was made as `pattern` was; None if it
+    was not."""
+    if isinstance(pattern, _Anything):
+        return {pattern: given}
     if isinstance(pattern, tuple) and isinstance(given, tuple) and len(pattern) == len(given):
         parts = zip(given, pattern, strict=True)
     elif isinstance(pattern, types.FunctionType) and isinstance(given, types.FunctionType) and (
@@ -276,13 +300,13 @@ def _width(given, pattern):
                  for a, b in zip(given.__closure__ or (), pattern.__closure__ or (), strict=True))
     else:
         return None
-    widths = [_width(*pair) for pair in parts]
-    return None if None in widths else max(widths, default=0)
+    found = [_found(*pair) for pair in parts]
+    return None if None in found else {name: value for each in found for name, value in each.items()}
 
 
 def _known_patterns():
     """[(mask function, options of cattn as a function of its width)], those that mean the same in this transformers: a
-    small mask is compared."""
+    small mask is compared. And the same of packed sequences."""
     candidates = [
         (lambda width: masking_utils.causal_mask_function, lambda width: {"is_causal": True}),
         (lambda width: masking_utils.bidirectional_mask_function, lambda width: {}),
@@ -298,5 +322,15 @@ def _known_patterns():
         _, weights = cattn.scaled_dot_product_attention(
             np.zeros((3, 1)), np.zeros((8, 1)), np.zeros((8, 1)), q_offset=4, return_weights=True, **options(2))
         if np.array_equal(mask[0, 0].numpy(), weights > 0):
-            found.append((make(_WIDTH), options))
+            pattern = make(_Anything("width"))
+            found += [(pattern, options), (_packed(pattern), options)]
     return found
+
+
+def _packed(mask_function):
+    """As transformers makes it of this one where positions start again within a row."""
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+    if remap is not None:
+        mask_function = remap(mask_function, _Anything("positions"))
+    same = masking_utils.packed_sequence_mask_function(_Anything("sequences"))
+    return masking_utils.and_masks(mask_function, same)

@@ -3,6 +3,7 @@
     enable, disable, enabled    cattn under torch.nn.functional.scaled_dot_product_attention, forward and backward
     stats                       the calls it took, and those that it left to PyTorch's own kernel, and why
     attention                   tensors with all options of cattn, and gradients
+    varlen_attention            the same of packed sequences
 
 Tensors are read and written where they lie, nothing is copied as a whole. Calls have as many threads as
 torch.get_num_threads() says.
@@ -32,10 +33,11 @@ import numpy as np
 from cattn import _kernels
 from cattn._attention import attend, scaled_dot_product_attention
 from cattn._checks import BF16, BOOL, F16, F32, F64, KINDS, cast
-from cattn._gradients import backward
+from cattn._gradients import backward, packed_backward
+from cattn._serving import attend_packed
 from cattn.integrations._library import library
 
-__all__ = ["attention", "disable", "enable", "enabled", "stats"]
+__all__ = ["attention", "disable", "enable", "enabled", "stats", "varlen_attention"]
 
 _OLDEST = (2, 11)
 _OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
@@ -173,10 +175,50 @@ def attention(
     """
     _need_torch()
     return _attention(
-        (query, key, value, attn_mask, alibi_slopes, sinks), return_weights, return_logsumexp,
+        _DENSE, (query, key, value, attn_mask, alibi_slopes, sinks), return_weights, return_logsumexp, num_threads,
         {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, "q_offset": q_offset,
-         "window": window, "softcap": softcap, "kv_lens": kv_lens, "kv_starts": kv_starts,
-         "num_threads": torch.get_num_threads() if num_threads is None else num_threads, "seed": seed})
+         "window": window, "softcap": softcap, "kv_lens": kv_lens, "kv_starts": kv_starts, "seed": seed})
+
+
+def varlen_attention(
+    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_kv: Any = None, *, is_causal: bool = False,
+    q_offset: Any = "end", scale: float | None = None, window: Any = None, softcap: float | None = 0.0,
+    alibi_slopes: Any = None, sinks: Any = None, dropout_p: float = 0.0, return_logsumexp: bool = False,
+    num_threads: int | None = None, seed: int | None = None,
+) -> Any:
+    """`cattn.varlen_attention` of tensors on the CPU, with gradients: sequences packed one after the other, no padding.
+
+    Parameters
+    ----------
+    query : tensor (total_q, num_heads, head_dim) of float32, float64, float16 or bfloat16
+    key : tensor (total_kv, num_kv_heads, head_dim)
+    value : tensor (total_kv, num_kv_heads, head_dim_v)
+    cu_seqlens_q, cu_seqlens_kv : int tensors (batch + 1,)
+        Where sequences begin, as there.
+    is_causal, q_offset, scale, window, softcap, dropout_p
+        As there.
+    alibi_slopes, sinks : tensors, optional
+        As there. Those that require grad have a gradient.
+    return_logsumexp : bool
+        Return a tuple, with these after the result. They have a gradient.
+    num_threads, seed
+        As in `attention`.
+
+    Returns
+    -------
+    out : tensor (total_q, num_heads, head_dim_v), dtype of the query
+    logsumexp : tensor (total_q, num_heads), dtype computed in; with return_logsumexp
+
+    Raises
+    ------
+    ValueError, TypeError, ImportError
+        As in `attention`.
+    """
+    _need_torch()
+    return _attention(
+        _PACKED, (query, key, value, None, alibi_slopes, sinks), False, return_logsumexp, num_threads,
+        {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv, "is_causal": is_causal, "q_offset": q_offset,
+         "scale": scale, "window": window, "softcap": softcap, "dropout_p": dropout_p, "seed": seed})
 
 
 def _need_torch():
@@ -212,8 +254,8 @@ def _outside_graphs(function):
                 return function(*args, **options)
             hidden = torch.compiler.disable(function)
             skip = getattr(torch._dynamo.decorators, "skip", None)
-            for ours in (call, attention) if skip else ():  # else they would be compiled, for shape after shape
-                skip(ours)
+            for ours in (call, attention, varlen_attention) if skip else ():
+                skip(ours)      # else they would be compiled, for shape after shape
         return hidden(*args, **options)
 
     return call
@@ -353,34 +395,26 @@ def _options(kind, query, key, is_causal, attn_mask, scale):
             "num_threads": torch.get_num_threads()}
 
 
-# The function with all options.
+# The functions with all options.
 
 _INPUTS = "query", "key", "value", "attn_mask", "alibi_slopes", "sinks"
 
 
 @_outside_graphs
-def _attention(inputs, return_weights, return_logsumexp, options):
+def _attention(doors, inputs, return_weights, return_logsumexp, num_threads, options):
     arrays = _check_inputs(inputs)
-    for name in "q_offset", "window", "kv_lens", "kv_starts":   # for the gradients, whatever becomes of the caller's
-        given = options[name]
+    for name, given in options.items():     # for the gradients, whatever becomes of the caller's
         options[name] = given.numpy(force=True).copy() if isinstance(given, torch.Tensor) else copy.copy(given)
     if options["seed"] is None and options["dropout_p"] != 0:
         options["seed"] = int(torch.randint(2**63 - 1, ()))
+    options["num_threads"] = torch.get_num_threads() if num_threads is None else num_threads
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    query, key, value, *_ = inputs
-    out = None  # else laid out as by PyTorch's own kernel, the heads of a row together: joining them copies nothing
-    if query.ndim == key.ndim == value.ndim == 4 and len(query) == len(key) == len(value):
-        shape = *query.shape[:3], value.shape[3]
-        out = _array(torch.empty_permuted(shape, (0, 2, 1, 3), dtype=query.dtype))
-    door = scaled_dot_product_attention
-    if any(x is not None and x.dtype is torch.bfloat16 for x in inputs[:4]):
-        door = functools.partial(attend, kinds=_KINDS)
     # Not in _Attention.forward: a warning names the line of the caller.
-    results = door(**arrays, **options, out=out, return_weights=return_weights,
-                   return_logsumexp=return_logsumexp or differentiated)
+    results = doors.forward(**arrays, **options, return_weights=return_weights,
+                            return_logsumexp=return_logsumexp or differentiated)
     results = [_tensor(x) for x in (results if isinstance(results, tuple) else (results,))]
     if differentiated:
-        results = _Attention.apply(*inputs, results, options)
+        results = _Attention.apply(*inputs, results, doors.backward, options)
     results = results[: 1 + bool(return_weights)] + results[len(results) - bool(return_logsumexp):]
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -429,16 +463,40 @@ def _cast(array, dtype):
     return _array(torch.from_numpy(array).to(torch.bfloat16))
 
 
+def _attend_dense(query, key, value, attn_mask, **options):
+    out = None  # else laid out as by PyTorch's own kernel, the heads of a row together: joining them copies nothing
+    if query.ndim == key.ndim == value.ndim == 4 and len(query) == len(key) == len(value):
+        shape = *query.shape[:3], value.shape[3]
+        out = torch.empty_permuted(shape, (0, 2, 1, 3), dtype=torch.from_numpy(query).dtype).numpy()
+    door = scaled_dot_product_attention
+    if any(x is not None and x.dtype == np.uint16 for x in (query, key, attn_mask)):
+        door = functools.partial(attend, kinds=_KINDS)
+    return door(query, key, value, attn_mask, out=out, **options)
+
+
+class _Doors(NamedTuple):
+    """To the kernels, of arrays; uint16 is what holds bfloat16."""
+
+    forward: Any
+    backward: Any
+
+
+_DENSE = _Doors(_attend_dense, functools.partial(backward, kinds=_KINDS, cast=_cast))
+_PACKED = _Doors(    # which have neither mask nor weights
+    lambda attn_mask, return_weights, **options: attend_packed(**options, kinds=_KINDS),
+    lambda attn_mask, **options: packed_backward(**options, kinds=_KINDS, cast=_cast))
+
+
 def _function(torch):
-    """The autograd function of `attention`."""
+    """The autograd function of `attention` and `varlen_attention`."""
 
     class Attention(torch.autograd.Function):
         """Makes tensors that have been computed the results of these inputs."""
 
         @staticmethod
-        def forward(ctx, query, key, value, attn_mask, alibi_slopes, sinks, results, options):
+        def forward(ctx, query, key, value, attn_mask, alibi_slopes, sinks, results, door, options):
             ctx.save_for_backward(query, key, value, attn_mask, alibi_slopes, sinks, results[0], results[-1])
-            ctx.options = options
+            ctx.door, ctx.options = door, options
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*results[1:-1])
             return tuple(results)
@@ -446,19 +504,20 @@ def _function(torch):
         @staticmethod
         def backward(ctx, grad_out, *others):
             wanted = [name for name, needed in zip(_INPUTS, ctx.needs_input_grad, strict=False) if needed]
-            return *AttentionBackward.apply(grad_out, others[-1], *ctx.saved_tensors, wanted, ctx.options), None, None
+            gradients = AttentionBackward.apply(
+                grad_out, others[-1], *ctx.saved_tensors, wanted, ctx.door, ctx.options)
+            return *gradients, None, None, None
 
     class AttentionBackward(torch.autograd.Function):
         """The gradients, which have none: an error says so where PyTorch asks for them."""
 
         @staticmethod
         def forward(ctx, grad_out, grad_logsumexp, *saved):
-            *inputs, out, logsumexp, wanted, options = saved
+            *inputs, out, logsumexp, wanted, door, options = saved
             grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-            gradients = backward(
-                _array(grad_out), **_arrays(inputs), out=_array(out), logsumexp=_array(logsumexp),
-                grad_logsumexp=None if grad_logsumexp is None else _array(grad_logsumexp), wanted=wanted, kinds=_KINDS,
-                cast=_cast, **options)
+            gradients = door(
+                grad_out=_array(grad_out), **_arrays(inputs), out=_array(out), logsumexp=_array(logsumexp),
+                grad_logsumexp=None if grad_logsumexp is None else _array(grad_logsumexp), wanted=wanted, **options)
             return tuple(None if gradient is None else _tensor(gradient).to(x.dtype)
                          for x, gradient in zip(inputs, gradients, strict=True))
 
