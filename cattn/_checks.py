@@ -1129,11 +1129,6 @@ def check_layer_mask(layer, attn_mask, query, key):
     return attn_mask[:, None] if attn_mask.ndim == 3 else attn_mask
 
 
-def check_grad_out(grad_out, shape, dtype, dtype_text):
-    """A view of the gradient of what a layer returned, of this shape and dtype."""
-    return check_form("grad_out", grad_out, shape, dtype, "dtype of the layer", dtype_text)
-
-
 def raise_layer_dtype(name, array, given, dtype, dtype_text, dim):
     """The TypeError of an input that has not the layer's dtype; `dim` is the length that its last axis should have."""
     cure = ""

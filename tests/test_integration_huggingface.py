@@ -330,10 +330,10 @@ def test_positions_that_start_again(seen):
 
 def flattened(sentences, name, *, lengths):
     """The arguments of a call, by transformers' own collator."""
-    collate = transformers.DataCollatorWithFlattening(
-        return_flash_attn_kwargs=lengths, position_ids_start=1 if name == "roberta" else 0)
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=lengths)
     inputs = dict(collate([{"input_ids": sentence} for sentence in sentences]))
     del inputs["labels"]
+    inputs["position_ids"] += name == "roberta"     # whose first position is behind that of padding, here 0
     # Beside a cache transformers does not look whether positions start again.
     return inputs if lengths else inputs | {"use_cache": False}
 
@@ -350,7 +350,7 @@ def test_packed_sequences(name, lengths, seen):
     decoders know it, encoders by lengths."""
     model = model_of(name)
     inputs = flattened(SENTENCES, name, lengths=lengths)
-    alone, alone_grads = [], []
+    alone = []
     model.set_attn_implementation("eager")
     for sentence in SENTENCES:
         alone.append(model(torch.tensor([sentence])).logits[0])
@@ -374,7 +374,6 @@ def test_packed_bits_are_each_sentences_own():
     model.set_attn_implementation("cattn")
     query, key, value = torch.randn(3, 1, 4, 13, 8)
     lengths = torch.tensor([0, 5, 6, 13])
-    model.bert.encoder.layer[0].attention.self.is_causal = False
     out, _ = integration._attention(model.bert.encoder.layer[0].attention.self, query, key, value, None,
                                     cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
     for start, stop in ((0, 5), (5, 6), (6, 13)):
@@ -399,15 +398,40 @@ def test_weights_of_packed_sequences(seen):
     assert not seen.packed
 
 
-@pytest.mark.parametrize(("name", "change"), [
-    ("bert", {"output_attentions": True}), ("bert", {"attention_mask": torch.tensor([[0] * 3 + [1] * 10])}),
-    ("bert", {"input_ids": torch.full((2, 13), 5), "position_ids": torch.arange(13).expand(2, 13)}),
+@pytest.mark.parametrize(("name", "change", "got"), [
+    ("bert", {"output_attentions": True}, "got output_attentions; without"),
+    ("bert", {"attention_mask": torch.tensor([[0] * 3 + [1] * 10])}, "got a mask; without"),
+    ("bert", {"attention_mask": torch.tensor([[1] * 3 + [0] + [1] * 9])}, "got a mask; without"),
+    ("llama", {"attention_mask": torch.ones((1, 1, 13, 13), dtype=torch.bool)}, "got a mask; without"),
+    ("llama4", {}, "got a mask; without"),      # of chunks
+    ("bert", {"input_ids": torch.full((2, 13), 5), "position_ids": torch.arange(13).expand(2, 13)},
+     "got a batch of 2; without"),
+    ("bert", {"cu_seq_lens_k": None}, "got lengths of queries or of keys alone; without"),
+    ("bert", {"cu_seq_lens_q": torch.tensor([0, 5, 12])}, "cu_seq_lens_q: expected an end of 13, got 12; it is for"),
+    ("bert", {"cu_seq_lens_k": torch.tensor([0, 5, 6, 12])}, "cu_seq_lens_k: expected an end of 13, got 12; it is for"),
 ])
-def test_errors_of_packed_sequences(name, change):
+def test_errors_of_packed_sequences(name, change, got):
     model = model_of(name)
     model.set_attn_implementation("cattn")
-    with pytest.raises(ValueError, match='"cattn": cu_seq_lens_q is for sequences one after the other in a batch of 1'):
+    with pytest.raises(ValueError, match=f'^attn_implementation="cattn": .*{got}'):
         model(**flattened(SENTENCES, name, lengths=True) | change)
+
+
+def test_lengths_beside_positions(seen):
+    """Where positions say it, lengths say it again, also where it is a mask that is asked for, because of weights."""
+    model = model_of("llama")
+    inputs = flattened(SENTENCES, "llama", lengths=True) | {"use_cache": False}
+    assert_same(*both(model, **inputs))
+    assert len(seen.packed) == 2
+    assert_same(*both(model, **inputs, output_attentions=True))
+    assert len(seen.packed) == 2
+
+
+def test_lengths_in_generation():
+    model = model_of("llama")
+    model.set_attn_implementation("cattn")
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected an end of 1, got 13; it is for one call"):
+        model.generate(**flattened(SENTENCES, "llama", lengths=True), max_new_tokens=3, min_new_tokens=3)
 
 
 def test_decoders_that_see_both_ways(seen):

@@ -74,6 +74,15 @@ def test_memory(torch_models, monkeypatch):
     assert 29e6 < worker_of(torch_models, "sdpa").memory("small") < 40e6
 
 
+@pytest.mark.parametrize("results", [([1.0], [np.nan]), ([np.nan], [1.0])])
+def test_not_a_number_is_no_result(torch_models, monkeypatch, tmp_path, results):
+    answers = [torch_models.torch.tensor(result) for result in results]
+    monkeypatch.setattr(torch_models, "MODELS", [Model("small", "", "stand_in", ())])
+    monkeypatch.setattr(torch_models, "stand_in", lambda implementation: (None, lambda: answers), raising=False)
+    np.savez(tmp_path / "expected.npz", np.ones(1), np.ones(1))
+    assert np.isnan(worker_of(torch_models, "sdpa").load("small", tmp_path / "expected.npz"))
+
+
 def result(median):
     return {"result": {"best": median / 2, "median": median, "calls": 3}}
 
@@ -124,6 +133,18 @@ def test_what_is_wrong_is_told(fakes, capsys, answer, word):
     status, [row], err = table_of(capsys)
     assert (status, row[6], row[10]) == (1, word, "")
     assert f"bert-8x128, enable: {word}: " in err
+
+
+def test_without_eager_others_are_held_against_what_it_may_have(fakes, capsys):
+    fakes["eager"].answers["load"] = runner.PeerError("status -11")
+    status, [row], _ = table_of(capsys)
+    assert (status, row[3:7]) == (1, ["FAILED", "100.0", "2.00x", "1.00x"])
+
+
+def test_memory_that_is_not_seen_is_left_out(fakes, capsys):
+    fakes["sdpa"].answers["memory"] = runner.PeerError("status -9")
+    status, [row], _ = table_of(capsys)
+    assert (status, row[7:]) == (0, ["50", "", "10", "20"])
 
 
 def test_without_sdpa_times_are_times(fakes, capsys):

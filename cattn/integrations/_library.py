@@ -12,9 +12,10 @@ def library(name, oldest, extra):
     except ImportError as error:
         got, cause = str(error), error
     else:
-        version = re.match(r"(\d+)\.(\d+)", module.__version__)
+        found = getattr(module, "__version__", "0.0, a folder of this name")
+        version = re.match(r"(\d+)\.(\d+)", found)
         if version is None or tuple(map(int, version.groups())) >= oldest:
             return module
-        got, cause = f"this is {module.__version__}", None
+        got, cause = f"this is {found}", None
     raise ImportError(f"cattn.integrations.{extra}: needs {name} {'.'.join(map(str, oldest))} or newer ({got}): "
                       f'`pip install "cattn[{extra}]"`') from cause

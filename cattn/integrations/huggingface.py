@@ -93,10 +93,11 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (x if x.dtype is torch.float64 else x.to(dtype) for x in (query, key, value))
     weights_wanted = output_attentions or _collects_attentions()
+    may_be_packed = not weights_wanted and position_bias is None
     visible, bias, limits = None, None, {}
     if isinstance(attention_mask, _Mask):
         visible, bias, limits = attention_mask.meaning(
-            (max(len(query), len(key)), 1, query.shape[2], key.shape[2]), may_be_packed=not weights_wanted)
+            (max(len(query), len(key)), 1, query.shape[2], key.shape[2]), may_be_packed)
     elif attention_mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
@@ -109,10 +110,23 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         bias = position_bias if bias is None else position_bias + bias
 
     options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
-    if cu_seq_lens_q is not None and visible is None and bias is None and "cu_seqlens" not in limits:
-        if len(query) != 1 or weights_wanted or limits.keys() & {"kv_lens", "kv_starts"}:
-            raise ValueError(f'attn_implementation="{_NAME}": cu_seq_lens_q is for sequences one after the other in a '
-                             f'batch of 1, without attention_mask and output_attentions')
+    if not (cu_seq_lens_q is cu_seq_lens_k is None or (isinstance(attention_mask, _Mask) and attention_mask.is_packed)):
+        got = {
+            "lengths of queries or of keys alone": cu_seq_lens_q is None or cu_seq_lens_k is None,
+            f"a batch of {len(query)}": len(query) != 1,
+            "output_attentions": weights_wanted,
+            "biases of positions": position_bias is not None,
+            "a mask": not limits or visible is not None or not limits.keys().isdisjoint(("kv_lens", "kv_starts")),
+        }
+        if any(got.values()):
+            raise ValueError(
+                f'attn_implementation="{_NAME}": cu_seq_lens_q and cu_seq_lens_k: expected sequences one after the '
+                f'other in a batch of 1, and nothing else, got {next(x for x in got if got[x])}; without them, and '
+                f'with use_cache=False, decoders know it where position_ids start again')
+        for name, lengths, x in (("cu_seq_lens_q", cu_seq_lens_q, query), ("cu_seq_lens_k", cu_seq_lens_k, key)):
+            if lengths[-1] != x.shape[2]:
+                raise ValueError(f'attn_implementation="{_NAME}": {name}: expected an end of {x.shape[2]}, got '
+                                 f'{int(lengths[-1])}; it is for one call, without a cache before it')
         limits = limits | {"cu_seqlens": (cu_seq_lens_q, cu_seq_lens_k)}
     if "cu_seqlens" in limits:
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -177,7 +191,8 @@ def _mask_class():
         something asks for them: any function of tensors gets them in its place. From then on they are what counts, as
         they may have been changed.
 
-        Before, it means the same as `options` of cattn, and `visible` as a mask of booleans, which may be None.
+        Before, it means the same as `options` of cattn, and `visible` as a mask of booleans, which may be None; with
+        cu_seqlens, as those of varlen_attention. is_packed: positions that start again are in it.
         """
 
         __torch_function__ = torch._C._disabled_torch_function_impl
@@ -186,15 +201,15 @@ def _mask_class():
         def __new__(cls, shape, dtype, device, **_):
             return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-        def __init__(self, shape, dtype, device, *, everything, visible, options):
+        def __init__(self, shape, dtype, device, *, everything, visible, options, is_packed):
             self._everything, self._visible, self._options, self._numbers = everything, visible, options, None
+            self.is_packed = is_packed
 
         def meaning(self, shape, may_be_packed):
-            """(visible, numbers, options), for attention of this shape; with cu_seqlens where sequences are packed."""
-            if self._numbers is not None or self.shape != shape:
+            """(visible, numbers, options), for attention of this shape."""
+            if self._numbers is not None or self.shape != shape or (
+                    "cu_seqlens" in self._options and not may_be_packed):
                 return None, self._as_numbers(), {}
-            if "cu_seqlens" in self._options and not may_be_packed:
-                return self._everything(), None, {}
             return self._visible, None, self._options
 
         def _as_numbers(self):
@@ -232,8 +247,11 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_functio
 
     options, visible = _options_of(mask_function), None
     padded = attention_mask is not None
-    if options is not None and "cu_seqlens" in options and (batch_size != 1 or q_length != kv_length or padded):
-        options = None
+    is_packed = options is not None and "sequences" in options
+    if is_packed:
+        cu_seqlens = _cu_seqlens(options.pop("sequences"), q_length, kv_length)
+        usable = cu_seqlens is not None and q_offset == kv_offset and not padded
+        options = options | {"cu_seqlens": (cu_seqlens, None)} if usable else None
     if options is None or (padded and (attention_mask.dtype is not torch.bool or attention_mask.ndim != 2
                                        or len(attention_mask) != batch_size or not attention_mask.is_cpu)):
         visible, options = everything(), {}
@@ -245,7 +263,15 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_functio
             return None
         options = options | {"q_offset": int(q_offset) - int(kv_offset)}
     return _Mask((batch_size, 1, q_length, kv_length), dtype, device, everything=everything, visible=visible,
-                 options=options)
+                 options=options, is_packed=is_packed)
+
+
+def _cu_seqlens(sequences, q_length, kv_length):
+    """Where sequences begin and end, of one row of their numbers; None if they are not one after the other there."""
+    if sequences.shape != (1, q_length) or q_length != kv_length or not sequences.is_cpu:
+        return None
+    steps = np.diff(sequences[0].numpy())
+    return None if (steps < 0).any() else np.array([0, *np.flatnonzero(steps) + 1, q_length])
 
 
 def _lengths(is_key, kv_length):
@@ -269,16 +295,14 @@ def _lengths(is_key, kv_length):
 
 
 def _options_of(mask_function):
-    """What it says, in options of cattn; None where it is none that is known. Of packed sequences, `cu_seqlens` are
-    theirs of the first batch row."""
+    """What it says, in options of cattn; None where it is none that is known. With `sequences` where they are packed:
+    which one each token (batch, length) is of."""
     for pattern, options in _patterns:
         found = _found(mask_function, pattern)
         if found is not None:
             options = options(found.get("width", 0))
             if options is not None and "sequences" in found:
-                sequences = found["sequences"][0].numpy()
-                changes = np.flatnonzero(np.diff(sequences)) + 1
-                options = options | {"cu_seqlens": (np.array([0, *changes, len(sequences)]), None)}
+                options["sequences"] = found["sequences"]
             return options
     return None
 
@@ -305,8 +329,8 @@ def _found(given, pattern):
 
 
 def _known_patterns():
-    """[(mask function, options of cattn as a function of its width)], those that mean the same in this transformers: a
-    small mask is compared. And the same of packed sequences."""
+    """[(mask function, options of cattn as a function of its width)], those that mean the same in this transformers:
+    small masks are compared. Each as it is, and for packed sequences."""
     candidates = [
         (lambda width: masking_utils.causal_mask_function, lambda width: {"is_causal": True}),
         (lambda width: masking_utils.bidirectional_mask_function, lambda width: {}),
@@ -315,22 +339,31 @@ def _known_patterns():
         (masking_utils.sliding_window_bidirectional_mask_function,
          lambda width: {"window": (width, width)} if width > 0 else None),
     ]
+
+    def theirs(mask_function, rows, keys, offset):
+        mask = masking_utils.sdpa_mask(batch_size=1, q_length=rows, kv_length=keys, q_offset=offset,
+                                       mask_function=mask_function, allow_is_causal_skip=False)
+        return mask[0, 0].numpy()
+
+    def ours(options, rows, keys, offset):
+        arrays = np.zeros((rows, 1)), np.zeros((keys, 1)), np.zeros((keys, 1))
+        return cattn.scaled_dot_product_attention(*arrays, q_offset=offset, return_weights=True, **options)[1] > 0
+
     found = []
     for make, options in candidates:
-        mask = masking_utils.sdpa_mask(batch_size=1, q_length=3, kv_length=8, q_offset=4, mask_function=make(2),
-                                       allow_is_causal_skip=False)
-        _, weights = cattn.scaled_dot_product_attention(
-            np.zeros((3, 1)), np.zeros((8, 1)), np.zeros((8, 1)), q_offset=4, return_weights=True, **options(2))
-        if np.array_equal(mask[0, 0].numpy(), weights > 0):
-            pattern = make(_Anything("width"))
-            found += [(pattern, options), (_packed(pattern), options)]
+        if np.array_equal(theirs(make(2), 3, 8, 4), ours(options(2), 3, 8, 4)):
+            found.append((make(_Anything("width")), options))
+        two = np.zeros((7, 7), bool)
+        two[:4, :4], two[4:, 4:] = (ours(options(2), n, n, 0) for n in (4, 3))
+        packed = _packed(make(2), torch.tensor([[0] * 4 + [1] * 3]), torch.tensor([[0, 1, 2, 3, 0, 1, 2]]))
+        if np.array_equal(theirs(packed, 7, 7, 0), two):
+            found.append((_packed(make(_Anything("width")), _Anything("sequences"), _Anything("positions")), options))
     return found
 
 
-def _packed(mask_function):
-    """As transformers makes it of this one where positions start again within a row."""
+def _packed(mask_function, sequences, positions):
+    """What transformers makes of it where positions start again within a row."""
     remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
     if remap is not None:
-        mask_function = remap(mask_function, _Anything("positions"))
-    same = masking_utils.packed_sequence_mask_function(_Anything("sequences"))
-    return masking_utils.and_masks(mask_function, same)
+        mask_function = remap(mask_function, positions)
+    return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(sequences))

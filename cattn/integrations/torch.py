@@ -72,7 +72,7 @@ def enable() -> None:
         if _library is not None:
             return
         names = _OPERATOR, f"{_OPERATOR}_backward"
-        _own = _Kernels(*(torch.library.get_kernel(f"aten::{name}", "CPU") for name in names))
+        _own = _Both(*(torch.library.get_kernel(f"aten::{name}", "CPU") for name in names))
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():     # of what is meant: that it replaces a kernel
             warnings.filterwarnings("ignore", "Warning only once for all operators")
@@ -264,7 +264,7 @@ def _outside_graphs(function):
 # Under scaled_dot_product_attention.
 
 
-class _Kernels(NamedTuple):
+class _Both(NamedTuple):
     forward: Any
     backward: Any
 
@@ -398,12 +398,14 @@ def _options(kind, query, key, is_causal, attn_mask, scale):
 # The functions with all options.
 
 _INPUTS = "query", "key", "value", "attn_mask", "alibi_slopes", "sinks"
+_ARRAYS = {"q_offset", "window", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_kv"}
 
 
 @_outside_graphs
 def _attention(doors, inputs, return_weights, return_logsumexp, num_threads, options):
     arrays = _check_inputs(inputs)
-    for name, given in options.items():     # for the gradients, whatever becomes of the caller's
+    for name in _ARRAYS & options.keys():   # for the gradients, whatever becomes of the caller's
+        given = options[name]
         options[name] = given.numpy(force=True).copy() if isinstance(given, torch.Tensor) else copy.copy(given)
     if options["seed"] is None and options["dropout_p"] != 0:
         options["seed"] = int(torch.randint(2**63 - 1, ()))
@@ -474,15 +476,9 @@ def _attend_dense(query, key, value, attn_mask, **options):
     return door(query, key, value, attn_mask, out=out, **options)
 
 
-class _Doors(NamedTuple):
-    """To the kernels, of arrays; uint16 is what holds bfloat16."""
-
-    forward: Any
-    backward: Any
-
-
-_DENSE = _Doors(_attend_dense, functools.partial(backward, kinds=_KINDS, cast=_cast))
-_PACKED = _Doors(    # which have neither mask nor weights
+# The doors, where uint16 is what holds bfloat16.
+_DENSE = _Both(_attend_dense, functools.partial(backward, kinds=_KINDS, cast=_cast))
+_PACKED = _Both(    # which have neither mask nor weights
     lambda attn_mask, return_weights, **options: attend_packed(**options, kinds=_KINDS),
     lambda attn_mask, **options: packed_backward(**options, kinds=_KINDS, cast=_cast))
 

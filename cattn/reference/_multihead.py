@@ -17,7 +17,7 @@ from cattn._checks import (
     check_bool,
     check_dropout,
     check_dtype,
-    check_grad_out,
+    check_form,
     check_int,
     check_key_mask,
     check_layer_inputs,
@@ -242,7 +242,7 @@ class MultiHeadAttention:
         shape = out.shape
 
         def pullback(grad_out: ArrayLike) -> LayerGradients:
-            grad_out = check_grad_out(grad_out, shape, self.dtype, "layer.dtype")
+            grad_out = check_form("grad_out", grad_out, shape, self.dtype, "dtype of the layer", "layer.dtype")
             grad_heads, *of_out_proj = self._linear_backward(
                 grad_out if batched else grad_out[None], heads, own["out_proj_weight"], num_threads,
                 own["out_proj_bias"] is not None)

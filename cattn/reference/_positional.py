@@ -13,7 +13,7 @@ from cattn._checks import (
     check_bool,
     check_dropout,
     check_dtype,
-    check_grad_out,
+    check_form,
     check_int,
     check_rows,
     check_seed,
@@ -208,7 +208,7 @@ class PositionalEncoding:
 
         @np.errstate(all="ignore")
         def pullback(grad_out: ArrayLike) -> np.ndarray:
-            grad_out = check_grad_out(grad_out, shape, dtype, "layer.P.dtype")
+            grad_out = check_form("grad_out", grad_out, shape, dtype, "dtype of the layer", "layer.P.dtype")
             grad_x = np.empty(shape, dtype)
             for piece in pieces(shape):
                 grad_x[piece] = dropout.applied(grad_out[piece], piece)
