@@ -399,16 +399,22 @@ def test_weights_of_packed_sequences(seen):
 
 
 @pytest.mark.parametrize(("name", "change", "got"), [
-    ("bert", {"output_attentions": True}, "got output_attentions; without"),
-    ("bert", {"attention_mask": torch.tensor([[0] * 3 + [1] * 10])}, "got a mask; without"),
-    ("bert", {"attention_mask": torch.tensor([[1] * 3 + [0] + [1] * 9])}, "got a mask; without"),
-    ("llama", {"attention_mask": torch.ones((1, 1, 13, 13), dtype=torch.bool)}, "got a mask; without"),
-    ("llama4", {}, "got a mask; without"),      # of chunks
+    ("bert", {"output_attentions": True}, "got output_attentions$"),
+    ("bert", {"attention_mask": torch.tensor([[0] * 3 + [1] * 10])}, "got a mask$"),
+    ("bert", {"attention_mask": torch.tensor([[1] * 3 + [0] + [1] * 9])}, "got a mask$"),
+    ("llama", {"attention_mask": torch.ones((1, 1, 13, 13), dtype=torch.bool)}, "got a mask$"),
+    ("llama4", {}, "got a mask$"),      # of chunks
     ("bert", {"input_ids": torch.full((2, 13), 5), "position_ids": torch.arange(13).expand(2, 13)},
-     "got a batch of 2; without"),
-    ("bert", {"cu_seq_lens_k": None}, "got lengths of queries or of keys alone; without"),
-    ("bert", {"cu_seq_lens_q": torch.tensor([0, 5, 12])}, "cu_seq_lens_q: expected an end of 13, got 12; it is for"),
-    ("bert", {"cu_seq_lens_k": torch.tensor([0, 5, 6, 12])}, "cu_seq_lens_k: expected an end of 13, got 12; it is for"),
+     "got a batch of 2$"),
+    ("bert", {"cu_seq_lens_k": None}, "got lengths of queries or of keys alone$"),
+    ("bert", {"cu_seq_lens_q": torch.tensor([0, 5, 12])}, "_q: expected an end of 13, the number of rows, got 12; "),
+    ("bert", {"cu_seq_lens_k": torch.tensor([0, 5, 6, 12])}, "cu_seq_lens_k: expected an end of 13, the number of"),
+    ("bert", {"cu_seq_lens_k": torch.tensor([0, 2, 6, 13])},
+     r"cu_seq_lens_k: expected \[0, 5, 6, 13\], as cu_seq_lens_q, got \[0, 2, 6, 13\]$"),
+    ("llama", {"use_cache": False, "cu_seq_lens_q": [0, 5, 13], "cu_seq_lens_k": [0, 5, 13]},
+     r"cu_seq_lens_q: expected \[0, 5, 6, 13\], where position_ids start again, got \[0, 5, 13\]$"),
+    ("llama", {"use_cache": False, "cu_seq_lens_k": None}, "got lengths of queries or of keys alone$"),
+    ("bert", {"cu_seq_lens_q": []}, "cu_seq_lens_q: expected one number or more, got none; they are"),
 ])
 def test_errors_of_packed_sequences(name, change, got):
     model = model_of(name)
@@ -427,10 +433,18 @@ def test_lengths_beside_positions(seen):
     assert len(seen.packed) == 2
 
 
+def test_lengths_and_a_static_cache():
+    model = model_of("llama")
+    model.set_attn_implementation("cattn")
+    cache = transformers.StaticCache(model.config, max_cache_len=16)
+    with pytest.raises(ValueError, match=r"got keys behind the last query, as in a static cache$"):
+        model(torch.tensor([SENTENCES[0]]), past_key_values=cache, cu_seq_lens_q=[0, 5], cu_seq_lens_k=[0, 16])
+
+
 def test_lengths_in_generation():
     model = model_of("llama")
     model.set_attn_implementation("cattn")
-    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected an end of 1, got 13; it is for one call"):
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected an end of 1, the number of rows, got 13; they are"):
         model.generate(**flattened(SENTENCES, "llama", lengths=True), max_new_tokens=3, min_new_tokens=3)
 
 

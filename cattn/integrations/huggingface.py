@@ -20,6 +20,7 @@ import types
 import numpy as np
 
 import cattn
+from cattn._checks import check_cu_seqlens
 from cattn.integrations._library import library
 from cattn.integrations.torch import _need_torch, attention, varlen_attention
 
@@ -110,24 +111,19 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         bias = position_bias if bias is None else position_bias + bias
 
     options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
-    if not (cu_seq_lens_q is cu_seq_lens_k is None or (isinstance(attention_mask, _Mask) and attention_mask.is_packed)):
-        got = {
-            "lengths of queries or of keys alone": cu_seq_lens_q is None or cu_seq_lens_k is None,
-            f"a batch of {len(query)}": len(query) != 1,
-            "output_attentions": weights_wanted,
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        starts = attention_mask.starts if isinstance(attention_mask, _Mask) else None
+        cu_seqlens = _check_lengths(cu_seq_lens_q, cu_seq_lens_k, query, key, starts, {
             "biases of positions": position_bias is not None,
-            "a mask": not limits or visible is not None or not limits.keys().isdisjoint(("kv_lens", "kv_starts")),
-        }
-        if any(got.values()):
-            raise ValueError(
-                f'attn_implementation="{_NAME}": cu_seq_lens_q and cu_seq_lens_k: expected sequences one after the '
-                f'other in a batch of 1, and nothing else, got {next(x for x in got if got[x])}; without them, and '
-                f'with use_cache=False, decoders know it where position_ids start again')
-        for name, lengths, x in (("cu_seq_lens_q", cu_seq_lens_q, query), ("cu_seq_lens_k", cu_seq_lens_k, key)):
-            if lengths[-1] != x.shape[2]:
-                raise ValueError(f'attn_implementation="{_NAME}": {name}: expected an end of {x.shape[2]}, got '
-                                 f'{int(lengths[-1])}; it is for one call, without a cache before it')
-        limits = limits | {"cu_seqlens": (cu_seq_lens_q, cu_seq_lens_k)}
+            "output_attentions": weights_wanted and starts is None,
+            "a mask": (not limits and starts is None) or visible is not None or "kv_lens" in limits
+            or "kv_starts" in limits,
+            "keys behind the last query, as in a static cache":
+                ("window" in limits or limits.get("is_causal", False))
+                and limits["q_offset"] != key.shape[2] - query.shape[2],
+        })
+        if limits:
+            limits = limits | {"cu_seqlens": cu_seqlens}
     if "cu_seqlens" in limits:
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         limits_of_each = {name: limits[name] for name in ("is_causal", "window") if name in limits}
@@ -141,6 +137,30 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
     else:
         out, weights = attention(query, key, value, _joined(visible, bias), **limits, **options, return_weights=True)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _check_lengths(cu_seq_lens_q, cu_seq_lens_k, query, key, starts, others):
+    """Both, of sequences in the only row of a batch. `starts`: where positions start again, if transformers has seen
+    it; `others`: {what cannot be beside lengths: whether it is}."""
+    others = {"lengths of queries or of keys alone": cu_seq_lens_q is None or cu_seq_lens_k is None,
+              f"a batch of {max(len(query), len(key))}": len(query) != 1 or len(key) != 1, **others}
+    if any(others.values()):
+        raise ValueError(
+            f'attn_implementation="{_NAME}": cu_seq_lens_q and cu_seq_lens_k: expected sequences one after the other '
+            f'in a batch of 1, and nothing else, got {next(name for name, given in others.items() if given)}')
+    found = []
+    for name, lengths, x in (("cu_seq_lens_q", cu_seq_lens_q, query), ("cu_seq_lens_k", cu_seq_lens_k, key)):
+        try:
+            found.append(check_cu_seqlens(name, lengths, x.shape[2]))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f'attn_implementation="{_NAME}": {error}; they are of the tokens of one call') from None
+    if query.shape[2] == key.shape[2] and not np.array_equal(*found):
+        raise ValueError(f'attn_implementation="{_NAME}": cu_seq_lens_k: expected {found[0].tolist()}, as '
+                         f'cu_seq_lens_q, got {found[1].tolist()}')
+    if starts is not None and not np.array_equal(starts, found[0]):
+        raise ValueError(f'attn_implementation="{_NAME}": cu_seq_lens_q: expected {starts.tolist()}, where '
+                         f'position_ids start again, got {found[0].tolist()}')
+    return found
 
 
 def _refuse_graphs():
@@ -192,7 +212,7 @@ def _mask_class():
         they may have been changed.
 
         Before, it means the same as `options` of cattn, and `visible` as a mask of booleans, which may be None; with
-        cu_seqlens, as those of varlen_attention. is_packed: positions that start again are in it.
+        cu_seqlens, as those of varlen_attention. `starts` are these, or None.
         """
 
         __torch_function__ = torch._C._disabled_torch_function_impl
@@ -201,9 +221,9 @@ def _mask_class():
         def __new__(cls, shape, dtype, device, **_):
             return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-        def __init__(self, shape, dtype, device, *, everything, visible, options, is_packed):
+        def __init__(self, shape, dtype, device, *, everything, visible, options):
             self._everything, self._visible, self._options, self._numbers = everything, visible, options, None
-            self.is_packed = is_packed
+            self.starts = options["cu_seqlens"][0] if "cu_seqlens" in options else None
 
         def meaning(self, shape, may_be_packed):
             """(visible, numbers, options), for attention of this shape."""
@@ -247,8 +267,7 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_functio
 
     options, visible = _options_of(mask_function), None
     padded = attention_mask is not None
-    is_packed = options is not None and "sequences" in options
-    if is_packed:
+    if options is not None and "sequences" in options:
         cu_seqlens = _cu_seqlens(options.pop("sequences"), q_length, kv_length)
         usable = cu_seqlens is not None and q_offset == kv_offset and not padded
         options = options | {"cu_seqlens": (cu_seqlens, None)} if usable else None
@@ -263,7 +282,7 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_functio
             return None
         options = options | {"q_offset": int(q_offset) - int(kv_offset)}
     return _Mask((batch_size, 1, q_length, kv_length), dtype, device, everything=everything, visible=visible,
-                 options=options, is_packed=is_packed)
+                 options=options)
 
 
 def _cu_seqlens(sequences, q_length, kv_length):
