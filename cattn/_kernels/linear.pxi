@@ -406,43 +406,81 @@ cdef inline const char* next_weights(const Linear* l, Py_ssize_t feature, Py_ssi
     return row_of(&l.weight, 0, 0, feature) + first * l.weight.stride[3]
 
 
-cdef void multiply_in_place(const Linear* l, const LinearWorkspace* b, Py_ssize_t rows, Py_ssize_t feature,
-                            Py_ssize_t n) noexcept nogil:
-    """b.tile (IN/OUT): n features. All dimensions of a panel after the other, so that its sums stay in L1: block of W
-    after block of W takes 6 % longer for a batch (width 768, Intel). With the first panel, memory is asked for the next
-    dimensions of W, or for the first of the next FEATURES."""
-    cdef Py_ssize_t vectors = ceil_div(rows, LANES), first, width, dims
+cdef void begin_panel(const Linear* l, real* tile, Py_ssize_t width, const real* bias, Py_ssize_t n) noexcept nogil:
+    """tile[n][width] (OUT) = bias, where the dimensions of W are the first ones."""
+    cdef Py_ssize_t o, r
+    for o in range(n if l.starts else 0):
+        for r in range(width // LANES):
+            vstore(tile + o * width + r * LANES, vset1(bias[o]))
+
+
+cdef void store_panel(const Linear* l, const LinearWorkspace* b, real* tile, Py_ssize_t width, Py_ssize_t first_row,
+                      Py_ssize_t rows, Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
+    """out[first_row : + rows][feature : + n] (OUT) = tile[n][width], where the dimensions of W are the last ones."""
+    cdef Py_ssize_t r
+    if not l.ends:
+        return
+    if rows_are_even(l, &l.out, first_row, rows):
+        transpose(<real*> row_number(l, &l.out, first_row) + feature, l.out.stride[2] // <Py_ssize_t> sizeof(real),
+                  tile, width, n, rows)
+        return
+    transpose(b.rows, FEATURES, tile, width, n, rows)
+    for r in range(rows):
+        store_row(row_number(l, &l.out, first_row + r) + feature * l.out.stride[3], l.out.stride[3],
+                  b.rows + r * FEATURES, n, l.out.kind)
+
+
+cdef void multiply_in_place(const Linear* l, const LinearWorkspace* b, Py_ssize_t first_row, Py_ssize_t rows,
+                            Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
+    """out[first_row : + rows] (OUT): n features. All dimensions of a panel after the other, so that its sums stay in
+    L1: block of W after block of W takes 6 % longer for a batch (width 768, Intel). With the first panel, memory is
+    asked for the next dimensions of W, or for the first of the next FEATURES."""
+    cdef Py_ssize_t first, width, dims
     cdef Py_ssize_t w_stride = l.weight.stride[2] // <Py_ssize_t> sizeof(real)
     cdef const char* soon
     cdef const real* w = <const real*> row_of(&l.weight, 0, 0, feature)
     cdef const real* x = l.packed
+    cdef real bias[FEATURES]
     cdef real* tile = b.tile
     cdef int panel
-    while vectors > 0:
-        panel = panel_vectors(PANEL_VECTORS, vectors)
+    load_linear_bias(l, bias, feature, n)
+    while rows > 0:
+        panel = panel_vectors(PANEL_VECTORS, ceil_div(rows, LANES))
         width = panel * LANES
+        begin_panel(l, tile, width, bias, n)
         first = 0
         while first < l.in_features:
             if stopped_by_signal(l.call):
                 return
             dims = min(l.in_features - first, <Py_ssize_t> BLOCK_DIMS)
-            soon = next_weights(l, feature, first) if tile == b.tile else NULL
+            soon = next_weights(l, feature, first) if x == l.packed else NULL
             multiply_panel(panel, tile, x + first * width, w + first, w_stride, 1, dims, n, soon, l.weight.stride[2])
             first += BLOCK_DIMS
-        tile += FEATURES * width
+        store_panel(l, b, tile, width, first_row, min(width, rows), feature, n)
+        if l.sums != NULL:
+            tile += FEATURES * width
         x += width * l.in_features
-        vectors -= panel
+        first_row += width
+        rows -= width
 
 
-cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t rows, Py_ssize_t feature,
-                          Py_ssize_t n) noexcept nogil:
+cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t first_row, Py_ssize_t rows,
+                          Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
     """As multiply_in_place, of a W that is copied as reals: some dimensions, once for all panels."""
     cdef Py_ssize_t left, first = 0, width, dims
     cdef const real* x
     cdef const char* next_dims
     cdef Soon soon
-    cdef real* tile
+    cdef real bias[FEATURES]
+    cdef real* tile = b.tile
     cdef int panel
+    load_linear_bias(l, bias, feature, n)
+    left = rows
+    while left > 0:
+        width = panel_vectors(PANEL_VECTORS, ceil_div(left, LANES)) * LANES
+        begin_panel(l, tile, width, bias, n)
+        tile += FEATURES * width
+        left -= width
     while first < l.in_features:
         if stopped_by_signal(l.call):
             return
@@ -469,41 +507,12 @@ cdef void multiply_copied(const Linear* l, const LinearWorkspace* b, Py_ssize_t 
             x += width * l.in_features
             left -= panel
         first += dims
-
-
-cdef void many_features(const Linear* l, const LinearWorkspace* b, Py_ssize_t first_row, Py_ssize_t rows,
-                        Py_ssize_t feature, Py_ssize_t n) noexcept nogil:
-    """out[first_row : + rows][feature : + n] (OUT): many rows, at most FEATURES features."""
-    cdef Py_ssize_t vectors = ceil_div(rows, LANES), width, o, r
-    cdef real* tile = b.tile
-    load_linear_bias(l, b.rows, feature, n)
-    while vectors > 0 and l.starts:
-        width = panel_vectors(PANEL_VECTORS, vectors) * LANES
-        for o in range(n):
-            for r in range(width // LANES):
-                vstore(tile + o * width + r * LANES, vset1(b.rows[o]))
+    tile, left = b.tile, rows
+    while left > 0:
+        width = panel_vectors(PANEL_VECTORS, ceil_div(left, LANES)) * LANES
+        store_panel(l, b, tile, width, first_row + rows - left, min(width, left), feature, n)
         tile += FEATURES * width
-        vectors -= width // LANES
-    if l.w_in_place:
-        multiply_in_place(l, b, rows, feature, n)
-    else:
-        multiply_copied(l, b, rows, feature, n)
-    if not l.ends:
-        return
-    tile = b.tile
-    while rows > 0:
-        width = panel_vectors(PANEL_VECTORS, ceil_div(rows, LANES)) * LANES
-        if rows_are_even(l, &l.out, first_row, min(width, rows)):
-            transpose(<real*> row_number(l, &l.out, first_row) + feature, l.out.stride[2] // <Py_ssize_t> sizeof(real),
-                      tile, width, n, min(width, rows))
-        else:
-            transpose(b.rows, FEATURES, tile, width, n, min(width, rows))
-            for r in range(min(width, rows)):
-                store_row(row_number(l, &l.out, first_row + r) + feature * l.out.stride[3], l.out.stride[3],
-                          b.rows + r * FEATURES, n, l.out.kind)
-        tile += FEATURES * width
-        first_row += width
-        rows -= width
+        left -= width
 
 
 cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_ssize_t rows,
@@ -515,7 +524,10 @@ cdef void do_features(const Linear* l, char* scratch, Py_ssize_t first_row, Py_s
     if l.sums != NULL:
         b.tile = l.sums + feature * (l.block + MAX_WIDTH)
     if not few_rows(l, rows):
-        many_features(l, &b, first_row, rows, feature, end - feature)
+        if l.w_in_place:
+            multiply_in_place(l, &b, first_row, rows, feature, end - feature)
+        else:
+            multiply_copied(l, &b, first_row, rows, feature, end - feature)
         return
     while feature < end:
         few_features(l, &b, first_row, rows, feature, min(<Py_ssize_t> features_at_once(rows), end - feature))
