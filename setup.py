@@ -27,6 +27,7 @@ ISAS = runpy.run_path(str(TABLE))["compiled_for"](platform.machine())
 MEMORYVIEWS = "cattn._kernels.memoryviews"  # Cython writes it: what typed memoryviews need, once for all modules
 DEPENDS = ["setup.py", str(TABLE)]  # the flags; Cython adds the headers
 FEATURES = list(dict.fromkeys(feature for isa in ISAS for feature in isa.features))
+CPUS = list(dict.fromkeys(cpu for isa in ISAS for cpu in isa.cpus))
 WANTED = [name for name in os.environ.get("CATTN_ISAS", "").split(",") if name] or [isa.name for isa in ISAS]
 if not set(WANTED) <= {isa.name for isa in ISAS}:
     known = ", ".join(isa.name for isa in ISAS)
@@ -75,11 +76,11 @@ OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() == 0; 
 
 
 class BuildExt(build_ext):
-    """Asks the compiler at hand whether it knows the features of the table, and whether it has OpenMP; without, the
-    loops over tasks are serial. All that before anything is translated to C."""
+    """Asks the compiler at hand whether it knows the features and the CPUs of the table, and whether it has OpenMP;
+    without, the loops over tasks are serial. All that before anything is translated to C."""
 
     def build_extensions(self):
-        self._check_features()
+        self._check_table()
         openmp = ["-fopenmp"] if self._compiles(OPENMP, "-fopenmp") else []
         if not openmp:
             self.warn("the compiler has no OpenMP: cattn will use one thread")
@@ -122,20 +123,27 @@ class BuildExt(build_ext):
         print(f"cattn: {extension.name} is ready, {self.built} of {len(self.extensions)}, {seconds:.0f} s",
               file=sys.stderr, flush=True)
 
-    def _check_features(self):
-        if self._knows(FEATURES) or not self._knows([]):  # where nothing compiles, the compiler says why below
+    def _check_table(self):
+        if self._knows(FEATURES, CPUS) or not self._knows([], []):  # where nothing compiles, the compiler says why
             return
-        known = [feature for feature in FEATURES if self._knows([feature])]
+        features = [feature for feature in FEATURES if self._knows([feature], [])]
+        cpus = [cpu for cpu in CPUS if self._knows([], [cpu])]
         for isa in ISAS:
             for feature in isa.features:
-                if feature not in known:
+                if feature not in features:
                     raise SystemExit(
                         f"{TABLE}: row {isa.name}: feature {feature!r}: expected a name that the compiler has both in "
                         f'-m{feature} and in __builtin_cpu_supports("{feature}"); of the table it knows '
-                        f"{', '.join(known) or 'none'}")
+                        f"{', '.join(features) or 'none'}")
+            for cpu in isa.cpus:
+                if cpu not in cpus:
+                    raise SystemExit(
+                        f"{TABLE}: row {isa.name}: CPU {cpu!r}: expected a name that the compiler has in "
+                        f'__builtin_cpu_is("{cpu}"); of the table it knows {", ".join(cpus) or "none"}')
 
-    def _knows(self, features):
+    def _knows(self, features, cpus):
         asks = "".join(f' && __builtin_cpu_supports("{feature}")' for feature in features)
+        asks += "".join(f' && __builtin_cpu_is("{cpu}")' for cpu in cpus)
         return self._compiles(f"int main(void) {{ return 1{asks}; }}\n", *(f"-m{feature}" for feature in features))
 
     def _compiles(self, program, *flags):
@@ -163,8 +171,9 @@ def extension(name, source, flags, macros=()):
 
 
 def extensions():
-    asks = " ".join(f'X("{feature}")' for feature in FEATURES)
-    yield extension("cpu", "cpu.pyx", [], [("CATTN_CPU_FEATURES", asks)])
+    asks = {name: " ".join(f'X("{known}")' for known in table)
+            for name, table in (("CATTN_CPU_FEATURES", FEATURES), ("CATTN_CPU_NAMES", CPUS))}
+    yield extension("cpu", "cpu.pyx", [], list(asks.items()))
     yield extension("memoryviews", "memoryviews.c", [])
     for isa in ISAS:
         if isa.name in WANTED:

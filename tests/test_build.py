@@ -104,24 +104,31 @@ def test_a_row_without_float64(monkeypatch):
     assert _kernels.f64().__name__ == f"cattn._kernels.{best}_f64"
 
 
-@pytest.mark.parametrize("vendor", ["intel", "amd", ""])
-def test_rows_of_a_vendor(vendor, monkeypatch):
-    """First on CPUs of that vendor; on others last, for those who ask for it."""
+@pytest.mark.parametrize(("names", "first", "last"), [
+    ({"intel", "cascadelake"}, ["avx512_skylake", "avx512_intel"], []),
+    ({"intel"}, ["avx512_intel"], ["avx512_skylake"]),
+    (set(), [], ["avx512_skylake", "avx512_intel"]),
+], ids=["cascadelake", "intel", "others"])
+def test_rows_of_some_cpus(names, first, last, monkeypatch):
+    """First on those CPUs; on others last, for those who ask for them."""
     monkeypatch.setattr(_kernels, "compiled_for", lambda machine: ISAS)
     monkeypatch.setattr(_kernels, "find_spec", lambda name: True)
-    monkeypatch.setattr(_kernels, "cpu", SimpleNamespace(supports=lambda feature: True, vendor=lambda: vendor))
-    found = [*_kernels._find_isas()]
-    others = ["avx512", "avx2", "baseline"]
-    assert found == (["avx512_intel", *others] if vendor == "intel" else [*others, "avx512_intel"])
+    monkeypatch.setattr(_kernels, "cpu", SimpleNamespace(supports=lambda feature: True, is_a=names.__contains__))
+    assert [*_kernels._find_isas()] == [*first, "avx512", "avx2", "baseline", *last]
 
 
-def test_vendor():
-    names = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
+def test_names_of_this_cpu():
+    """Model 85 of Intel's family 6 is Skylake's server, Cascade Lake or Cooper Lake."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
-    if not found:
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "vendor_id" not in said:
         pytest.skip("nothing here says whose CPU this is")
-    assert _kernels.cpu.vendor() == names.get(found[0], "")
+    is_a = _kernels.cpu.is_a
+    intel = said["vendor_id"] == "GenuineIntel"
+    assert is_a("intel") == intel
+    skylake = intel and (said["cpu family"], said["model"]) == ("6", "85") and "avx512f" in said["flags"].split()
+    assert sum(map(is_a, ("skylake-avx512", "cascadelake", "cooperlake"))) == skylake
+    assert not is_a("nonsense")
 
 
 @pytest.fixture
@@ -156,6 +163,13 @@ def test_a_feature_that_the_compiler_does_not_know(sources):
     folder = sources(Isa("planted", (), ("nonsense",)))
     done = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=folder, capture_output=True, text=True)
     assert last_error(done).startswith(f"{Path('cattn/_kernels/isa.py')}: row planted: feature 'nonsense': expected a ")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the compiler has names for x86's CPUs")
+def test_a_cpu_that_the_compiler_does_not_know(sources):
+    folder = sources(Isa("planted", (), (), cpus=("nonsense",)))
+    done = subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=folder, capture_output=True, text=True)
+    assert last_error(done).startswith(f"{Path('cattn/_kernels/isa.py')}: row planted: CPU 'nonsense': expected a ")
 
 
 @pytest.mark.parametrize(("nonsense", "got"), [

@@ -32,6 +32,7 @@ def some_options(num_heads, batch, seq_len_kv):
 
 # Shapes: prefill with blocks of rows that threads share out in other ways, few rows (decoding), few rows in groups, and
 # keys enough to be split between threads.
+TILES = [isa for isa in cattn.available_isas() if isa.startswith("avx512")]  # which have the same bits
 SHAPES = {
     "prefill": {"seq_len_q": 210, "seq_len_kv": 300, "num_heads": 3, "head_dim": 33},
     "one head": {"seq_len_q": 100, "seq_len_kv": 140, "num_heads": 1, "head_dim": 64},
@@ -323,17 +324,18 @@ def test_gradients_of_sixteen_bits_are_wide_ones_rounded(isa, dtype, kv_dtype):
                               {name: x.astype(dtypes.get(name, x.dtype)) for name, x in wide.items()})
 
 
-@pytest.mark.skipif(not {"avx512", "avx512_intel"} <= set(cattn.available_isas()), reason="this CPU has no AVX-512")
+@pytest.mark.skipif(len(TILES) < 2, reason="this CPU has no AVX-512")
 @pytest.mark.parametrize("head_dim", [1, 17, 32, 33, 65, 129, 257, 300])
 @pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
 def test_gradients_of_tiles(head_dim, dtype, on_every_isa):
-    """Those of avx512 and avx512_intel."""
+    """Those of all AVX-512 rows."""
     for seq_len_kv in (*range(1, 34), 128, 137, 144, 530):
         arrays = problem(23, seq_len_kv, head_dim, head_dim // 2 + 1, dtype=dtype)
         for options in ({}, {"is_causal": True, "q_offset": seq_len_kv - 20}, {"softcap": 2.0}):
             found = dict(zip(cattn.available_isas(), on_every_isa(
                 lambda arrays=arrays, options=options: gradients_of(arrays, options)), strict=True))
-            assert_same_gradients(found["avx512_intel"], found["avx512"])
+            for isa in TILES:
+                assert_same_gradients(found[isa], found[TILES[0]])
 
 
 def growing(x):
@@ -347,16 +349,18 @@ def with_odd_numbers(x):
     return x
 
 
-@pytest.mark.skipif(not {"avx512", "avx512_intel"} <= set(cattn.available_isas()), reason="this CPU has no AVX-512")
+@pytest.mark.skipif(len(TILES) < 2, reason="this CPU has no AVX-512")
 @pytest.mark.parametrize("keys", [np.asarray, growing, with_odd_numbers])
 @pytest.mark.parametrize("head_dim", [1, 17, 31, 32, 33, 64, 65, 128, 129, 256, 257, 300])
 @pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
 def test_tiles(head_dim, keys, dtype, monkeypatch):
-    """Those of avx512 and avx512_intel: rows of K as far apart as its loops know, others, and every rest of 16 keys."""
+    """Those of all AVX-512 rows: rows of K as far apart as fused loops know, others, every rest of 16 keys; with few
+    rows of queries, and with so many that values are packed."""
     precision = "f32" if dtype == np.float32 else "f64"
-    tiles = [_kernels._load(_kernels.module_name(isa, precision)) for isa in ("avx512", "avx512_intel")]
+    tiles = [_kernels._load(name) for name in dict.fromkeys(_kernels.module_name(isa, precision) for isa in TILES)]
     for seq_len_kv in (*range(1, 34), 128, 136, 137, 144, 256, 272, 300):
-        query, key, value = problem(seq_len_q=23, seq_len_kv=seq_len_kv, num_heads=2, head_dim=head_dim, dtype=dtype)
+        seq_len_q = 23 if seq_len_kv < 130 else 71
+        query, key, value = problem(seq_len_q, seq_len_kv, num_heads=2, head_dim=head_dim, dtype=dtype)
         for options in ({}, {"is_causal": True, "q_offset": seq_len_kv - 20}, {"softcap": 2.0}):
             results = []
             for module in tiles:
@@ -364,11 +368,12 @@ def test_tiles(head_dim, keys, dtype, monkeypatch):
                 results.append(everything(query, keys(key), value, **options))
                 results.append((attention(query, keys(key), value, **options),))  # no weights to be kept on the way
             # A NaN's sign is that of whichever operand came first.
-            all_of_one, out, all_of_other, other_out = (
+            all_of_one, out, *others = (
                 tuple(np.where(np.isnan(x), x.dtype.type(NAN), x) for x in result) for result in results)
-            assert_same_bits(all_of_other, all_of_one)
-            assert_same_bits(other_out, out)
             assert_same_bits(out, all_of_one[:1])
+            for all_of_other, other_out in zip(others[::2], others[1::2], strict=True):
+                assert_same_bits(all_of_other, all_of_one)
+                assert_same_bits(other_out, out)
 
 
 @all_dtypes

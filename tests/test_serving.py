@@ -125,6 +125,22 @@ def test_pages_of_any_layout(isa):
     assert_same_bits(out.copy(), expected)
 
 
+@pytest.mark.parametrize("page_size", [16, 48, 128])
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_pages_of_values_that_are_packed(isa, head_dim, page_size):
+    """More rows than two panels, and rows of values of 512 bytes: in place in several runs, and copied beside keys that
+    are read in place (of two heads of 16)."""
+    query, key, value, cu_q, cu_kv = packed([(150, 300), (70, 71)], head_dim=head_dim, head_dim_v=128)
+    expected = each(query, key, value, cu_q, cu_kv, is_causal=True)
+    key_pages, table = in_pages(key, cu_kv, page_size)
+    value_pages, _ = in_pages(value, cu_kv, page_size)
+    heads_first = [np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (key_pages, value_pages)]
+    for pages in ((key_pages, value_pages), heads_first):
+        assert_same_bits(
+            cattn.paged_attention(query, *pages, table, np.diff(cu_kv), cu_q, return_logsumexp=True, is_causal=True),
+            expected)
+
+
 def of_8_bits(total, heads, head_dim, scales, seed):
     """int8 numbers, a scale for each row, one of these, and what they stand for."""
     rng = np.random.default_rng(seed)

@@ -38,13 +38,13 @@ python3 setup.py build_ext --inplace
 available=$(python3 -c 'import cattn; print(*cattn.available_isas())')
 if [[ ! $emulate && " $available " == *" avx512 "* ]]; then
     echo "This CPU has AVX-512: the whole suite, natively, but for the pictures, which need matplotlib"
-    for CATTN_ISA in avx512 avx512_intel; do
+    for CATTN_ISA in avx512 avx512_intel avx512_skylake; do
         export CATTN_ISA
         python3 -m pytest -p no:cacheprovider --ignore=tests/test_plots.py --ignore=cattn/plots.py
     done
     exit
 fi
-export CATTN_ISA=avx512  # the tests of kernels run avx512_intel as well
+export CATTN_ISA=avx512  # the tests of kernels run the others as well
 
 # The emulator, a kernel and a boot loader, from Debian 13 (Bochs 3): unpacked only, no package is configured.
 debian=$cache/debian

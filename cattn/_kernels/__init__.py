@@ -18,7 +18,7 @@ _FOLDER = os.path.dirname(__file__)
 
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that are built into this installation and that this CPU runs: best first, and last those
-    that are made for CPUs of another vendor."""
+    that are made for other CPUs."""
     return tuple(_AVAILABLE)
 
 
@@ -71,7 +71,7 @@ cpu = _load("cpu")
 
 
 def _find_isas() -> dict[str, Isa]:
-    rows = sorted(compiled_for(platform.machine()), key=lambda row: row.vendor not in ("", cpu.vendor()))
+    rows = sorted(compiled_for(platform.machine()), key=lambda row: bool(row.cpus) and not any(map(cpu.is_a, row.cpus)))
     return {
         row.name: row
         for row in rows

@@ -70,9 +70,11 @@ cdef extern from "simd.h" nogil:
     ctypedef float vf
     ctypedef int vi
     const int LANES, COLUMNS, VECTOR_BYTES, REGISTERS, TILE_ROWS, PANEL_VECTORS, ATTEND_ROWS, ATTEND_VECTORS, IS_DOUBLE
+    const bint ATTEND_FUSED
     void prefetch(const void*)
     const real* in_register(const real*)
     const char* byte_in_register(const char*)
+    bint is_constant(Py_ssize_t)
     vf vload(const real*)
     void vstore(real*, vf)
     vf vset1(real)

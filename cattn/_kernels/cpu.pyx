@@ -24,13 +24,11 @@ cdef extern from *:
         #undef X
         return 0;
     }
-    static const char *cattn_cpu_vendor(void) {
-        #if defined(__x86_64__) || defined(__i386__)
-        __builtin_cpu_init();
-        if (__builtin_cpu_is("intel")) return "intel";
-        if (__builtin_cpu_is("amd")) return "amd";
-        #endif
-        return "";
+    static int cattn_cpu_is(const char *name) {
+        #define X(known) if (strcmp(name, known) == 0) return __builtin_cpu_is(known) != 0;
+        CATTN_CPU_NAMES
+        #undef X
+        return 0;
     }
     /* So that AddressSanitizer sees each call's end of its scratch, none is kept. */
     #if defined(__SANITIZE_ADDRESS__)
@@ -102,7 +100,7 @@ cdef extern from *:
     double cattn_seconds_to_spin(long rounds) noexcept nogil
     const size_t CATTN_KEPT_SCRATCH
     void cattn_run_nops(long rounds) noexcept nogil
-    const char* cattn_cpu_vendor() noexcept
+    int cattn_cpu_is(const char* name) noexcept
     ctypedef struct pthread_mutex_t:
         pass
     int pthread_mutex_init(pthread_mutex_t*, void*) noexcept nogil
@@ -124,9 +122,9 @@ def supports(str feature) -> bool:
     return cattn_cpu_supports(feature.encode()) != 0
 
 
-def vendor() -> str:
-    """Of this CPU: intel, amd, or empty for any other."""
-    return cattn_cpu_vendor().decode()
+def is_a(str name) -> bool:
+    """True when this is a CPU of the vendor or family that the table calls so."""
+    return cattn_cpu_is(name.encode()) != 0
 
 
 def spin_rounds(double seconds):

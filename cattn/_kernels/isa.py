@@ -14,7 +14,8 @@ class Isa(NamedTuple):
     features: tuple[str, ...]  # names that both `gcc -m<name>` and `__builtin_cpu_supports("<name>")` know
     flags: tuple[str, ...] = ()  # further compiler flags
     precisions: tuple[str, ...] = ("f32", "f64")  # every row has f32, the last one both
-    vendor: str = ""  # whose CPUs it is the best for, a name that `__builtin_cpu_is` knows; others run it when asked to
+    # It is the best for these alone, names that `__builtin_cpu_is` knows; others run it when asked to. Empty: for all
+    cpus: tuple[str, ...] = ()
 
     @property
     def modules(self) -> dict[str, str]:
@@ -26,12 +27,15 @@ class Isa(NamedTuple):
 X86_64 = ("x86_64", "AMD64")
 
 # Best first. -mtune=haswell: with the tuning of newer AMD cores gcc 12 folds the query vectors into memory operands
-# of the FMAs and loses a quarter of the speed. avx512_intel has other tiles (base/simd.h), and the same bits as
-# avx512.
+# of the FMAs and loses a quarter of the speed. avx512_intel and avx512_skylake have other tiles (base/simd.h), and the
+# same bits as avx512. In float64 the latter would take 0.8 of the time of avx512_intel, which does it there: a module
+# is a tenth of the build.
+AVX512 = ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl")
 ISAS = (
-    Isa("avx512_intel", X86_64, ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"),
-        ("-mtune=haswell", "-DCATTN_BROADCAST_TILE"), vendor="intel"),
-    Isa("avx512", X86_64, ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"), ("-mtune=haswell",)),
+    Isa("avx512_skylake", X86_64, AVX512, ("-mtune=haswell", "-DCATTN_FUSED_TILE"),
+        precisions=("f32",), cpus=("skylake-avx512", "cascadelake", "cooperlake")),
+    Isa("avx512_intel", X86_64, AVX512, ("-mtune=haswell", "-DCATTN_BROADCAST_TILE"), cpus=("intel",)),
+    Isa("avx512", X86_64, AVX512, ("-mtune=haswell",)),
     Isa("avx2", X86_64, ("avx2", "fma", "f16c"), ("-mtune=haswell",)),
     Isa("baseline", (), ()),
 )

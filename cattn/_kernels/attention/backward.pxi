@@ -376,7 +376,7 @@ cdef void repair_tile(const Backward* b, const BackwardScratch* s, const RowPane
 cdef inline void add_query_products(const int VECTORS, const Backward* b, const BackwardScratch* s,
                                     const RowPanel* panel, const Tile* t, Py_ssize_t key) noexcept nogil:
     """dQ (IN/OUT) of the panel += its dS times rows of K, from `key` of the split on."""
-    cdef ValueRun run
+    cdef Values values
     cdef Softmax nothing
     cdef Ahead ahead
     cdef real* dq = s.dq + panel.first * b.p.head_dim
@@ -385,8 +385,9 @@ cdef inline void add_query_products(const int VECTORS, const Backward* b, const 
                           and make_finite(s.k_finite, b.k_stride, k, b.k_stride, t.n, b.p.head_dim))
     nothing.left = 0
     ahead.count = ahead.current = ahead.lines = 0
-    run.v, run.n = (<const real*> s.k_finite if repaired else k), t.n
-    accumulate(VECTORS, dq, t.scores, &run, b.k_stride, t.n, b.p.head_dim, &nothing, &ahead)
+    values.runs[0].v, values.runs[0].n = (<const real*> s.k_finite if repaired else k), t.n
+    values.stride, values.group = b.k_stride, VALUE_DIMS
+    accumulate(VECTORS, dq, t.scores, &values, t.n, b.p.head_dim, &nothing, &ahead)
     if repaired:
         repair_values(&b.p, &s.w, t, dq, 1, t.width, k, b.k_stride, b.p.head_dim)
 

@@ -16,8 +16,9 @@
 # Softmax and accumulate share a loop, one vector of exp2 every few keys: ten of its fifteen operations are no FMAs, and
 # on Zen run beside them when both are within the reach of one reorder buffer. Apart, exp2 takes 8 to 10 % of the time
 # at head_dim 64; woven in, half of that. On Intel every 512-bit operation needs a port of the FMAs, and woven in, a
-# chain of 40 cycles fills the scheduler: with tiles of 16 keys, exp2 takes the scores from the registers where they are
-# computed, as soon as the reference is known.
+# chain of 40 cycles fills the scheduler (Cascade Lake: 1.2 times the time). Fused tiles are for those: exp2 takes the
+# scores from the registers where they are computed, as soon as the reference is known, and a panel is accumulated
+# before the next one is scored, while L1 still has its probabilities.
 #
 # No horizontal operation and no packing of K or V anywhere. Every number of a query row is computed from its own query
 # and the keys it sees, each dot product and sum in one fixed order, so neither the rows beside it, the number of
@@ -32,6 +33,7 @@ cdef enum:
     NARROW_DIMS = 256   # of a head: wider ones have 64 keys in a block
     DIMS_AT_ONCE = 256  # summed in one run; longer dot products are sums of such, or their error would outgrow BLAS's
     MASK_KEYS = 32      # of a masked tile at a time: two lines of a float32 mask in each of its rows
+    VALUE_DIMS = 16     # of a group of packed columns: whole tiles of dimensions, a line of float32
     EXP_KEYS = 4        # of an accumulating tile to a vector of exp2; 8 to two vectors and 16 to four are slower
     # Keys of an accumulating tile of 16 dimensions, which has no exp2 beside it, to some prefetches: 4 are 4 % slower,
     # 32 and none equal (Emerald Rapids)
@@ -42,14 +44,17 @@ cdef struct ValueRun:           # rows of V that lie one after the other
     const real* v
     Py_ssize_t n
 
+cdef struct Values:             # of a tile's keys
+    ValueRun runs[MAX_RUNS]
+    Py_ssize_t stride, group    # reals from a key to the next, and from VALUE_DIMS dimensions to the next
+
 cdef struct Panel:              # of queries, against a block of keys
     Tile tile
     int vectors
     Py_ssize_t first_lane
-    ValueRun values[MAX_RUNS]   # of the tile's keys
-    Py_ssize_t v_stride
+    Values values
     bint exponentiated          # its scores are probabilities already, and total is their sum
-    vf total
+    vf total[MAX_PANEL]
 
 cdef struct Softmax:            # a tile's pass of exponentials, under way
     real* scores                # the next vector
@@ -92,9 +97,9 @@ cdef inline void score_keys(const int ROWS, const int VECTORS, real* scores, vf*
 
 
 cdef inline bint strides_are_known(Py_ssize_t head_dim) noexcept nogil:
-    """Tiles of 16 keys want rows as far apart as one of the constants that score_tile has loops for. With a stride in a
-    register, they are 7 to 19 % slower than tiles of 8 x 2 (Emerald Rapids)."""
-    return ATTEND_ROWS == 16 and head_dim <= NARROW_DIMS
+    """Fused tiles want rows as far apart as one of the constants that score_tile has loops for. With a stride in a
+    register, those of 16 keys are 7 to 19 % slower than tiles of 8 x 2 (Emerald Rapids)."""
+    return ATTEND_FUSED and head_dim <= NARROW_DIMS
 
 
 cdef inline Py_ssize_t key_stride(Py_ssize_t head_dim) noexcept nogil:
@@ -127,51 +132,62 @@ cdef inline void score_run(const int ROWS, const int VECTORS, real* scores, vf* 
 cdef inline void score_tile(const int VECTORS, real* scores, vf* tile_max, const real* q, const real* k,
                             Py_ssize_t k_stride, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
     """A panel of one vector takes 8 keys at once, to have accumulators enough, or 16."""
-    if ATTEND_ROWS == 16 and n >= 16 and k_stride == 64:
-        score_run(16, VECTORS, scores, tile_max, q, k, 64, n, head_dim)
-    elif ATTEND_ROWS == 16 and n >= 16 and k_stride == 128:
-        score_run(16, VECTORS, scores, tile_max, q, k, 128, n, head_dim)
-    elif ATTEND_ROWS == 16 and n >= 16 and k_stride == 32:
-        score_run(16, VECTORS, scores, tile_max, q, k, 32, n, head_dim)
-    elif ATTEND_ROWS == 16 and n >= 16 and k_stride == 256:
-        score_run(16, VECTORS, scores, tile_max, q, k, 256, n, head_dim)
+    if ATTEND_FUSED and n >= ATTEND_ROWS and k_stride == 64:
+        score_run(ATTEND_ROWS, VECTORS, scores, tile_max, q, k, 64, n, head_dim)
+    elif ATTEND_FUSED and n >= ATTEND_ROWS and k_stride == 128:
+        score_run(ATTEND_ROWS, VECTORS, scores, tile_max, q, k, 128, n, head_dim)
+    elif ATTEND_FUSED and n >= ATTEND_ROWS and k_stride == 32:
+        score_run(ATTEND_ROWS, VECTORS, scores, tile_max, q, k, 32, n, head_dim)
+    elif ATTEND_FUSED and n >= ATTEND_ROWS and k_stride == 256:
+        score_run(ATTEND_ROWS, VECTORS, scores, tile_max, q, k, 256, n, head_dim)
     elif (VECTORS == 1 or ATTEND_ROWS == 8) and n >= 8:
         score_run(8, VECTORS, scores, tile_max, q, k, k_stride, n, head_dim)
     else:
         score_run(4, VECTORS, scores, tile_max, q, k, k_stride, n, head_dim)
 
 
-cdef inline void exponentiate_4(real* probs, vf* tile_max, vf* total, const vf* scores, vf reference,
-                                vf unit) noexcept nogil:
-    """probs (OUT)[4] = exp2((s - reference) * unit); tile_max and total (IN/OUT) follow."""
+cdef inline void exponentiate_keys(const int KEYS, const int VECTORS, real* probs, vf* tile_max, vf* total,
+                                   const vf* scores, const vf* reference, vf unit) noexcept nogil:
+    """probs (OUT)[KEYS][VECTORS] = exp2((s - reference) * unit); tile_max and total (IN/OUT) follow."""
     cdef vf prob
-    cdef int r
-    for r in range(4):
-        tile_max[0] = vmax(scores[r], tile_max[0])
-        prob = vexp2((scores[r] - reference) * unit)
-        total[0] = total[0] + prob
-        vstore(probs + r * LANES, prob)
+    cdef int r, v
+    for r in range(KEYS):
+        for v in range(VECTORS):
+            tile_max[v] = vmax(scores[r * VECTORS + v], tile_max[v])
+            prob = vexp2((scores[r * VECTORS + v] - reference[v]) * unit)
+            total[v] = total[v] + prob
+            vstore(probs + (r * VECTORS + v) * LANES, prob)
 
 
-cdef inline void score_and_exponentiate(const int STRIDE, real* probs, vf* tile_max, vf* total, vf reference, vf unit,
-                                        const real* q, const real* k, Py_ssize_t n, Py_ssize_t head_dim) noexcept nogil:
-    """probs (OUT)[n], n a multiple of 16: exp2((s - reference) * unit), straight from the registers that hold the
-    scores; tile_max and total (IN/OUT) follow."""
-    cdef vf acc[16]
-    cdef vf largest = tile_max[0], sum = total[0]
+cdef inline void score_and_exponentiate(const int STRIDE, real* probs, vf* tile_max, vf* total, const vf* reference,
+                                        vf unit, const real* q, const real* k, Py_ssize_t n,
+                                        Py_ssize_t head_dim) noexcept nogil:
+    """probs (OUT)[n][width], n a multiple of ATTEND_ROWS: exp2((s - reference) * unit), straight from the registers
+    that hold the scores; tile_max and total (IN/OUT) follow."""
+    cdef vf acc[MAX_TILE]
+    cdef vf largest[MAX_PANEL]
+    cdef vf sum[MAX_PANEL]
+    cdef vf old[MAX_PANEL]
     cdef Py_ssize_t j = 0
-    cdef int i
+    cdef int QUARTER = ATTEND_ROWS // 4, VECTORS = ATTEND_VECTORS, i, v
+    for v in range(VECTORS):
+        largest[v], sum[v], old[v] = tile_max[v], total[v], reference[v]
     while j < n:
-        for i in range(16):
+        for i in range(ATTEND_ROWS * VECTORS):
             acc[i] = vset1(<real> 0.0)
-        multiply(16, 1, acc, k + j * STRIDE, STRIDE, 1, q, head_dim)
+        multiply(ATTEND_ROWS, VECTORS, acc, k + j * STRIDE, STRIDE, 1, q, head_dim)
         # GCC 12 unrolls no loop of 16 exponentials: acc would have to be in memory.
-        exponentiate_4(probs + j * LANES, &largest, &sum, &acc[0], reference, unit)
-        exponentiate_4(probs + (j + 4) * LANES, &largest, &sum, &acc[4], reference, unit)
-        exponentiate_4(probs + (j + 8) * LANES, &largest, &sum, &acc[8], reference, unit)
-        exponentiate_4(probs + (j + 12) * LANES, &largest, &sum, &acc[12], reference, unit)
-        j += 16
-    tile_max[0], total[0] = largest, sum
+        exponentiate_keys(QUARTER, VECTORS, probs, largest, sum, acc, old, unit)
+        exponentiate_keys(QUARTER, VECTORS, probs + QUARTER * VECTORS * LANES, largest, sum, acc + QUARTER * VECTORS,
+                          old, unit)
+        exponentiate_keys(QUARTER, VECTORS, probs + 2 * QUARTER * VECTORS * LANES, largest, sum,
+                          acc + 2 * QUARTER * VECTORS, old, unit)
+        exponentiate_keys(QUARTER, VECTORS, probs + 3 * QUARTER * VECTORS * LANES, largest, sum,
+                          acc + 3 * QUARTER * VECTORS, old, unit)
+        probs += ATTEND_ROWS * VECTORS * LANES
+        j += ATTEND_ROWS
+    for v in range(VECTORS):
+        tile_max[v], total[v] = largest[v], sum[v]
 
 
 cdef bint score_at_once(const Problem* p, Panel* panel, const real* reference, const real* q, const Block* b,
@@ -181,42 +197,39 @@ cdef bint score_at_once(const Problem* p, Panel* panel, const real* reference, c
     cdef Py_ssize_t j = 0, n, k_stride = b.k_step // <Py_ssize_t> sizeof(real)
     cdef const real* k
     cdef real* probs
-    cdef vf largest = vset1(<real> -INFINITY), total = vset1(<real> 0.0)
-    cdef vf old = vload(reference), unit = vset1(p.unit)
+    cdef vf largest[MAX_PANEL]
+    cdef vf old[MAX_PANEL]
+    cdef vf unit = vset1(p.unit)
     cdef Tile* t = &panel.tile
-    if vany(vequal(old, vset1(<real> LOWEST))):
+    cdef bint stays = True
+    cdef int v
+    for v in range(ATTEND_VECTORS):
+        old[v] = vload(reference + v * LANES)
+        largest[v], panel.total[v] = vset1(<real> -INFINITY), vset1(<real> 0.0)
+        stays = stays and not vany(vequal(old[v], vset1(<real> LOWEST)))
+    if not stays:
         return False
     while j < t.n:
         k = <const real*> key_of_run(b, first_key + j, &n)
         n = min(n, t.n - j)
-        probs = t.scores + j * LANES
+        probs = t.scores + j * t.width
         if k_stride == 64:
-            score_and_exponentiate(64, probs, &largest, &total, old, unit, q, k, n, p.head_dim)
+            score_and_exponentiate(64, probs, largest, panel.total, old, unit, q, k, n, p.head_dim)
         elif k_stride == 128:
-            score_and_exponentiate(128, probs, &largest, &total, old, unit, q, k, n, p.head_dim)
+            score_and_exponentiate(128, probs, largest, panel.total, old, unit, q, k, n, p.head_dim)
         elif k_stride == 32:
-            score_and_exponentiate(32, probs, &largest, &total, old, unit, q, k, n, p.head_dim)
+            score_and_exponentiate(32, probs, largest, panel.total, old, unit, q, k, n, p.head_dim)
         else:
-            score_and_exponentiate(256, probs, &largest, &total, old, unit, q, k, n, p.head_dim)
+            score_and_exponentiate(256, probs, largest, panel.total, old, unit, q, k, n, p.head_dim)
         j += n
-    panel.total = total
-    return not vany(vless(vset1(<real> SLACK), (largest - old) * unit))
+    for v in range(ATTEND_VECTORS):
+        stays = stays and not vany(vless(vset1(<real> SLACK), (largest[v] - old[v]) * unit))
+    return stays
 
 
 cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
-    """The next `count` vectors of scores become probabilities, exp2((s - reference) * unit); total adds them up. With
-    tiles of 16 keys, `count` is all that are left."""
-    cdef vf prob, total
-    cdef Py_ssize_t i
-    if ATTEND_ROWS == 16:
-        total = e.total[0]
-        for i in range(count):
-            prob = vexp2((vload(e.scores + i * LANES) - e.reference[0]) * e.unit)
-            total = total + prob
-            vstore(e.scores + i * LANES, prob)
-        e.total[0] = total
-        e.left = 0
-        return
+    """The next `count` vectors of scores become probabilities, exp2((s - reference) * unit); total adds them up."""
+    cdef vf prob
     # One vector after the other: four in lockstep would spill, and a spill costs as much as two FMAs.
     for _ in range(count):
         prob = vexp2((vload(e.scores) - e.reference[e.column]) * e.unit)
@@ -227,53 +240,71 @@ cdef inline void exponentiate(Softmax* e, Py_ssize_t count) noexcept nogil:
     e.left -= count
 
 
+cdef inline void exponentiate_all(const int VECTORS, Softmax* e) noexcept nogil:
+    """The same of all that are left, a whole number of keys; what does not change stays in registers."""
+    cdef vf total[MAX_PANEL]
+    cdef vf prob
+    cdef Py_ssize_t j
+    cdef int v
+    for v in range(VECTORS):
+        total[v] = e.total[v]
+    for j in range(e.left // VECTORS):
+        for v in range(VECTORS):
+            prob = vexp2((vload(e.scores + (j * VECTORS + v) * LANES) - e.reference[v]) * e.unit)
+            total[v] = total[v] + prob
+            vstore(e.scores + (j * VECTORS + v) * LANES, prob)
+    for v in range(VECTORS):
+        e.total[v] = total[v]
+    e.left = 0
+
+
 cdef inline void accumulate_dims(const int ROWS, const int VECTORS, real* acc, const real* probs,
-                                 const ValueRun* values, Py_ssize_t d, Py_ssize_t v_stride, Py_ssize_t n, Softmax* e,
+                                 const Values* values, Py_ssize_t d, Py_ssize_t n, Softmax* e,
                                  Ahead* ahead) noexcept nogil:
     """acc[ROWS][width] (IN/OUT) += ROWS columns of V from d on, over n keys, times the panel's probabilities. The
     exponentials of another tile (IN/OUT) move on by a vector every EXP_KEYS keys, where only `tile` is in registers."""
     cdef vf tile[MAX_TILE]
-    cdef int KEYS = AHEAD_KEYS if ATTEND_ROWS == 16 else EXP_KEYS
-    cdef Py_ssize_t j
+    cdef int KEYS = AHEAD_KEYS if ATTEND_FUSED else EXP_KEYS
+    cdef const ValueRun* run = values.runs
+    cdef Py_ssize_t column = d // VALUE_DIMS * values.group + d % VALUE_DIMS, j
     cdef int r
     for r in range(ROWS * VECTORS):
         tile[r] = vset1(<real> 0.0)
     while n > 0:
         j = 0
-        while j < values.n:
-            multiply(ROWS, VECTORS, tile, values.v + d + j * v_stride, 1, v_stride, probs + j * VECTORS * LANES,
-                     min(values.n - j, <Py_ssize_t> KEYS))
-            if ATTEND_ROWS < 16 and e.left:
+        while j < run.n:
+            multiply(ROWS, VECTORS, tile, run.v + column + j * values.stride, 1, values.stride,
+                     probs + j * VECTORS * LANES, min(run.n - j, <Py_ssize_t> KEYS))
+            if not ATTEND_FUSED and e.left:
                 exponentiate(e, 1)
             prefetch_ahead(ahead, KEYS // EXP_KEYS * ahead.lines)
             j += KEYS
-        n -= values.n
-        probs += values.n * VECTORS * LANES
-        values += 1
+        n -= run.n
+        probs += run.n * VECTORS * LANES
+        run += 1
     for r in range(ROWS * VECTORS):
         vstore(acc + r * LANES, vload(acc + r * LANES) + tile[r])
 
 
 # acc[head_dim_v][width] (IN/OUT) in tiles of ROWS dimensions. Each tile runs over all n keys, with P in L1 and a column
 # of V (16 or 32 bytes of each row, the same cache line four or two times in a row) from L2. e: as in accumulate_dims.
-cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const ValueRun* values,
-                            Py_ssize_t v_stride, Py_ssize_t n, Py_ssize_t head_dim_v, Softmax* e,
-                            Ahead* ahead) noexcept nogil:
+cdef inline void accumulate(const int VECTORS, real* acc, const real* probs, const Values* values, Py_ssize_t n,
+                            Py_ssize_t head_dim_v, Softmax* e, Ahead* ahead) noexcept nogil:
     cdef int ROWS = 8 if VECTORS == 1 and ATTEND_ROWS < 16 else ATTEND_ROWS
     cdef Py_ssize_t d = 0
     while d + ROWS <= head_dim_v:
         if ROWS == 16:
-            accumulate_dims(16, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
+            accumulate_dims(16, VECTORS, acc + d * VECTORS * LANES, probs, values, d, n, e, ahead)
         elif ROWS == 8:
-            accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
+            accumulate_dims(8, VECTORS, acc + d * VECTORS * LANES, probs, values, d, n, e, ahead)
         else:
-            accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
+            accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, values, d, n, e, ahead)
         d += ROWS
     while ROWS == 16 and d + 4 <= head_dim_v:
-        accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
+        accumulate_dims(4, VECTORS, acc + d * VECTORS * LANES, probs, values, d, n, e, ahead)
         d += 4
     while d < head_dim_v:
-        accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, values, d, v_stride, n, e, ahead)
+        accumulate_dims(1, VECTORS, acc + d * VECTORS * LANES, probs, values, d, n, e, ahead)
         d += 1
 
 
@@ -305,22 +336,59 @@ cdef inline void update_reference(const int VECTORS, vf* tile_max, real* referen
             vstore(acc + (d * VECTORS + v) * LANES, vload(acc + (d * VECTORS + v) * LANES) * factor[v])
 
 
-cdef void place_values(const Problem* p, const Workspace* w, Panel* panel, const Block* b, Py_ssize_t skipped,
+cdef void place_values(const Problem* p, const Workspace* w, Values* values, const Block* b, Py_ssize_t skipped,
                        Py_ssize_t n) noexcept nogil:
-    """panel.values (OUT): the rows of V of n keys of the block, but for the first `skipped` ones."""
-    cdef ValueRun* values = panel.values
+    """values (OUT): those of n keys of the block, but for the first `skipped` ones."""
+    cdef ValueRun* part = values.runs
     cdef const KeyRun* run = b.runs
-    panel.v_stride = b.v_step // <Py_ssize_t> sizeof(real)
+    values.stride, values.group = b.v_step // <Py_ssize_t> sizeof(real), VALUE_DIMS
+    if p.v_packed:
+        values.stride, values.group = VALUE_DIMS, v_group(p)
+        part.v, part.n = w.v_columns + skipped * VALUE_DIMS, n
+        return
     if not p.v_in_place:
-        values.v, values.n = w.v_rows + skipped * panel.v_stride, n
+        part.v, part.n = w.v_rows + skipped * values.stride, n
         return
     while n > 0:
         if skipped < run.n:
-            values.v, values.n = <const real*> run.v + skipped * panel.v_stride, min(n, run.n - skipped)
-            n -= values.n
-            values += 1
+            part.v, part.n = <const real*> run.v + skipped * values.stride, min(n, run.n - skipped)
+            n -= part.n
+            part += 1
         skipped = max(0, skipped - run.n)
         run += 1
+
+
+cdef inline Py_ssize_t v_group(const Problem* p) noexcept nogil:
+    """Reals from a group of packed columns to the next: a key more than it holds, or all would be in the same sets
+    of L1 while they are written."""
+    return (p.block_kv + 1) * VALUE_DIMS
+
+
+cdef inline bint packs_values(const Problem* p) noexcept nogil:
+    """With rows a multiple of 512 bytes apart, the line that a tile of dimensions reads of each of 128 keys is in one
+    of 8 sets of L1, and 32 KB of it have room for 64 such lines. Packed, head_dim 128 takes 0.93 of the time; 64, with
+    rows of 256 bytes, as much (Cascade Lake). Two panels do not pay for it."""
+    return (ATTEND_FUSED and ATTEND_ROWS == 8 and p.head_dim_v * <Py_ssize_t> sizeof(real) % 512 == 0
+            and p.block_rows > 2 * ATTEND_VECTORS * LANES)
+
+
+cdef void pack_values(const Problem* p, const Workspace* w, const Block* b) noexcept nogil:
+    """w.v_columns (OUT): the block's values, VALUE_DIMS of each key side by side."""
+    cdef real* key = w.v_columns
+    cdef real* group
+    cdef const real* row
+    cdef Py_ssize_t j, d
+    cdef int i
+    for i in range(b.num_runs if p.v_in_place else 1):  # where V is copied, K may still have several
+        for j in range(b.runs[i].n if p.v_in_place else b.n):
+            row = <const real*> (b.runs[i].v + j * b.v_step)
+            group = key
+            d = 0
+            while d < p.head_dim_v:
+                memcpy(group, row + d, VALUE_DIMS * sizeof(real))
+                group += v_group(p)
+                d += VALUE_DIMS
+            key += VALUE_DIMS
 
 
 cdef Py_ssize_t clip_tile(const Problem* p, Tile* t) noexcept nogil:
@@ -355,9 +423,10 @@ cdef inline bint score_panel(const int VECTORS, const Problem* p, const Workspac
     n, key_start = t.n, t.key_start
     if n == 0:
         return False
-    place_values(p, w, panel, b, skipped, n)
+    place_values(p, w, &panel.values, b, skipped, n)
     panel.exponentiated = (
-        strides_are_known(p.head_dim) and n % 16 == 0 and (b.num_runs == 1 or key_start % 16 == 0)
+        panel.vectors == ATTEND_VECTORS and strides_are_known(p.head_dim)
+        and n % ATTEND_ROWS == 0 and (b.num_runs == 1 or key_start % ATTEND_ROWS == 0)
         and not is_modified(p, t) and p.weights == NULL
         and score_at_once(p, panel, state.reference + panel.first_lane, w.queries + panel.first_lane * p.q_stride, b,
                           skipped))
@@ -397,7 +466,9 @@ cdef void begin_softmax(Softmax* e, const Panel* panel, const State* state, real
         e.reference[v] = vload(state.reference + panel.first_lane + v * LANES)
         e.total[v] = vset1(<real> 0.0)
     if panel.exponentiated:
-        e.left, e.total[0] = 0, panel.total
+        e.left = 0
+        for v in range(panel.vectors):
+            e.total[v] = panel.total[v]
 
 
 cdef void end_softmax(const Problem* p, const Workspace* w, const Softmax* e, Panel* panel,
@@ -414,16 +485,18 @@ cdef void accumulate_panel(const Problem* p, const State* state, Panel* panel, S
     with then: tile.n = 0, as it may be before."""
     cdef real* acc = state.acc + panel.first_lane * p.v_stride
     cdef const Tile* t = &panel.tile
-    if ATTEND_ROWS == 16 and e.left:
-        exponentiate(e, e.left)
+    if ATTEND_FUSED and e.left and e.vectors == 1:
+        exponentiate_all(1, e)
+    elif ATTEND_FUSED and e.left:
+        exponentiate_all(ATTEND_VECTORS, e)
     if t.n == 0:
         pass
     elif ATTEND_VECTORS == 3 and panel.vectors == 3:
-        accumulate(3, acc, t.scores, panel.values, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+        accumulate(3, acc, t.scores, &panel.values, t.n, p.head_dim_v, e, ahead)
     elif ATTEND_VECTORS >= 2 and panel.vectors == 2:
-        accumulate(2, acc, t.scores, panel.values, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+        accumulate(2, acc, t.scores, &panel.values, t.n, p.head_dim_v, e, ahead)
     else:
-        accumulate(1, acc, t.scores, panel.values, panel.v_stride, t.n, p.head_dim_v, e, ahead)
+        accumulate(1, acc, t.scores, &panel.values, t.n, p.head_dim_v, e, ahead)
     panel.tile.n = 0
     if e.left:
         exponentiate(e, e.left)  # what the panel had no room for
@@ -480,18 +553,20 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
     ahead.count = ahead.current = ahead.lines = 0
     before_block(&b, low)
     while True:
-        if pending.tile.n and not p.v_in_place:  # its rows of V are about to be overwritten
+        if pending.tile.n and (p.v_packed or not p.v_in_place):  # its rows of V are about to be overwritten
             accumulate_panel(p, state, pending, &nothing, &ahead)
         if not next_block(p, w, task, high, &b):
             break
         plan_ahead(p, task, b.key_start + b.n, high, &ahead)
+        if p.v_packed:
+            pack_values(p, w, &b)
         v_is_finite = -1    # not yet known
         first = 0
         while first < vectors:
             panel.vectors, panel.first_lane = panel_vectors(ATTEND_VECTORS, vectors - first), first * LANES
             panel.tile.width, panel.tile.lanes = panel.vectors * LANES, w.lanes + panel.first_lane
             panel.tile.key_start, panel.tile.n = b.key_start, b.n
-            panel.tile.scores = w.scores if pending.tile.scores != w.scores else w.next_scores
+            panel.tile.scores = w.scores if ATTEND_FUSED or pending.tile.scores != w.scores else w.next_scores
             first += panel.vectors
             if pending.tile.n and pending.first_lane == panel.first_lane:  # before reference moves
                 accumulate_panel(p, state, pending, &nothing, &ahead)
@@ -516,11 +591,13 @@ cdef void prefill_keys(const Problem* p, const Workspace* w, const Task* task, c
                 if not v_is_finite:
                     tile = pending.tile
                     skipped = tile.key_start - b.key_start
-                    pending.values[0].v, pending.values[0].n = w.v_finite + skipped * p.v_stride, tile.n
-                    pending.v_stride = p.v_stride
+                    pending.values.runs[0].v, pending.values.runs[0].n = w.v_finite + skipped * p.v_stride, tile.n
+                    pending.values.stride, pending.values.group = p.v_stride, VALUE_DIMS
                     accumulate_panel(p, state, pending, &nothing, &ahead)
                     repair_values(p, w, &tile, state.acc + pending.first_lane * p.v_stride, 1, tile.width,
                                   v + skipped * v_stride, v_stride, p.head_dim_v)
+            if ATTEND_FUSED:
+                accumulate_panel(p, state, pending, &nothing, &ahead)
     accumulate_panel(p, state, pending, &nothing, &ahead)
 
 

@@ -67,6 +67,7 @@ cdef struct Problem:
     Py_ssize_t num_sequences, num_tasks
     int decode_width                # 0: prefill kernel; else lanes that decode gives to rows: 1, 2, 4 or 8
     bint k_in_place, v_in_place     # rows of K, V are read where they lie, in whatever block
+    bint v_packed                   # and those of V are then packed by columns, see pack_values
     Kind block_kind                 # of the numbers in blocks of K and V
     bint may_mask                   # some row may not see some key of a block
     bint same_keys                  # all rows of a batch row see the same, but for masks
@@ -94,6 +95,7 @@ cdef struct Workspace:              # one per thread, SCRATCH
     real* next_scores               # likewise, for prefill; decode's vectors reach into it from the end of scores
     real* k_rows                    # [block_kv][k_stride]; unless K is read in place
     real* v_rows                    # [block_kv][v_stride]; unless V is read in place, and always as reals
+    real* v_columns                 # [group][block_kv][VALUE_DIMS], groups v_group apart; where V is packed
     real* visible                   # [block_kv][width]: 0 where seen, -inf where masked; see repair_values
     real* capped                    # OUT [block_kv][width]: scores after the softcap; or NULL
     real* v_finite                  # [block_kv][v_stride]; both only where a row may not see a key
@@ -170,6 +172,8 @@ cdef size_t carve(Workspace* w, char* base, const Problem* p) noexcept nogil:
     w.next_scores = <real*> take(base, &size, keys * width * sizeof(real))
     w.k_rows = <real*> take(base, &size, 0 if p.k_in_place else keys * p.k_stride * sizeof(real))
     w.v_rows = <real*> take(base, &size, keys * p.v_stride * sizeof(real) if copies_values(p) else 0)
+    w.v_columns = <real*> take(base, &size, p.head_dim_v // VALUE_DIMS * v_group(p) * sizeof(real)
+                               if p.v_packed else 0)
     w.key_scales = <real*> take(base, &size, (p.block_kv + LANES) * sizeof(real) if p.k_scales.data != NULL else 0)
     w.value_scales = <real*> take(base, &size, (p.block_kv + LANES) * sizeof(real) if p.v_scales.data != NULL else 0)
     w.rows = <real*> take(base, &size, max(width * max(p.q_stride, p.v_stride), LANES * max(p.q_stride, keys))
@@ -282,6 +286,7 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
     cdef Py_ssize_t widest = max(p.head_dim, p.head_dim_v)
     cdef bint pages_are_even
     p.decode_width = decode_width
+    p.v_packed = False
     p.sequences = NULL
     p.same_keys = p.window_left < 0 and p.window_right < 0 and (
         p.folded == 1 or (p.kv_lens == NULL and p.kv_starts == NULL))
@@ -324,6 +329,7 @@ cdef void plan(Problem* p, int decode_width, Py_ssize_t longest, Py_ssize_t num_
         # Where K is copied, a block is one run.
         p.v_in_place = ((blocks_are_whole(p) or (pages_are_even and p.k_in_place))
                         and prefill_reads_in_place(&p.v, p.head_dim_v, p.block_rows))
+        p.v_packed = packs_values(p)
         p.block_kind = real_kind()
     p.num_tasks = count_tasks(p, p.block_rows)
     p.num_splits = ceil_div(p.seq_len_kv, p.split_kv)

@@ -23,16 +23,26 @@
  * (Zen 5), or take 0.83 to 0.95 of the time (Emerald Rapids, where another hardware thread takes half of what the core
  * decodes: 35 instructions for 24 FMAs, 26 for 16); gcc 12 spills 8 x 3 with NEON's 32 registers.
  *
+ * ATTEND_FUSED: exponentials of a tile are taken from the registers of its scores, K's rows are a constant apart, see
+ * prefill.pxi.
  * CATTN_BROADCAST_TILE: 16 x 1, whose broadcasts are operands of the FMAs: 17 instructions for 16 FMAs, where 8 x 2 has
  * 26. On an Intel Xeon (Emerald Rapids) attention takes 0.85 to 0.9 of the time, and 0.76 to 0.82 where another hardware
  * thread takes half of what the core decodes (double, then: 0.76 to 0.84); panels of two or three such vectors, which
  * share what they read of K and V, 1 % less still. Projections would have to copy W, for rows a constant apart: up to
- * 15 % slower, where nobody else is on the core. Not measured on AMD, whose exponentials run beside the FMAs. */
+ * 15 % slower, where nobody else is on the core. Not measured on AMD, whose exponentials run beside the FMAs.
+ * CATTN_FUSED_TILE: 8 x 2. Of the cores of Skylake, FMAs with broadcasts run at 91 % of the peak even where all comes
+ * from L1, and 16 queries reuse too little of what their 32 KB of L1 have no room for: attention takes 0.76 to 0.91 of
+ * the time of 16 x 1, and 0.71 to 0.85 of that of 8 x 2 whose exponentials are woven in (Cascade Lake). */
+#if defined(CATTN_BROADCAST_TILE) || defined(CATTN_FUSED_TILE)
+#define ATTEND_FUSED 1
+#else
+#define ATTEND_FUSED 0
+#endif
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #define REGISTERS 32
 #define TILE_ROWS 8
-#if defined(CATTN_BROADCAST_TILE)
+#if ATTEND_FUSED
 #define PANEL_VECTORS 3
 #else
 #define PANEL_VECTORS 2
@@ -54,6 +64,9 @@
 #if defined(CATTN_BROADCAST_TILE)
 #define ATTEND_ROWS 16
 #define ATTEND_VECTORS 1
+#elif defined(CATTN_FUSED_TILE)
+#define ATTEND_ROWS 8
+#define ATTEND_VECTORS 2
 #else
 #define ATTEND_ROWS TILE_ROWS
 #define ATTEND_VECTORS PANEL_VECTORS
@@ -86,6 +99,8 @@ SIMD void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 /* p as it is, whose origin the compiler does not know: what lies around it is addressed by p and a constant. */
 SIMD const real *in_register(const real *p) { __asm__("" : "+r"(p)); return p; }
 SIMD const char *byte_in_register(const char *p) { __asm__("" : "+r"(p)); return p; }
+/* Whether the compiler knows x, once all is inlined. */
+#define is_constant(x) __builtin_constant_p(x)
 SIMD vf vload(const real *p) { return *(const vf_unaligned *)p; }
 SIMD void vstore(real *p, vf x) { *(vf_unaligned *)p = x; }
 SIMD vf vset1(real x) { return x - (vf){0}; }        /* x - 0, not x + 0: keeps the sign of a zero */

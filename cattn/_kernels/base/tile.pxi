@@ -46,11 +46,12 @@ cdef inline void multiply(const int ROWS, const int VECTORS, vf* acc, const real
     inlined with constant ROWS and VECTORS, acc lives in registers: per k, VECTORS loads, ROWS broadcasts and
     ROWS * VECTORS FMAs.
 
-    16 rows: a_row is a constant, so that a broadcast is the operand of its FMA, at a register and a constant: with two
-    registers it would be two instructions. gcc 12 by itself keeps 16 indexes, most of them in memory. Four steps a turn
-    are worth 6 % (Emerald Rapids)."""
+    Fused tiles: where a_row is a constant, a broadcast is at a register and a constant, and can be the operand of an
+    FMA: with two registers it would be two instructions. gcc 12 by itself keeps an index for each row, most of them in
+    memory: 4 to 7 % slower for 8 rows (Cascade Lake), more for 16. Four steps a turn are worth 6 % (Emerald Rapids).
+    Where a_row is no constant, as in projections, it is faster by itself."""
     cdef Py_ssize_t k
-    if ROWS == 16:
+    if ATTEND_FUSED and ROWS == ATTEND_ROWS and is_constant(a_row):
         while n >= 4:
             multiply_once(ROWS, VECTORS, acc, a, a_row, b)
             a = in_register(a + a_step)
