@@ -79,6 +79,7 @@ cdef extern from "simd.h" nogil:
     void vstore(real*, vf)
     vf vset1(real)
     vf vfma(vf, vf, vf)
+    vf vfma_here(vf, vf, vf)
     vf vmax(vf, vf)
     vf vselect(vi, vf, vf)
     vf vrounded(vf)
