@@ -1,5 +1,6 @@
 import pytest
 from hypothesis import HealthCheck, settings
+from problems import ISAS
 
 import cattn
 from cattn import _kernels
@@ -29,9 +30,9 @@ def use(isa, monkeypatch):
     monkeypatch.setattr(_kernels, "f64", lambda: f64)
 
 
-@pytest.fixture(params=cattn.available_isas())
+@pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    """Runs the test once with the kernels of each instruction set that this CPU has."""
+    """Runs the test once with the kernels of each instruction set that this CPU has, but for those of the same bits."""
     use(request.param, monkeypatch)
     return request.param
 

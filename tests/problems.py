@@ -76,6 +76,13 @@ def random_problem(rng, *, dtype=np.float64, kv_dtype=None, most_rows=5, most_ke
     return tuple(arrays), options
 
 
+# Instruction sets that have the same bits, by test_tiles and test_gradients_of_tiles; and those that all other tests of
+# kernels run on: of the former, the one in use, or the best. tools/test_avx512.sh runs the suite with each in use.
+TILES = [isa for isa in cattn.available_isas() if isa.startswith("avx512")]
+ISAS = [isa for isa in cattn.available_isas()
+        if isa not in TILES or isa == (cattn.isa if cattn.isa in TILES else TILES[0])]
+
+
 def _edges():
     """{what: its sizes in all modules that this CPU runs}."""
     modules = [_kernels._load(_kernels.module_name(isa, precision))

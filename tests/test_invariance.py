@@ -6,7 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from problems import BFLOAT16, DTYPES, EDGES, FLOATS, INF, LAYOUTS, NAN, assert_same_bits, calls, normal, problem
+from problems import (
+    BFLOAT16,
+    DTYPES,
+    EDGES,
+    FLOATS,
+    INF,
+    LAYOUTS,
+    NAN,
+    TILES,
+    assert_same_bits,
+    calls,
+    normal,
+    problem,
+)
 from tolerance import everything
 
 import cattn
@@ -32,7 +45,6 @@ def some_options(num_heads, batch, seq_len_kv):
 
 # Shapes: prefill with blocks of rows that threads share out in other ways, few rows (decoding), few rows in groups, and
 # keys enough to be split between threads.
-TILES = [isa for isa in cattn.available_isas() if isa.startswith("avx512")]  # which have the same bits
 SHAPES = {
     "prefill": {"seq_len_q": 210, "seq_len_kv": 300, "num_heads": 3, "head_dim": 33},
     "one head": {"seq_len_q": 100, "seq_len_kv": 140, "num_heads": 1, "head_dim": 64},
